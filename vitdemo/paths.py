@@ -1,0 +1,69 @@
+"""Where data, cache and runs live, and how a file is written whole or not at all."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitdemo.errors import VitdemoError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def data_root() -> Path:
+    """The folder of the bundled data: ``VITDEMO_DATA``, or ``data/`` of the clone."""
+    return Path(os.environ.get("VITDEMO_DATA") or REPOSITORY / "data").expanduser()
+
+
+def cache_root() -> Path:
+    """The folder for what can be built again: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
+    return Path(os.environ.get("VITDEMO_CACHE") or "~/.cache/vitdemo").expanduser()
+
+
+def runs_root() -> Path:
+    """The folder for executed notebooks and their results: ``runs/`` of the clone."""
+    return REPOSITORY / "runs"
+
+
+def data_path(name: str) -> Path:
+    """The path of one bundled item, e.g. ``data_path("shapes20")``, from any working folder.
+
+    Raises VitdemoError when there is no such item.
+    """
+    path = data_root() / name
+    if not path.exists():
+        raise VitdemoError(f"{path}: no such bundled data; is VITDEMO_DATA set to the data folder of a clone?")
+    return path
+
+
+def claim_folder(path: Path | str) -> Path:
+    """Create ``path`` for results, or take it as it is when it is an empty folder.
+
+    Raises VitdemoError when it holds something already: results are never mixed or overwritten.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitdemoError(f"{path}: cannot create this output folder ({error.strerror})") from None
+    return path
+
+
+@contextmanager
+def replacing(path: Path | str, mode: str = "w"):
+    """Open a temporary file beside ``path`` that takes its name only when the block has succeeded.
+
+    A reader therefore sees the old file or the whole new one, never a part. On any error the
+    temporary file is removed and ``path`` is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
