@@ -1,0 +1,56 @@
+"""vitdemo: from a folder of images and a Vision Transformer's weights to fast, verified inference.
+
+The names below are all that the notebooks use. Each is imported at its first use, because a worker must
+be able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "VitdemoError": "errors",
+    "cache_root": "paths",
+    "data_path": "paths",
+    "results_folder": "paths",
+    "ARCHIVE_MD5": "dataset.imagenet",
+    "ImageNetVal": "dataset.imagenet",
+    "Sample": "dataset.imagenet",
+    "extract": "dataset.imagenet",
+    "read_devkit": "dataset.imagenet",
+    "index_tar": "dataset.archives",
+    "md5": "dataset.archives",
+    "Preprocessing": "dataset.images",
+    "image_facts": "dataset.images",
+    "reference_crop": "dataset.images",
+    "folder_preview": "dataset.plots",
+    "plot_class_histogram": "dataset.plots",
+    "plot_crops": "dataset.plots",
+    "plot_gallery": "dataset.plots",
+    "Model": "conversion.models",
+    "ModelInfo": "conversion.models",
+    "load_model": "conversion.models",
+    "Engine": "conversion.engines.contract",
+    "EngineFailure": "conversion.engines.contract",
+    "find_engines": "conversion.engines.contract",
+    "convert": "conversion.artifacts",
+    "describe_machine": "measure.clock",
+    "machine_record": "measure.clock",
+    "percentiles_ms": "measure.clock",
+    "Evaluation": "inference.evaluation",
+    "evaluate": "inference.evaluation",
+    "wilson_interval": "inference.evaluation",
+    "plot_mistakes": "inference.plots",
+    "plot_per_class": "inference.plots",
+    "plot_predictions": "inference.plots",
+    "plot_time": "inference.plots",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitdemo' has no attribute {name!r}")
+    return getattr(import_module(f"vitdemo.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from vitdemo.errors import VitdemoError
@@ -48,6 +49,11 @@ def claim_folder(path: Path | str) -> Path:
     except OSError as error:
         raise VitdemoError(f"{path}: cannot create this output folder ({error.strerror})") from None
     return path
+
+
+def results_folder(name: str, out: Path | str = "") -> Path:
+    """A folder for one notebook's results: ``out``, or a new ``runs/interactive/<name>_<time>`` when that is empty."""
+    return claim_folder(out or runs_root() / "interactive" / f"{name}_{datetime.now():%Y-%m-%d_%H%M%S}")
 
 
 @contextmanager

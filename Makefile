@@ -1,0 +1,59 @@
+# The doors of the course. `make demo` is the first one; the README explains each.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo lab test soak format lint notebooks constraints clean
+
+help:
+	@echo "make demo   run the course headlessly on the bundled data, write an HTML report"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make test   the quick checks          make soak   the full fault counts and benchmarks"
+	@echo "make format, make lint, make notebooks, make constraints, make clean: for those who change the course"
+
+demo: $(BIN)/.vitdemo
+	$(BIN)/vitdemo run
+
+lab: $(BIN)/.vitdemo
+	$(BIN)/jupyter lab notebooks
+
+test: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m pytest -m soak
+
+format: $(BIN)/.vitdemo-dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lint: $(BIN)/.vitdemo-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+notebooks: $(BIN)/.vitdemo-dev
+	$(BIN)/nbstripout --drop-empty-cells --extra-keys "metadata.widgets metadata.language_info" notebooks/*.ipynb
+	$(BIN)/python -m pytest tests/notebooks/test_hygiene.py
+
+# The pins that the course is known to run with: what pip picks today, in an environment of its own.
+constraints:
+	rm -rf $(VENV)-constraints && $(PYTHON) -m venv $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)-constraints/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' > constraints.txt
+	rm -rf $(VENV)-constraints
+
+clean:
+	rm -rf $(VENV) $(VENV)-constraints runs build *.egg-info
+
+# The stamps are newer than what they were made from, so a second `make` installs nothing.
+$(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(BIN)/.vitdemo-dev: $(BIN)/.vitdemo
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 …" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 5 GB and 3 minutes, once"

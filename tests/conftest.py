@@ -1,0 +1,34 @@
+"""Costly things, built once a session: the bundled data set, its model, and engines for it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vitdemo import ImageNetVal, convert, data_path, load_model
+from vitdemo.paths import REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shapes20() -> ImageNetVal:
+    return ImageNetVal(data_path("shapes20"))
+
+
+@pytest.fixture(scope="session")
+def vit_shapes20():
+    return load_model("vit_shapes20")
+
+
+@pytest.fixture(scope="session")
+def eager(vit_shapes20):
+    return convert(vit_shapes20, "eager", "fp32")
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """Real photographs, which are no part of the project: a folder named by VITDEMO_PHOTOS, or beside the clone."""
+    folder = Path(os.environ.get("VITDEMO_PHOTOS") or REPOSITORY.parent / "shared" / "photos")
+    found = sorted(folder.glob("*.JPEG"))
+    if not found:
+        pytest.skip(f"no photographs in {folder}")
+    return found

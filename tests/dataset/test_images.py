@@ -1,0 +1,147 @@
+"""The reference path against timm's transform and transformers' processor; batches decoded ahead."""
+
+import io
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from transformers import ViTImageProcessorPil
+
+from vitdemo import Preprocessing, VitdemoError, image_facts, reference_crop
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.images import UnreadableImage, prefetched_batches
+
+CENTER = Preprocessing((3, 224, 224), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SQUASH = Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def jpeg_of(array: np.ndarray, mode: str | None = None, **options) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def jpegs(shapes20) -> list[bytes]:
+    """Every odd file of the bundled set, and some ordinary ones."""
+    facts = image_facts(shapes20)
+    odd = facts.index[(facts["mode"] != "RGB") | (facts["exif"] != "") | ~facts["width"].between(100, 1000)]
+    return [shapes20[i].jpeg for i in [*odd, *range(0, len(shapes20), 50)]]
+
+
+def timm_reference(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """timm's evaluation transform to its end, normalised float32, as timm.data.ImageDataset applies it."""
+    transform = create_transform(**preprocessing.to_dict(), is_training=False)
+    return transform(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+@pytest.mark.parametrize("crop_mode, crop_pct", [("center", 0.9), ("center", 0.875), ("squash", 1.0), ("squash", 0.9)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crop_is_timms(jpegs, crop_mode, crop_pct, interpolation):
+    preprocessing = replace(CENTER, crop_mode=crop_mode, crop_pct=crop_pct, interpolation=interpolation)
+    for jpeg in jpegs:
+        crop = reference_crop(jpeg, preprocessing)
+        assert crop.dtype == torch.uint8 and crop.shape == (3, 224, 224)
+        torch.testing.assert_close((crop / 255 - 0.5) / 0.5, timm_reference(jpeg, preprocessing), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("preprocessing", [CENTER, SQUASH])
+def test_crop_is_timms_on_photographs(photos, preprocessing):
+    for path in photos[::10]:
+        jpeg = path.read_bytes()
+        ours = (reference_crop(jpeg, preprocessing) / 255 - 0.5) / 0.5
+        torch.testing.assert_close(ours, timm_reference(jpeg, preprocessing), atol=1e-6, rtol=0)
+
+
+def test_squash_is_hugging_faces(jpegs):
+    processor = ViTImageProcessorPil()  # the defaults of google/vit-*-patch16-224
+    for jpeg in jpegs:
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close((reference_crop(jpeg, SQUASH) / 255 - 0.5) / 0.5, theirs, atol=1e-5, rtol=0)
+
+
+def test_exif_rotation_is_ignored():
+    array = np.zeros((40, 80, 3), np.uint8)
+    array[:, :40] = 255  # white left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    plain, rotated = jpeg_of(array), jpeg_of(array, exif=exif)
+    assert torch.equal(reference_crop(plain, SQUASH), reference_crop(rotated, SQUASH))
+    assert image_facts([Sample("a", rotated, "n90000001", 0)])["exif"][0] == "rotated"
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    grey = np.full((50, 50, 3), 200, np.uint8)
+    crop = reference_crop(jpeg_of(grey, mode), CENTER)
+    assert (crop.float() - 200).abs().max() <= 4
+
+
+GOOD = jpeg_of(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b"\xff\xd8\xff", GOOD[: len(GOOD) // 2], b"<html>not found</html>" * 20, bytes(5000)]
+)
+def test_unreadable_image_says_why_in_one_line(bad):
+    with pytest.raises(UnreadableImage) as error:
+        reference_crop(bad, CENTER)
+    assert str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("crop_mode", "border"), ("interpolation", "nearest"), ("input_size", (1, 224, 224))]
+)
+def test_preprocessing_that_is_not_supported_is_refused(field, value):
+    with pytest.raises(VitdemoError, match=field):
+        replace(CENTER, **{field: value})
+
+
+def samples(count: int, bad: tuple[int, ...] = ()) -> list[Sample]:
+    def jpeg(i):
+        return b"broken" if i in bad else jpeg_of(np.full((30, 30, 3), i * 3, np.uint8))
+
+    return [Sample(f"{i:03}.JPEG", jpeg(i), "n90000001", i) for i in range(count)]
+
+
+@pytest.mark.parametrize("count, batch", [(1, 8), (8, 8), (9, 8), (23, 7), (20, 1), (5, 100)])
+def test_batches_hold_every_image_once_in_order(count, batch):
+    batches = list(prefetched_batches(samples(count), range(count), CENTER, batch))
+    assert [len(b.files) for b in batches] == [min(batch, count - s) for s in range(0, count, batch)]
+    assert [label for b in batches for label in b.labels] == list(range(count))
+    levels = torch.cat([b.pixels for b in batches]).float().mean((1, 2, 3))
+    assert (levels - torch.arange(count) * 3).abs().max() <= 2  # each row's pixels are its own image's
+
+
+def test_unreadable_image_keeps_its_place():
+    (batch,) = prefetched_batches(samples(5, bad=(1,)), range(5), CENTER, 8)
+    assert [bool(error) for error in batch.errors] == [False, True, False, False, False]
+    assert batch.pixels[1].eq(0).all() and batch.labels == list(range(5))
+
+
+def test_batches_are_decoded_only_a_little_ahead():
+    class Counting(list):
+        read = 0
+
+        def __getitem__(self, i):
+            Counting.read += 1
+            return super().__getitem__(i)
+
+    data = Counting(samples(40))
+    batches = prefetched_batches(data, range(40), CENTER, 2, ahead=2)
+    next(batches)
+    assert Counting.read <= 6
+    batches.close()
+
+
+def test_closing_early_stops_the_threads():
+    batches = prefetched_batches(samples(40), range(40), CENTER, 4)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]

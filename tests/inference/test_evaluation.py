@@ -1,0 +1,211 @@
+"""evaluate: exact once, honest counts, resume, invalid runs; the oracles are torchmetrics and a plain timm loop."""
+
+import csv
+import io
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchmetrics.classification import MulticlassAccuracy
+
+from vitdemo import EngineFailure, ImageNetVal, Model, VitdemoError, convert, evaluate, extract, wilson_interval
+from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.paths import data_path
+
+
+@pytest.fixture(scope="module")
+def evaluation(eager, shapes20, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    return evaluate(eager, shapes20, limit=101, out=out, progress=False)
+
+
+class SomeSamples(list):
+    """A data set in memory: what evaluate needs of one."""
+
+    def __init__(self, data: ImageNetVal, samples: list[Sample]):
+        super().__init__(samples)
+        self.path, self.classes = "memory", data.classes
+        self.files, self.fingerprint = [s.file for s in samples], str(hash(tuple(samples)))
+
+
+def test_predictions_are_those_of_a_plain_timm_loop(evaluation, shapes20, vit_shapes20):
+    transform = create_transform(**vit_shapes20.info.preprocessing.to_dict(), is_training=False)
+    images = [Image.open(io.BytesIO(shapes20[i].jpeg)).convert("RGB") for i in range(101)]
+    with torch.no_grad():
+        logits = vit_shapes20.module(torch.stack([transform(image) for image in images]))
+    assert evaluation.rows["predicted_1"].tolist() == logits.argmax(1).tolist()
+    expected = logits.softmax(1).max(1).values
+    torch.testing.assert_close(torch.tensor(evaluation.rows["probability_1"]).float(), expected, atol=1e-4, rtol=0)
+    labels = torch.tensor(shapes20.labels[:101])
+    for k, name in ((1, "top1"), (5, "top5")):
+        metric = MulticlassAccuracy(num_classes=20, top_k=k, average="micro")
+        assert evaluation.metrics[name] == pytest.approx(metric(logits, labels).item())
+
+
+def test_every_image_is_counted_once_the_partial_batch_too(evaluation, shapes20):
+    m = evaluation.metrics
+    assert evaluation.rows["file"].tolist() == shapes20.files[:101]  # 101 = 12 batches of 8, and 5
+    assert (m["images"], m["session_images"], m["errors"], m["valid"]) == (101, 101, 0, True)
+    assert m["correct"] == evaluation.rows["correct"].sum() and m["top1"] == m["correct"] / 101
+    assert m["latency_ms"]["count"] == 12  # 13 batches, the first one apart
+
+
+def test_files_say_what_the_result_says(evaluation):
+    with open(evaluation.out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == evaluation.rows["file"].tolist()
+    assert [int(row["predicted_1"]) for row in rows] == evaluation.rows["predicted_1"].tolist()
+    assert json.loads((evaluation.out / "metrics.json").read_text()) == json.loads(json.dumps(evaluation.metrics))
+    run = json.loads((evaluation.out / "run.json").read_text())
+    assert run["machine"]["cores"] and run["settings"]["model"]["weights_sha256"]
+
+
+def test_wall_time_contains_its_parts(evaluation):
+    m = evaluation.metrics
+    assert 0 < m["load_s"] + m["compute_s"] + m["write_s"] <= m["wall_s"]
+    assert m["images_per_s"] == pytest.approx(101 / m["wall_s"])
+
+
+def test_summary_line_has_accuracy_beside_speed(evaluation, vit_shapes20, shapes20):
+    assert "top-1" in str(evaluation) and "images/s" in str(evaluation) and "95 % interval" in str(evaluation)
+    blind = Model(vit_shapes20.module, replace(vit_shapes20.info, weights="random"))
+    run = evaluate(convert(blind), shapes20, limit=3, progress=False)
+    assert "accuracy: not measured" in str(run)
+
+
+def test_tar_and_extracted_folder_give_the_same_bytes(evaluation, eager, tmp_path):
+    folder = extract(data_path("shapes20"), tmp_path / "extracted", progress=False)
+    other = evaluate(eager, folder, limit=101, out=tmp_path / "out", progress=False)
+    ours, theirs = ((e.out / "predictions.csv").read_bytes() for e in (evaluation, other))
+    assert ours == theirs
+
+
+def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
+    samples = [shapes20[i] for i in range(10)]
+    samples[3] = samples[3]._replace(jpeg=samples[3].jpeg[:200])
+    samples[7] = samples[7]._replace(jpeg=b"")
+    run = evaluate(eager, SomeSamples(shapes20, samples), device_batch_size=4, progress=False)
+    whole = evaluate(eager, shapes20, device_batch_size=4, limit=10, progress=False)
+    assert (run.metrics["images"], run.metrics["errors"]) == (10, 2)
+    assert run.rows["error"].ne("").tolist() == [i in (3, 7) for i in range(10)]
+    assert run.rows["correct"].tolist() == [0 if i in (3, 7) else c for i, c in enumerate(whole.rows["correct"])]
+    assert "2 unreadable counted as wrong" in str(run)
+
+
+def test_resume_gives_the_same_file_and_counts_this_session_only(evaluation, eager, shapes20, tmp_path):
+    whole = (evaluation.out / "predictions.csv").read_bytes()
+    for cut in (0, 10, 500, 3333, len(whole) - 1):  # within the header, within rows, a torn last line
+        out = tmp_path / str(cut)
+        out.mkdir()
+        (out / "run.json").write_bytes((evaluation.out / "run.json").read_bytes())
+        (out / "predictions.csv").write_bytes(whole[:cut])
+        kept = max(0, whole[:cut].count(b"\n") - 1) // 8 * 8
+        resumed = evaluate(eager, shapes20, limit=101, out=out, resume=True, progress=False)
+        assert (out / "predictions.csv").read_bytes() == whole
+        assert resumed.metrics["images"] == 101 and resumed.metrics["session_images"] == 101 - kept
+        assert resumed.rows.equals(evaluation.rows)
+
+
+def test_resume_of_a_finished_run_runs_nothing(evaluation, eager, shapes20, tmp_path):
+    out = tmp_path / "out"
+    evaluate(eager, shapes20, limit=20, out=out, progress=False)
+    again = evaluate(eager, shapes20, limit=20, out=out, resume=True, progress=False)
+    assert again.metrics["session_images"] == 0 and again.metrics["images_per_s"] is None
+    assert again.metrics["images"] == 20 and "no image run in this session" in str(again)
+
+
+def test_resume_needs_the_same_settings(eager, shapes20, tmp_path):
+    out = tmp_path / "out"
+    evaluate(eager, shapes20, limit=8, out=out, progress=False)
+    before = (out / "predictions.csv").read_bytes()
+    with pytest.raises(VitdemoError, match="another device_batch_size"):
+        evaluate(eager, shapes20, limit=8, device_batch_size=4, out=out, resume=True, progress=False)
+    with pytest.raises(VitdemoError, match="another images"):
+        evaluate(eager, shapes20, limit=9, out=out, resume=True, progress=False)
+    assert (out / "predictions.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_busy_folder_is_left_as_it_is(eager, shapes20, tmp_path, resume):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(VitdemoError, match="another output folder|already holds"):
+        evaluate(eager, shapes20, limit=8, out=tmp_path, resume=resume, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+class Failing(EagerEngine):
+    """Breaks, or answers nonsense, from its third batch on."""
+
+    calls = 0
+
+    def _infer(self, x):
+        self.calls += 1
+        if self.calls < 3:
+            return super()._infer(x)
+        if self.fault == "raises":
+            raise RuntimeError("device lost")
+        if self.fault == "interrupted":
+            raise KeyboardInterrupt
+        answer = super()._infer(x)
+        return answer[:-1] if self.fault == "short" else answer * float("nan")
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "short"])
+def test_engine_that_fails_makes_the_run_invalid(vit_shapes20, shapes20, tmp_path, fault):
+    engine = Failing(vit_shapes20, "fp32", device="cpu", threads=1)
+    engine.fault = fault
+    with pytest.raises(EngineFailure, match="eager engine"):
+        evaluate(engine, shapes20, limit=64, out=tmp_path / "out", progress=False)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["valid"] is False and "eager engine" in metrics["error"] and "top1" not in metrics
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "engine"))]
+
+
+def test_interruption_keeps_what_is_done_and_no_thread(vit_shapes20, eager, shapes20, tmp_path):
+    engine = Failing(vit_shapes20, "fp32", device="cpu", threads=eager.threads)
+    engine.fault = "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(engine, shapes20, limit=64, out=tmp_path / "out", progress=False)
+    assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "engine"))]
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) >= 1 + 8
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    resumed = evaluate(eager, shapes20, limit=64, out=tmp_path / "out", resume=True, progress=False)
+    assert resumed.rows.equals(evaluate(eager, shapes20, limit=64, progress=False).rows)
+
+
+def test_other_classes_are_refused(eager, shapes20, vit_shapes20):
+    data = SomeSamples(shapes20, [shapes20[0]])
+    data.classes = shapes20.classes[:-1]
+    with pytest.raises(VitdemoError, match="its 19 classes are not the 20"):
+        evaluate(eager, data, progress=False)
+    data.classes = shapes20.classes[::-1]  # the same names in another order shuffle every label
+    with pytest.raises(VitdemoError, match="classes are not"):
+        evaluate(eager, data, progress=False)
+    nameless = Model(vit_shapes20.module, replace(vit_shapes20.info, classes=None))
+    with pytest.raises(VitdemoError, match="which class each output is"):
+        evaluate(convert(nameless), shapes20, progress=False)
+
+
+@pytest.mark.parametrize("options", [{"device_batch_size": 0}, {"limit": 0}, {"limit": -3}])
+def test_numbers_below_one_are_refused(eager, shapes20, options):
+    with pytest.raises(VitdemoError, match="at least 1"):
+        evaluate(eager, shapes20, progress=False, **options)
+
+
+def test_null_engine_scores_class_zero_only(shapes20, vit_shapes20):
+    run = evaluate(convert(vit_shapes20, "null", "none"), shapes20, limit=200, progress=False)
+    assert run.metrics["correct"] == shapes20.labels[:200].count(0)
+    assert run.rows["predicted_1"].eq(0).all()
+
+
+def test_wilson_interval_is_the_published_formula():
+    for correct, images in ((0, 10), (7, 10), (10, 10), (912, 1000)):
+        p, z = correct / images, 1.959963984540054
+        centre = (p + z * z / (2 * images)) / (1 + z * z / images)
+        half = z / (1 + z * z / images) * (p * (1 - p) / images + z * z / (4 * images * images)) ** 0.5
+        assert wilson_interval(correct, images) == pytest.approx([centre - half, centre + half], abs=1e-12)

@@ -1,0 +1,114 @@
+"""The shell's door: exit codes, one line for bad input, and the verbs end to end."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from vitdemo.cli import main
+from vitdemo.paths import data_path
+
+
+def test_help_does_not_load_torch():
+    """--help must answer at once: it may not load torch."""
+    code = "import sys; from vitdemo.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "evaluate" in done.stdout and done.stdout.strip().endswith("False")
+
+
+def test_doctor_says_what_is_here(capsys):
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "cores" in output and "ok       torch" in output and "00_tour" in output
+
+
+def test_doctor_finds_missing_data(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITDEMO_DATA", str(tmp_path))
+    assert main(["doctor"]) == 1
+    assert f"missing  {tmp_path}/shapes20/vit_shapes20" in capsys.readouterr().out
+
+
+def test_extract_then_evaluate_equals_evaluate_on_the_tar(capsys, tmp_path):
+    assert main(["extract", "--archives", str(data_path("shapes20")), "--out", str(tmp_path / "extracted")]) == 0
+    for name, data in (("a", tmp_path / "extracted"), ("b", data_path("shapes20/shapes20_img_val.tar"))):
+        arguments = ["vit_shapes20", "--data", str(data), "--limit", "50", "--out", str(tmp_path / name)]
+        assert main(["evaluate", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "top-1" in output and "images/s" in output and "machine:" in output
+    assert (tmp_path / "a/predictions.csv").read_bytes() == (tmp_path / "b/predictions.csv").read_bytes()
+    assert json.loads((tmp_path / "a/metrics.json").read_text())["images"] == 50
+
+
+TAR = str(data_path("shapes20") / "shapes20_img_val.tar")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["evaluate", "vit_shapes21", "--data", TAR], "vit_shapes21: no such model"),
+        (["evaluate", "vit_shapes20", "--data", "/nowhere"], "/nowhere"),
+        (["evaluate", "vit_shapes20", "--data", TAR, "--engine", "gpu"], "engine 'gpu': there is no such engine"),
+        (["evaluate", "vit_shapes20", "--data", TAR, "--precision", "int4"], "the eager engine has fp32, bf16"),
+        (["evaluate", "vit_shapes20", "--data", TAR, "--device-batch-size", "0"], "device_batch_size 0"),
+        (
+            ["evaluate", "vit_shapes20", "--data", TAR, "--weights", "/nowhere.pth"],
+            "/nowhere.pth: no such weights",
+        ),
+        (["evaluate", "resnet18", "--data", TAR, "--weights", "random"], "its 20 classes are not the 1000"),
+        (["extract", "--archives", "/nowhere"], "/nowhere"),
+        (["run", "99_nothing"], "99_nothing"),
+        (["run", "-p", "limit"], "NAME=VALUE"),
+        (["run", "-p", "limmit=3"], "limit"),
+        (["run", "--profile", "huge"], "smoke, bundled, imagenet"),
+        (["run", "--profile", "imagenet"], "--imagenet"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    assert main([*arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("vitdemo: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_busy_output_folder(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for arguments in (
+        ["evaluate", "vit_shapes20", "--data", TAR],
+        ["extract", "--archives", str(data_path("shapes20"))],
+    ):
+        assert main([*arguments, "--out", str(tmp_path)]) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def archives(tmp_path):
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for name in ("shapes20_img_val.tar", "shapes20_devkit.tar.gz"):
+        shutil.copy(data_path("shapes20") / name, folder)
+    return folder
+
+
+def test_damaged_bundled_archive_is_refused_by_its_checksum(capsys, archives, tmp_path):
+    tar = archives / "shapes20_img_val.tar"
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 1  # one bit, in the first image
+    tar.write_bytes(content)
+    command = ["extract", "--archives", str(archives), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "shapes20_img_val.tar: MD5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--unverified"]) == 0
+
+
+def test_truncated_bundled_archive(capsys, archives, tmp_path):
+    tar = archives / "shapes20_img_val.tar"
+    tar.write_bytes(tar.read_bytes()[:100_000])
+    for command in (["extract", "--archives", str(archives)], ["evaluate", "vit_shapes20", "--data", str(tar)]):
+        assert main([*command, "--out", str(tmp_path / "out")]) == 2
+        assert "truncated" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

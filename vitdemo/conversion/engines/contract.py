@@ -1,0 +1,85 @@
+"""What every engine promises, and the registry that finds the engines."""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+from vitdemo.conversion.models import Model, ModelInfo
+from vitdemo.errors import VitdemoError
+
+
+class EngineFailure(RuntimeError):
+    """An engine broke while running: the run it was part of is invalid."""
+
+
+class Engine(ABC):
+    """A model ready to run: ``engine(x: uint8[B, 3, H, W]) -> float32[B, C]``, both on the CPU, any B >= 1.
+
+    ``(x / 255 - mean) / std`` happens inside, in float32, before the cast to the engine's precision.
+
+    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions``, builds itself
+    in ``__init__`` (imports of its runtime go there) and answers ``_infer``.
+
+    name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
+    info: the model's. depth: how many submitted batches may be in flight.
+    """
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    depth = 1
+
+    def __init__(self, model: Model, precision: str, *, device: str, threads: int):
+        self.info: ModelInfo = model.info
+        self.precision = precision
+        self.device = device
+        self.threads = threads
+        self._worker: ThreadPoolExecutor | None = None
+
+    @abstractmethod
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, float32[B, C] on the CPU, of a checked uint8[B, 3, H, W]."""
+
+    @property
+    @abstractmethod
+    def precision_ran(self) -> dict[str, float]:
+        """The share of multiply-accumulates in each precision, as read back from the runtime."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
+        self._check(x)
+        return self._infer(x)
+
+    def submit(self, x: torch.Tensor) -> "Future[torch.Tensor]":
+        """Start one batch and return at once; ``x`` must stay untouched until the future is done."""
+        self._check(x)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.name}")
+        return self._worker.submit(self._infer, x)
+
+    def close(self) -> None:
+        """Wait for what is in flight and give threads back. The engine may be used again afterwards."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+            self._worker = None
+
+    def _check(self, x: torch.Tensor) -> None:
+        size = self.info.preprocessing.input_size
+        if x.dtype != torch.uint8 or x.device.type != "cpu" or x.ndim != 4 or len(x) == 0 or x.shape[1:] != size:
+            raise VitdemoError(
+                f"{self.name} engine: a batch is uint8[B >= 1, {', '.join(map(str, size))}] on the CPU, "
+                f"not {str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+            )
+
+
+@cache
+def find_engines() -> dict[str, type[Engine]]:
+    """Every engine in this folder by name. Imports no runtime, so it works whatever is installed."""
+    package = importlib.import_module("vitdemo.conversion.engines")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {cls.name: cls for cls in classes if issubclass(cls, Engine) and cls is not Engine}

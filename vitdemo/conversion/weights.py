@@ -1,0 +1,101 @@
+"""Weights from files and from timm's hub into a state dict for timm's module; nothing here executes a pickle."""
+
+import hashlib
+import os
+import pickle
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import nn
+
+from vitdemo.errors import VitdemoError
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
+
+    Raises VitdemoError for a missing or damaged file and for a pickle that holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VitdemoError(f"{path}: no such weights file; give a .safetensors or .pth file")
+    try:
+        return load_state_dict(str(path), use_ema=False, weights_only=True)
+    except pickle.UnpicklingError:
+        raise VitdemoError(f"{path}: not plain weights (a pickle with code, or damaged); give .safetensors") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, AttributeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); fetch or convert the file again") from None
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy ``state_dict`` into ``module``, every key exactly once and in its own shape.
+
+    Raises VitdemoError that names the first missing, extra or misshapen key; ``source`` names the weights in it.
+    """
+    own = module.state_dict()
+    wrong = (
+        [f"key {key} is missing" for key in own if key not in state_dict]
+        + [f"key {key} is not in this architecture" for key in state_dict if key not in own]
+        + [
+            f"key {key} has shape {tuple(state_dict[key].shape)} where {tuple(tensor.shape)} is needed"
+            for key, tensor in own.items()
+            if key in state_dict and state_dict[key].shape != tensor.shape
+        ]
+    )
+    if wrong:
+        more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+        raise VitdemoError(f"{source}: weights of another architecture: {wrong[0]}{more}")
+    module.load_state_dict(state_dict)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """sha256 over every tensor's name, dtype, shape and bytes: the same however the weights were stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def pretrained_file(repo_id: str) -> Path:
+    """The weights file of a hub repository, e.g. ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
+
+    Taken from the local Hugging Face cache, otherwise downloaded into it. Raises VitdemoError that says
+    how to bring the file when there is neither a network nor a cached copy.
+    """
+    cached = try_to_load_from_cache(repo_id, WEIGHTS_FILE)
+    if isinstance(cached, str):
+        return Path(cached)
+    offline = VitdemoError(
+        f"{repo_id}: its weights are not in the Hugging Face cache and the hub does not answer; on a machine with a "
+        f"network run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights "
+        "(or use weights=random for speed alone)"
+    )
+    if not hub_resolves():
+        raise offline
+    try:
+        return Path(hf_hub_download(repo_id, WEIGHTS_FILE))
+    except OSError:  # huggingface_hub's and httpx's connection errors among them
+        raise offline from None
+
+
+def hub_resolves() -> bool:
+    """Whether the hub's name resolves: asked first because a download retries for 45 s before it gives up."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,167 @@
+"""From a JPEG's bytes to the uint8 crop a model sees, and from samples to batches decoded ahead."""
+
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import pandas as pd
+import torch
+from PIL import ExifTags, Image
+from timm.data import create_transform
+
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.errors import VitdemoError
+
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+class UnreadableImage(Exception):
+    """One image that cannot be decoded; the message is the decoder's reason."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model's weights expect of an image, in timm's names (``timm.data.resolve_model_data_config``).
+
+    input_size: (3, H, W) in pixels. crop_pct: input side over resized side. crop_mode: "center" resizes
+    the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x W/crop_pct whatever the
+    aspect ratio (Hugging Face's way for ViT, with crop_pct 1). mean, std: per channel, of values in 0..1.
+    """
+
+    input_size: tuple[int, int, int]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        for field in ("input_size", "mean", "std"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, field) not in known:
+                raise VitdemoError(f"preprocessing: {field} {getattr(self, field)!r} is not one of {', '.join(known)}")
+        if len(self.input_size) != 3 or self.input_size[0] != 3:
+            raise VitdemoError(f"preprocessing: input_size {self.input_size} is not (3, height, width)")
+
+    def to_dict(self) -> dict:
+        """A dict that JSON can hold."""
+        return asdict(self)
+
+
+@lru_cache(maxsize=8)
+def _timm_transform(preprocessing: Preprocessing):
+    # With use_prefetcher timm ends in uint8 and leaves mean and std to the device, which is our contract too.
+    return create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
+
+
+def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """Decode with PIL and apply timm's evaluation transform: uint8[3, H, W], always RGB.
+
+    EXIF orientation is ignored, as in timm. Raises UnreadableImage.
+    """
+    try:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
+    except Exception as error:  # decoders raise a dozen types, and each means: this file cannot be read
+        reason = " ".join(str(error).split("<_io")[0].split()) or "no reason given"
+        raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
+
+
+def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
+    """What the files' headers say, without decoding: file, width and height in pixels, mode, bytes, EXIF.
+
+    A row an image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
+    than upright is asked for, "broken" where it cannot be read, "present" otherwise; ``mode``: PIL's, or
+    "unreadable".
+    """
+    rows = []
+    for index in range(len(data) if limit is None else min(limit, len(data))):
+        sample = data[index]
+        try:
+            with Image.open(io.BytesIO(sample.jpeg)) as image:
+                size, mode, exif = image.size, image.mode, _exif_state(image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            size, mode, exif = (0, 0), "unreadable", ""
+        row = {"file": sample.file, "width": size[0], "height": size[1], "mode": mode}
+        rows.append(row | {"bytes": len(sample.jpeg), "exif": exif})
+    return pd.DataFrame(rows)
+
+
+def _exif_state(image: Image.Image) -> str:
+    if "exif" not in image.info:
+        return ""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken block ends in whatever its bytes happen to break
+        return "broken"
+    return "present" if orientation == 1 else "rotated"
+
+
+@dataclass
+class Batch:
+    """Consecutive samples, decoded. ``start`` is the first one's index in the data set.
+
+    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason.
+    """
+
+    start: int
+    files: list[str]
+    wnids: list[str]
+    labels: list[int]
+    pixels: torch.Tensor
+    errors: list[str]
+
+
+def _load_into(pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing):
+    sample = data[index]
+    try:
+        pixels.copy_(reference_crop(sample.jpeg, preprocessing))
+        return sample.file, sample.wnid, sample.label, ""
+    except UnreadableImage as error:
+        pixels.zero_()
+        return sample.file, sample.wnid, sample.label, str(error)
+
+
+def prefetched_batches(
+    data: Sequence[Sample],
+    indices: range,
+    preprocessing: Preprocessing,
+    device_batch_size: int,
+    *,
+    workers: int = 2,
+    ahead: int = 2,
+) -> Iterator[Batch]:
+    """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
+
+    ``workers`` threads decode (PIL works outside Python's lock); at most ``ahead`` batches wait, so
+    memory does not grow with the data set. Closing the iterator stops the threads.
+    """
+    starts = iter(range(indices.start, indices.stop, device_batch_size))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting = deque()
+
+    def begin(start):
+        rows = range(start, min(start + device_batch_size, indices.stop))
+        pixels = torch.empty((len(rows), *preprocessing.input_size), dtype=torch.uint8)
+        futures = [pool.submit(_load_into, pixels[k], data, i, preprocessing) for k, i in enumerate(rows)]
+        return start, pixels, futures
+
+    try:
+        for start in starts:
+            waiting.append(begin(start))
+            if len(waiting) > ahead:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(start: int, pixels: torch.Tensor, futures: list) -> Batch:
+    files, wnids, labels, errors = map(list, zip(*(future.result() for future in futures), strict=True))
+    return Batch(start, files, wnids, labels, pixels, errors)

@@ -1,0 +1,229 @@
+"""evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
+
+import csv
+import io
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import binomtest
+from tqdm.auto import tqdm
+
+from vitdemo.conversion.engines.contract import Engine, EngineFailure
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.errors import VitdemoError
+from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, predict
+from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
+from vitdemo.paths import claim_folder, replacing
+
+PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
+
+
+@dataclass
+class Evaluation:
+    """rows: one an image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder."""
+
+    rows: pd.DataFrame
+    metrics: dict
+    out: Path | None
+
+    def __str__(self) -> str:
+        m = self.metrics
+        rate = f"{m['images_per_s']:.1f} images/s end to end" if m["images_per_s"] else "no image run in this session"
+        return (
+            f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {m['threads']} threads, "
+            f"device_batch_size {m['device_batch_size']}; {m['model']}, weights: {m['weights']}"
+        )
+
+    def _accuracy(self) -> str:
+        m = self.metrics
+        if m["weights"] == "random":
+            return "accuracy: not measured (random weights; give pretrained ones or a file)"
+        low, high = m["top1_ci95"]
+        unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""
+        counts = f"{m['correct']}/{m['images']}{unread}; 95 % interval {low:.1%} to {high:.1%}"
+        return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
+
+
+def evaluate(
+    engine: Engine,
+    data: ImageNetVal,
+    *,
+    device_batch_size: int = 8,
+    limit: int | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Run ``engine`` over the first ``limit`` images of ``data`` (all by default) in ascending file order.
+
+    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong.
+    With ``out``, the rows go to ``out/predictions.csv`` as they come, then ``metrics.json`` (see
+    ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on where an
+    interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure,
+    after writing ``"valid": false``, when the engine breaks.
+    """
+    _check_input(engine, data, device_batch_size, limit)
+    images = len(data) if limit is None else min(limit, len(data))
+    settings = _settings(engine, data, device_batch_size, images)
+    earlier = _claim(out, settings, resume, device_batch_size) if out is not None else []
+    out = Path(out) if out is not None else None
+    rows, phases, latencies_s, start = list(earlier), Phases(), [], now()
+    bar = tqdm(total=images, initial=len(rows), unit="image", disable=not progress, desc="evaluate")
+    predictions = open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
+    try:
+        with predictions as file, bar:
+            todo = range(len(rows), images)
+            options = dict(device_batch_size=device_batch_size, workers=cores())
+            for batch_rows in predict(engine, data, todo, **options, phases=phases, latencies_s=latencies_s):
+                with phases("write"):
+                    rows += batch_rows
+                    if file:
+                        file.write(_csv_lines(batch_rows))
+                        file.flush()
+                    bar.update(len(batch_rows))
+    except EngineFailure as failure:
+        if out:
+            _write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(rows)})
+        raise
+    wall_s = now() - start
+    if [row["file"] for row in rows] != data.files[:images]:
+        raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
+    metrics = summarise(rows, settings, engine, len(rows) - len(earlier), wall_s, phases, latencies_s)
+    if out:
+        _write_json(out / METRICS, metrics)
+    return Evaluation(_frame(rows), metrics, out)
+
+
+def summarise(
+    rows: list[dict], settings: dict, engine: Engine, session_images: int, wall_s: float, phases: Phases, latencies_s
+) -> dict:
+    """The metrics of a run.
+
+    - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
+      an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
+      Wilson score intervals (Wilson 1927) as ``*_ci95``.
+    - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
+      row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
+    - ``load_s``, ``compute_s``, ``write_s``: how long the loop waited for decoded batches, waited for the engine,
+      and wrote rows. Decoding runs beside computing, so a small ``load_s`` means decoding was hidden, not free.
+    - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one.
+    - ``peak_memory_bytes``: this process's largest resident size so far.
+    """
+    images = len(rows)
+    correct = sum(row["correct"] for row in rows)
+    correct_top5 = sum(row["label"] in [row.get(name) for name in PREDICTED] for row in rows)
+    return {
+        "valid": True,
+        "model": engine.info.tag,
+        "weights": engine.info.weights,
+        **{key: settings[key] for key in ("engine", "precision", "device", "threads", "device_batch_size")},
+        "precision_ran": engine.precision_ran,
+        "images": images,
+        "correct": correct,
+        "correct_top5": correct_top5,
+        "errors": sum(bool(row["error"]) for row in rows),
+        "top1": correct / images,
+        "top1_ci95": wilson_interval(correct, images),
+        "top5": correct_top5 / images,
+        "top5_ci95": wilson_interval(correct_top5, images),
+        "session_images": session_images,
+        "wall_s": wall_s,
+        "images_per_s": session_images / wall_s if session_images else None,
+        **{f"{name}_s": phases.seconds.get(name, 0.0) for name in ("load", "compute", "write")},
+        "first_batch_ms": round(latencies_s[0] * 1e3, 3) if latencies_s else None,
+        "latency_ms": percentiles_ms(latencies_s[1:]),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def wilson_interval(correct: int, images: int) -> list[float]:
+    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
+    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, limit: int | None) -> None:
+    for name, value in (("device_batch_size", device_batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise VitdemoError(f"{name} {value}: must be at least 1")
+    if engine.info.classes is None:
+        raise VitdemoError(
+            f"{engine.info.tag}: nobody said which class each output is; give Model.from_module classes="
+        )
+    if list(engine.info.classes) != list(data.classes):
+        raise VitdemoError(
+            f"{data.path}: its {len(data.classes)} classes are not the {len(engine.info.classes)} that "
+            f"{engine.info.tag} was made for, so no accuracy could be right; take the data set of that model"
+        )
+
+
+def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images: int) -> dict:
+    """All that shapes the predictions: a run may be resumed only under the very same."""
+    return {
+        "model": engine.info.to_dict() | {"classes": len(engine.info.classes)},
+        "engine": engine.name,
+        "precision": engine.precision,
+        "device": engine.device,
+        "threads": engine.threads,
+        "device_batch_size": device_batch_size,
+        "images": images,
+        "data_fingerprint": data.fingerprint,
+        "input_path": "reference",
+    }
+
+
+def _claim(out: Path | str, settings: dict, resume: bool, device_batch_size: int) -> list[dict]:
+    """Take ``out`` for this run; the rows that an interrupted run left there, in whole batches."""
+    out, settings = Path(out), json.loads(json.dumps(settings))
+    if not resume or not out.exists() or not any(out.iterdir()):
+        claim_folder(out)
+        _write_json(out / RUN, {"settings": settings, "machine": machine_record()})
+        (out / PREDICTIONS).write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+        return []
+    try:
+        before = json.loads((out / RUN).read_text(encoding="utf-8"))["settings"]
+        lines = (out / PREDICTIONS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError, KeyError):
+        raise VitdemoError(
+            f"{out}: holds no run to resume ({RUN}, {PREDICTIONS}); give another output folder"
+        ) from None
+    different = [key for key in settings if before.get(key) != settings[key]]
+    if different:
+        raise VitdemoError(
+            f"{out}: was run with another {', '.join(different)}; give the same, or another output folder"
+        )
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # torn by the interruption
+    rows = [_parsed(row) for row in csv.DictReader(lines)]
+    if len(rows) < settings["images"]:
+        # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
+        rows = rows[: len(rows) // device_batch_size * device_batch_size]
+    with replacing(out / PREDICTIONS) as file:
+        file.write(",".join(COLUMNS) + "\n" + _csv_lines(rows))
+    return rows
+
+
+def _csv_lines(rows: list[dict]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _parsed(row: dict) -> dict:
+    """A row of predictions.csv as ``predict`` made it."""
+    integers = {name: int(row[name]) for name in ("label", "correct", *PREDICTED) if row[name]}
+    return {name: value for name, value in row.items() if value or name == "error"} | integers
+
+
+def _frame(rows: list[dict]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return frame.astype({name: "Int64" for name in PREDICTED} | {name: "float64" for name in PROBABILITY})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with replacing(path) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")

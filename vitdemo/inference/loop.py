@@ -1,0 +1,106 @@
+"""One engine over a range of samples: a row an image, in order, decoding and computing overlapped."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from vitdemo.conversion.engines.contract import Engine, EngineFailure
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.images import Batch, prefetched_batches
+from vitdemo.measure.clock import Phases, now
+
+TOP = 5
+PREDICTED = [f"predicted_{k}" for k in range(1, TOP + 1)]
+PROBABILITY = [f"probability_{k}" for k in range(1, TOP + 1)]
+COLUMNS = ["file", "label", "wnid", *PREDICTED, *PROBABILITY, "correct", "error"]
+
+
+@dataclass
+class InFlight:
+    """A batch that the engine has been given, and when it was given and finished (``now()`` seconds)."""
+
+    batch: Batch
+    future: Future
+    submitted: float
+    finished: float | None = None
+
+    def __post_init__(self):
+        self.future.add_done_callback(lambda _: setattr(self, "finished", now()))
+
+
+def predict(
+    engine: Engine,
+    data: Sequence[Sample],
+    indices: range,
+    *,
+    device_batch_size: int,
+    workers: int,
+    phases: Phases,
+    latencies_s: list[float],
+) -> Iterator[list[dict]]:
+    """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, a list a batch, in order.
+
+    Batches start at ``indices.start`` and are ``device_batch_size`` long, the last one as long as what is
+    left. Adds the seconds this thread waited to ``phases`` ("load" for decoded batches, "compute" for the
+    engine) and each batch's seconds from submission to logits to ``latencies_s``. Raises EngineFailure when
+    the engine raises or its logits are not finite float32[B, C].
+    """
+    in_flight: deque[InFlight] = deque()
+    batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, workers=workers)
+
+    def finish() -> tuple[Batch, torch.Tensor]:
+        oldest = in_flight.popleft()
+        with phases("compute"):
+            logits = _logits(engine, oldest.batch, oldest.future)
+        # A future wakes its waiter just before it calls back: not called back yet means finished right now.
+        latencies_s.append((oldest.finished or now()) - oldest.submitted)
+        return oldest.batch, logits
+
+    try:
+        while True:
+            with phases("load"):
+                batch = next(batches, None)
+            # The engine gets its next batch before the last one's rows are made: it never waits for Python.
+            done = finish() if in_flight and (batch is None or len(in_flight) == engine.depth) else None
+            if batch is not None:
+                submitted = now()
+                in_flight.append(InFlight(batch, engine.submit(batch.pixels), submitted))
+            if done:
+                yield _rows(*done)
+            elif batch is None:
+                return
+    finally:
+        batches.close()
+        engine.close()
+
+
+def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
+    try:
+        logits = future.result()
+    except Exception as error:
+        raise EngineFailure(f"the {engine.name} engine failed at {batch.files[0]}: {error}") from error
+    shape_ok = logits.dtype == torch.float32 and logits.ndim == 2 and len(logits) == len(batch.files)
+    if not shape_ok or not torch.isfinite(logits).all():
+        raise EngineFailure(
+            f"the {engine.name} engine gave logits that are not finite float32[B, C] at {batch.files[0]}"
+        )
+    return logits
+
+
+def _rows(batch: Batch, logits: torch.Tensor) -> list[dict]:
+    """One row an image. Equal logits rank by class index, so that a tie is broken the same way everywhere."""
+    probabilities, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    rows = []
+    for k, (file, wnid, label, error) in enumerate(
+        zip(batch.files, batch.wnids, batch.labels, batch.errors, strict=True)
+    ):
+        row = {"file": file, "label": label, "wnid": wnid, "correct": 0, "error": error}
+        if not error:
+            row |= dict(zip(PREDICTED, classes[k, :TOP].tolist(), strict=False))
+            row |= {name: f"{p:.6f}" for name, p in zip(PROBABILITY, probabilities[k, :TOP].tolist(), strict=False)}
+            row["correct"] = int(row["predicted_1"] == label)
+        rows.append(row)
+    return rows

@@ -1,0 +1,70 @@
+"""Figures of an evaluation: predictions, mistakes, accuracy by class, where the time went."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.plots import picture_grid, thumbnail
+from vitdemo.inference.evaluation import Evaluation, wilson_interval
+
+RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
+
+
+def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
+    """The images at ``indices``, each with its prediction, its probability and, where wrong, the true class."""
+    names, captions, colors = data.class_names, [], []
+    for _, row in evaluation.rows.iloc[list(indices)].iterrows():
+        truth = names[row["label"]]
+        guess = "unreadable" if row["error"] else f"{names[row['predicted_1']]} {row['probability_1']:.0%}"
+        captions.append(f"✓ {guess}" if row["correct"] else f"✗ {guess}\nis: {truth}")
+        colors.append(RIGHT if row["correct"] else WRONG)
+    return picture_grid([thumbnail(data[i].jpeg) for i in indices], captions, columns, colors)
+
+
+def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) -> Figure:
+    """The ``count`` wrong answers given with the highest probability."""
+    rows = evaluation.rows
+    wrong = rows[(rows["correct"] == 0) & (rows["error"] == "")].nlargest(count, "probability_1")
+    if wrong.empty:
+        figure = plt.figure(figsize=(4, 1))
+        figure.text(0.5, 0.5, f"no mistakes in {len(rows)} images", ha="center", va="center")
+        return figure
+    return plot_predictions(evaluation, data, wrong.index, columns=5)
+
+
+def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
+    """Top-1 of every class that has images, with 95 % Wilson intervals, the worst first (at most 40)."""
+    by_class = evaluation.rows.groupby("label")["correct"].agg(["sum", "count"])
+    by_class["top1"] = by_class["sum"] / by_class["count"]
+    worst = by_class.sort_values(["top1", "count"])[:40]
+    intervals = pd.DataFrame(
+        [wilson_interval(int(c), int(n)) for c, n in zip(worst["sum"], worst["count"], strict=True)]
+    )
+    figure, ax = plt.subplots(figsize=(9, 0.6 + 0.24 * len(worst)), layout="constrained")
+    y = range(len(worst))
+    ax.barh(y, worst["top1"] * 100, color=RIGHT, height=0.7)
+    ax.hlines(y, intervals[0] * 100, intervals[1] * 100, color="black", linewidth=1)
+    ax.set_yticks(y, [f"{data.class_names[label]} ({n})" for label, n in worst["count"].items()], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(evaluation.metrics["top1"] * 100, color=WRONG, linestyle="--", label="all classes")
+    ax.set(xlabel="top-1 in % (line: 95 % interval; in brackets: images)", xlim=(0, 100))
+    ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def plot_time(evaluation: Evaluation) -> Figure:
+    """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest."""
+    m = evaluation.metrics
+    parts = {"waiting for images": m["load_s"], "waiting for the engine": m["compute_s"], "writing rows": m["write_s"]}
+    parts["the rest"] = max(0.0, m["wall_s"] - sum(parts.values()))
+    figure, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
+    left = 0.0
+    for (name, seconds), color in zip(parts.items(), ("#E69F00", RIGHT, "#009E73", GREY), strict=True):
+        ax.barh(0, seconds, left=left, color=color, edgecolor="white", label=f"{name}: {seconds:.2f} s")
+        left += seconds
+    ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s")
+    ax.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
+    return figure

@@ -1,0 +1,104 @@
+"""Timers, phases, percentiles, this process's memory, and the machine's record."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from importlib import metadata
+
+import numpy as np
+
+now = time.perf_counter
+
+
+class Phases:
+    """Seconds spent in named parts of one thread's work.
+
+    ``with phases("load"): …`` adds the block's wall time to ``phases.seconds["load"]``. Phases are
+    not nested, so their sum is at most the thread's wall time.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
+
+
+def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
+    """p50, p90, p99 and mean in milliseconds, and the count they rest on.
+
+    ``seconds``: durations in seconds. Empty input gives ``{"count": 0}``.
+    """
+    values = np.asarray(list(seconds), dtype=np.float64) * 1e3
+    if not len(values):
+        return {"count": 0}
+    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    rounded = {name: round(float(v), 3) for name, v in dict(p50=p50, p90=p90, p99=p99, mean=values.mean()).items()}
+    return {"count": len(values), **rounded}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, in bytes (getrusage)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _proc_field(path: str, name: str) -> str | None:
+    try:
+        with open(path) as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), None)
+    except OSError:
+        return None
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a distribution, or None; imports nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine_record() -> dict:
+    """What a number was measured on: processor, cores, memory, instruction set, versions, GPU.
+
+    A plain dict that JSON can hold; it goes beside every result.
+    """
+    import torch
+
+    return {
+        "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: installed_version(name) for name in ("vitdemo", "torch", "torchvision", "timm", "pillow")},
+    }
+
+
+def describe_machine(record: dict) -> str:
+    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512, no GPU, torch 2.15.0``."""
+    memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
+    parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], record["gpu"] or "no GPU"]
+    return ", ".join([*parts, f"torch {record['versions']['torch']}"])
