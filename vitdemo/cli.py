@@ -31,7 +31,7 @@ def _run(args) -> int:
 
 
 def _extract(args) -> int:
-    from vitdemo.dataset.imagenet import extract
+    from vitdemo.dataset.extraction import extract
 
     data = extract(args.archives, args.out, unverified=args.unverified)
     print(f"{len(data)} images of {len(data.classes)} classes in {args.out}")

@@ -145,3 +145,14 @@ def test_closing_early_stops_the_threads():
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_broken_exif_is_found_and_harms_nothing(shapes20):
+    facts = image_facts(shapes20)
+    (broken,) = facts.index[facts["exif"] == "broken"]
+    assert reference_crop(shapes20[broken].jpeg, CENTER).float().std() > 1
+
+
+def test_facts_of_an_unreadable_file():
+    facts = image_facts([Sample("a", b"no image", "n90000001", 0)])
+    assert facts["mode"].tolist() == ["unreadable"] and facts["width"].tolist() == [0]

@@ -1,6 +1,7 @@
 """From a JPEG's bytes to the uint8 crop a model sees, and from samples to batches decoded ahead."""
 
 import io
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+
+# EXIF is ignored here, so that a broken block is no news to somebody who evaluates 50,000 images.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 
 class UnreadableImage(Exception):
@@ -96,8 +100,10 @@ def _exif_state(image: Image.Image) -> str:
     if "exif" not in image.info:
         return ""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken block ends in whatever its bytes happen to break
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PIL warns of a broken block and reads on as if it were empty
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # or it ends in whatever the block's bytes happen to break
         return "broken"
     return "present" if orientation == 1 else "rotated"
 

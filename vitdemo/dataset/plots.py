@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import Preprocessing, reference_crop
@@ -17,10 +17,14 @@ THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs woul
 
 
 def thumbnail(jpeg: bytes) -> Image.Image:
-    """The picture as RGB, its longer side at most 240 px."""
+    """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up."""
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+    return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
+
+
+def short_names(data: ImageNetVal) -> list[str]:
+    """The first synonym of each class's name, by label: what fits under a picture."""
+    return [name.split(",")[0] for name in data.class_names]
 
 
 def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
@@ -40,8 +44,8 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
 
 def plot_gallery(data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
     """The images at ``indices`` with their class names."""
-    samples = [data[i] for i in indices]
-    return picture_grid([thumbnail(s.jpeg) for s in samples], [data.class_names[s.label] for s in samples], columns)
+    names, samples = short_names(data), [data[i] for i in indices]
+    return picture_grid([thumbnail(s.jpeg) for s in samples], [names[s.label] for s in samples], columns)
 
 
 def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
@@ -65,7 +69,7 @@ def plot_class_histogram(data: ImageNetVal) -> Figure:
     )
     if len(counts) <= 30:
         ax.set_xticks(range(len(counts)))
-        ax.set_xticklabels(data.class_names, rotation=60, ha="right", fontsize=8)
+        ax.set_xticklabels(short_names(data), rotation=60, ha="right", fontsize=8)
         ax.set_xlabel("class, in the order of the wnids")
     return figure
 
