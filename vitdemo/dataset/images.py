@@ -87,25 +87,24 @@ def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFram
     for index in range(len(data) if limit is None else min(limit, len(data))):
         sample = data[index]
         try:
-            with Image.open(io.BytesIO(sample.jpeg)) as image:
-                size, mode, exif = image.size, image.mode, _exif_state(image)
+            (width, height), mode, exif = _read_header(sample.jpeg)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            size, mode, exif = (0, 0), "unreadable", ""
-        row = {"file": sample.file, "width": size[0], "height": size[1], "mode": mode}
+            (width, height), mode, exif = (0, 0), "unreadable", ""
+        row = {"file": sample.file, "width": width, "height": height, "mode": mode}
         rows.append(row | {"bytes": len(sample.jpeg), "exif": exif})
     return pd.DataFrame(rows)
 
 
-def _exif_state(image: Image.Image) -> str:
-    if "exif" not in image.info:
-        return ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PIL warns of a broken block and reads on as if it were empty
+def _read_header(jpeg: bytes) -> tuple[tuple[int, int], str, str]:
+    """Size, mode and EXIF state."""
+    with warnings.catch_warnings(record=True) as warned:  # all that PIL says of a broken EXIF block is a warning
+        warnings.simplefilter("always")
+        with Image.open(io.BytesIO(jpeg)) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # or it ends in whatever the block's bytes happen to break
-        return "broken"
-    return "present" if orientation == 1 else "rotated"
+            has_exif = "exif" in image.info
+    if any("EXIF" in str(warning.message) for warning in warned):
+        return image.size, image.mode, "broken"
+    return image.size, image.mode, ("rotated" if orientation != 1 else "present" if has_exif else "")
 
 
 @dataclass

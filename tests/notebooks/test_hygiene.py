@@ -1,0 +1,123 @@
+"""Each notebook as it stands in git: the anatomy of a lesson, and nothing that only one machine has."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import vitdemo
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+MOST_LINES = 15
+SECTIONS = ["## Exercise", "## If something went wrong", "## Summary"]
+PROMISES = ["You will learn", "You need", "It takes"]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS, "notebooks/ is empty, so nothing below was checked"
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=nbformat.NO_CONVERT)
+
+
+def tagged(notebook, tag: str) -> list:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(notebook) -> str:
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def python_of(cell) -> ast.Module:
+    """The cell's syntax tree; IPython's magics and shell lines, which Python cannot parse, left out."""
+    return ast.parse("\n".join("" if line.lstrip()[:1] in "%!" else line for line in cell.source.splitlines()))
+
+
+def test_is_a_valid_notebook_with_cell_ids(notebook):
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
+    nbformat.validate(notebook)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+def test_keeps_its_kernelspec_and_nothing_of_a_session(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
+    for cell in code_cells(notebook):
+        assert cell.outputs == [] and cell.execution_count is None, cell.source
+
+
+def test_has_one_cell_of_literal_parameters_with_a_comment_each(notebook):
+    (cell,) = tagged(notebook, "parameters")
+    lines = cell.source.splitlines()
+    names = []
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+        names.append(statement.targets[0].id)
+        assert re.search(r"\s#\s*\S", lines[statement.end_lineno - 1]), f"{names[-1]} has no comment behind it"
+    assert "out" in names and len(set(names)) == len(names)
+
+
+def test_says_what_it_leaves_behind(notebook):
+    said = notebook.metadata.vitdemo
+    assert said.artefacts and all(isinstance(name, str) and not name.startswith("/") for name in said.artefacts)
+    assert isinstance(said.get("min_images", 0), int)
+    assert isinstance(said.get("needs", []), list)
+    assert set(said) <= {"artefacts", "min_images", "needs"}, "a misspelt key would be ignored"
+
+
+def test_begins_with_a_question_and_what_it_promises(notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"# .+\?$", first.source.splitlines()[0]), "the title is a question"
+    opening = text_of(notebook).split("\n## ")[0]
+    assert [promise for promise in PROMISES if promise not in opening] == []
+
+
+def test_has_the_sections_of_a_lesson_in_order(notebook):
+    headings = re.findall(r"^#{1,6} .+$", text_of(notebook), re.MULTILINE)
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+    assert sum(heading.startswith("# ") for heading in headings) == 1, "one title"
+
+
+def test_the_exercise_has_a_solution_below_it(notebook):
+    sources = [cell.source for cell in notebook.cells]
+    exercise = next(i for i, source in enumerate(sources) if re.search(r"^## Exercise$", source, re.MULTILINE))
+    solutions = tagged(notebook, "solution")
+    assert solutions and all(cell.cell_type == "code" for cell in solutions)
+    assert min(notebook.cells.index(cell) for cell in solutions) > exercise
+
+
+def test_its_code_cells_are_short(notebook):
+    for cell in code_cells(notebook):
+        if not {"parameters", "solution"} & set(cell.metadata.get("tags", [])):
+            lines = [line for line in cell.source.splitlines() if line.strip()]
+            assert 1 <= len(lines) <= MOST_LINES, cell.source
+
+
+def test_names_no_absolute_path(notebook):
+    for cell in code_cells(notebook):
+        texts = [node.value for node in ast.walk(python_of(cell)) if isinstance(node, ast.Constant)]
+        absolute = [text for text in texts if isinstance(text, str) and re.match(r"[/~]\w|[A-Za-z]:[\\/]", text)]
+        assert absolute == [], cell.source
+    links = re.findall(r"\]\((?:/|file:|~)[^)]*\)", text_of(notebook))
+    assert links == []
+
+
+def test_takes_from_vitdemo_what_its_front_shows(notebook):
+    for cell in code_cells(notebook):
+        for node in ast.walk(python_of(cell)):
+            if isinstance(node, ast.Import):
+                assert not [name.name for name in node.names if name.name.startswith("vitdemo.")], cell.source
+            elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "vitdemo":
+                assert node.module == "vitdemo", cell.source
+                assert [name.name for name in node.names if name.name not in vitdemo.__all__] == [], cell.source

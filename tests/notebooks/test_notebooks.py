@@ -1,0 +1,49 @@
+"""The course itself, headless, under the profile `smoke`: every notebook, its artefacts and the report."""
+
+import csv
+import json
+
+import nbformat
+import pytest
+
+from vitdemo.paths import REPOSITORY
+from vitdemo.runs import run_notebooks
+from vitdemo.runs.plan import read_notebook
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_leaves_its_artefacts(report, path):
+    result = next(result for result in report.notebooks if result.name == path.stem)
+    assert result.status == "ok", result.error
+    notebook, out = read_notebook(path), report.index.parent
+    for artefact in notebook.artefacts:
+        assert (out / path.stem / artefact).stat().st_size > 0
+    executed = nbformat.read(out / f"{path.stem}.ipynb", as_version=4)
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code" and cell.source)
+    figures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert figures, "no figure was drawn"
+
+
+@pytest.mark.parametrize("name, folder", [("00_tour", "evaluation"), ("03_single_device", "bf16")])
+def test_evaluations_in_notebooks_count_every_image(report, name, folder):
+    out = report.index.parent / name / folder
+    metrics = json.loads((out / "metrics.json").read_text())
+    with open(out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == metrics["images"] == 96
+    assert metrics["top1"] == sum(int(row["correct"]) for row in rows) / 96 > 0.7
+
+
+def test_report_shows_every_notebook_with_accuracy_beside_speed(report):
+    assert report.ok
+    html = report.index.read_text()
+    for path in NOTEBOOKS:
+        assert f"{path.stem}.html" in html and (report.index.parent / f"{path.stem}.html").exists()
+    assert "top-1" in str(report) and "images/s" in str(report)

@@ -1,0 +1,15 @@
+"""Notebooks executed as tests: plan (which, with what), kernels (run one), runner (the verb), report (HTML).
+
+Imported at first use, because `vitdemo doctor` has to list the notebooks also where papermill is missing.
+"""
+
+from importlib import import_module
+
+_HOME = {"choose_notebooks": "plan", "parse_parameter": "plan", "RunReport": "runner", "run_notebooks": "runner"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitdemo.runs' has no attribute {name!r}")
+    return getattr(import_module(f"vitdemo.runs.{_HOME[name]}"), name)

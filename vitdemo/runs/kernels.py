@@ -1,0 +1,132 @@
+"""One notebook, executed by papermill in a kernel of this interpreter that leaves no process behind."""
+
+import logging
+import shutil
+import signal
+import sys
+import uuid
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import papermill
+import psutil
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+from nbclient.exceptions import CellTimeoutError
+from papermill.exceptions import PapermillExecutionError
+
+from vitdemo.runs.plan import Notebook, heading
+
+CELL_TIMEOUT_S = 600  # a cell of the course takes a minute or two at most: after ten it hangs
+KERNEL_START_S = 120  # a cold disk and a busy machine
+LAST_OUTPUT_S = 60  # papermill's 4 s for a finished cell's last output are too few on a loaded machine
+
+# Every process that descends from our kernels carries this in its environment: a process group would miss
+# what starts its own session, a list of children what has lost its parent (Ray's daemons do both).
+MARK = "VITDEMO_RUN"
+TOKEN = uuid.uuid4().hex
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of the running interpreter, whatever the machine's kernelspec "python3" starts."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        # The kernel's own log would write across the progress line; what a cell raises comes back anyway.
+        quiet = get_kernel_dict(extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        return KernelSpec(resource_dir=RESOURCES, env={MARK: TOKEN}, **quiet)
+
+
+class Progress:
+    """Says on stderr which cell runs: on a terminal in one line, elsewhere in a line for each heading."""
+
+    def __init__(self, label: str, notebook_cells: int):
+        self.label, self.cells, self.cell, self.heading = label, notebook_cells, 0, ""
+        self.terminal = sys.stderr.isatty()
+
+    def cell_start(self, cell, cell_index: int) -> None:
+        """papermill's hook, called before each cell, also the markdown ones."""
+        found = heading(cell)
+        is_code = cell.cell_type == "code"
+        self.cell += is_code
+        if found:
+            self.heading = found
+        if (is_code and self.terminal) or found:
+            self.show(f"cell {self.cell if is_code else self.cell + 1}/{self.cells}  {self.heading}")
+
+    def show(self, text: str) -> None:
+        line = f"{self.label}  {text}"
+        if self.terminal:
+            line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        print(line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self, text: str) -> None:
+        """The notebook's last line, which stays."""
+        print(("\r\x1b[K" if self.terminal else "") + f"{self.label}  {text}", file=sys.stderr, flush=True)
+
+
+def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], progress: Progress) -> str:
+    """Run every cell of ``notebook`` into the file ``executed``; "" or, in one line, what went wrong where.
+
+    ``executed`` holds what was done at any time, also after a KeyboardInterrupt. No process that a cell
+    started is left, whatever happens.
+    """
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the line returned here says it already
+    try:
+        done = papermill.execute_notebook(
+            notebook.path,
+            executed,
+            parameters,
+            cwd=notebook.path.parent,
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=OwnKernel,
+            progress_bar=False,
+            on_cell_start=progress.cell_start,
+            start_timeout=KERNEL_START_S,
+            execution_timeout=CELL_TIMEOUT_S,
+            iopub_timeout=LAST_OUTPUT_S,
+        )
+    except PapermillExecutionError as error:
+        what = error.evalue.strip().splitlines() or [""]
+        return f"cell {progress.cell}: {error.ename}: {what[-1]}"
+    except CellTimeoutError as error:
+        return f"cell {progress.cell}: {str(error).splitlines()[0]}"
+    except RuntimeError as error:  # the kernel died, or never came up
+        return f"cell {progress.cell}: {error} (out of memory?)"
+    finally:
+        end_processes()
+    # papermill takes sys.exit(0) for success and leaves the cells below unexecuted.
+    return f"cell {progress.cell}: left early by SystemExit" if done.metadata.papermill.exception else ""
+
+
+def end_processes() -> None:
+    """Kill whatever our kernels started that still lives; twice, for what was being started meanwhile."""
+    for _ in range(2):
+        alive = [process for process in psutil.process_iter() if _is_ours(process)]
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get(MARK) == TOKEN
+    except (psutil.Error, OSError):  # gone, a zombie, or another user's
+        return False
+
+
+@contextmanager
+def terminate_as_interrupt():
+    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does: both end in the same clean-up."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
