@@ -73,3 +73,10 @@ def replacing(path: Path | str, mode: str = "w"):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove the temporary files that ``replacing`` left in ``folder`` for ``names`` when its process was killed."""
+    for name in names:
+        for path in folder.glob(f".{name}.*.part"):
+            path.unlink(missing_ok=True)

@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import random
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -209,3 +213,42 @@ def test_wilson_interval_is_the_published_formula():
         centre = (p + z * z / (2 * images)) / (1 + z * z / images)
         half = z / (1 + z * z / images) * (p * (1 - p) / images + z * z / (4 * images * images)) ** 0.5
         assert wilson_interval(correct, images) == pytest.approx([centre - half, centre + half], abs=1e-12)
+
+
+def kill_and_resume(tmp_path, evaluation, kills: int, seed: int) -> None:
+    """Kill ``vitdemo evaluate`` with SIGKILL at random moments after its folder appears, then let it finish."""
+    out, moments = tmp_path / "out", random.Random(seed)
+    data, options = str(data_path("shapes20")), ["--limit", "101", "--resume", "--out", str(out)]
+    command = [sys.executable, "-m", "vitdemo.cli", "evaluate", "vit_shapes20", "--data", data, *options]
+    for _ in range(kills):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not out.exists():
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.3) if moments.random() < 0.5 else moments.uniform(5, 9))
+            process.kill()
+    subprocess.run(command, check=True, capture_output=True)
+    assert (out / "predictions.csv").read_bytes() == (evaluation.out / "predictions.csv").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.csv", "run.json"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["valid"] and metrics["correct"] == evaluation.metrics["correct"]
+
+
+def test_killed_run_resumes_to_the_same_file(tmp_path, evaluation):
+    kill_and_resume(tmp_path, evaluation, kills=2, seed=0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(10))
+def test_run_killed_five_times_resumes_to_the_same_file(tmp_path, evaluation, seed):
+    kill_and_resume(tmp_path, evaluation, kills=5, seed=seed + 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_whole_set_from_the_tar_and_extracted_is_the_same(vit_shapes20, shapes20, tmp_path, precision):
+    engine = convert(vit_shapes20, "eager", precision)
+    folder = extract(data_path("shapes20"), tmp_path / "extracted", progress=False)
+    runs = [evaluate(engine, data, out=tmp_path / data.source, progress=False) for data in (shapes20, folder)]
+    assert len({(run.out / "predictions.csv").read_bytes() for run in runs}) == 1
+    assert [run.metrics["images"] for run in runs] == [1000, 1000]
+    assert 0.85 <= runs[0].metrics["top1"] <= 0.97

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vitdemo.dataset.imagenet import (
     val_tar,
 )
 from vitdemo.errors import VitdemoError
-from vitdemo.paths import replacing
+from vitdemo.paths import remove_leftovers, replacing
 
 OFFICIAL_IMAGES, OFFICIAL_IMAGES_PER_CLASS = 50_000, 50
 
@@ -90,15 +89,13 @@ def _check_official(data: ImageNetVal) -> None:
 def _claim(out: Path, record: dict, devkit: Devkit) -> None:
     """Make ``out`` the place of this extraction; VitdemoError when it holds anything else."""
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out, "extraction.json", "classes.csv")
     names = {entry.name for entry in out.iterdir()}
-    leftovers = {name for name in names if re.fullmatch(r"\.(extraction\.json|classes\.csv)\.\d+\.part", name)}
-    foreign = names - leftovers - {"val", "val" + PART, "classes.csv", "extraction.json"}
+    foreign = names - {"val", "val" + PART, "classes.csv", "extraction.json"}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
-    if names - leftovers and read_record(out) != record:
+    if names and read_record(out) != record:
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
-    for name in leftovers:  # of a run that was killed in these very lines
-        (out / name).unlink()
     with replacing(out / "extraction.json") as file:
         json.dump(record, file, indent=2)
     with replacing(out / "classes.csv") as file:

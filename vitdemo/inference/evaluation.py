@@ -16,7 +16,7 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, predict
 from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
-from vitdemo.paths import claim_folder, replacing
+from vitdemo.paths import claim_folder, remove_leftovers, replacing
 
 PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 
@@ -178,32 +178,35 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images:
 def _claim(out: Path | str, settings: dict, resume: bool, device_batch_size: int) -> list[dict]:
     """Take ``out`` for this run; the rows that an interrupted run left there, in whole batches."""
     out, settings = Path(out), json.loads(json.dumps(settings))
+    if out.is_dir():
+        remove_leftovers(out, RUN, PREDICTIONS, METRICS)
     if not resume or not out.exists() or not any(out.iterdir()):
         claim_folder(out)
         _write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-        (out / PREDICTIONS).write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+        _write_rows(out / PREDICTIONS, [])
         return []
     try:
         before = json.loads((out / RUN).read_text(encoding="utf-8"))["settings"]
-        lines = (out / PREDICTIONS).read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, ValueError, KeyError):
-        raise VitdemoError(
-            f"{out}: holds no run to resume ({RUN}, {PREDICTIONS}); give another output folder"
-        ) from None
+        text = (out / PREDICTIONS).read_text(encoding="utf-8") if (out / PREDICTIONS).exists() else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        raise VitdemoError(f"{out / RUN}: no run to resume here; give another output folder") from None
     different = [key for key in settings if before.get(key) != settings[key]]
     if different:
         raise VitdemoError(
             f"{out}: was run with another {', '.join(different)}; give the same, or another output folder"
         )
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # torn by the interruption
-    rows = [_parsed(row) for row in csv.DictReader(lines)]
+    whole_lines = text[: text.rfind("\n") + 1]  # the last one may be torn by the interruption
+    rows = [_parsed(row) for row in csv.DictReader(io.StringIO(whole_lines))]
     if len(rows) < settings["images"]:
         # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
         rows = rows[: len(rows) // device_batch_size * device_batch_size]
-    with replacing(out / PREDICTIONS) as file:
-        file.write(",".join(COLUMNS) + "\n" + _csv_lines(rows))
+    _write_rows(out / PREDICTIONS, rows)
     return rows
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    with replacing(path) as file:
+        file.write(",".join(COLUMNS) + "\n" + _csv_lines(rows))
 
 
 def _csv_lines(rows: list[dict]) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.dataset.plots import picture_grid, thumbnail
+from vitdemo.dataset.plots import picture_grid, short_names, thumbnail
 from vitdemo.inference.evaluation import Evaluation, wilson_interval
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
@@ -15,7 +15,7 @@ RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette,
 
 def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
     """The images at ``indices``, each with its prediction, its probability and, where wrong, the true class."""
-    names, captions, colors = data.class_names, [], []
+    names, captions, colors = short_names(data), [], []
     for _, row in evaluation.rows.iloc[list(indices)].iterrows():
         truth = names[row["label"]]
         guess = "unreadable" if row["error"] else f"{names[row['predicted_1']]} {row['probability_1']:.0%}"
@@ -43,11 +43,12 @@ def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
     intervals = pd.DataFrame(
         [wilson_interval(int(c), int(n)) for c, n in zip(worst["sum"], worst["count"], strict=True)]
     )
+    names = short_names(data)
     figure, ax = plt.subplots(figsize=(9, 0.6 + 0.24 * len(worst)), layout="constrained")
     y = range(len(worst))
     ax.barh(y, worst["top1"] * 100, color=RIGHT, height=0.7)
     ax.hlines(y, intervals[0] * 100, intervals[1] * 100, color="black", linewidth=1)
-    ax.set_yticks(y, [f"{data.class_names[label]} ({n})" for label, n in worst["count"].items()], fontsize=8)
+    ax.set_yticks(y, [f"{names[label]} ({n})" for label, n in worst["count"].items()], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(evaluation.metrics["top1"] * 100, color=WRONG, linestyle="--", label="all classes")
     ax.set(xlabel="top-1 in % (line: 95 % interval; in brackets: images)", xlim=(0, 100))
