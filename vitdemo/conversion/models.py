@@ -122,19 +122,25 @@ def load_model(name: str, weights: str = "pretrained") -> Model:
     layout (config.json and model.safetensors). weights: "pretrained", "random" (seed 0, for speed alone),
     or a file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit.
     """
-    folder = data_root() / BUNDLED[name] if name in BUNDLED else Path(name)
-    if folder.is_dir() or name in BUNDLED:
-        module, config, tag, own_weights = *_from_folder(folder), name if name in BUNDLED else folder.name, folder
-    else:
-        module, config, tag, own_weights = *_from_timm(name, weights), name, None
+    folder = _model_folder(name)
+    module, config = _from_folder(folder) if folder else _from_timm(name, weights)
     if weights == "pretrained":
-        file = own_weights / WEIGHTS_FILE if own_weights else pretrained_file(_hub_id(name))
+        file = folder / WEIGHTS_FILE if folder else pretrained_file(_hub_id(name))
         load_weights(module, read_state_dict(file), str(file))
     elif weights != "random":
         load_weights(module, read_state_dict(weights), weights)
     source = weights if weights in ("pretrained", "random") else Path(weights).name
     preprocessing = Preprocessing(**resolve_data_config(pretrained_cfg=config))
+    tag = folder.name if folder else name
     return Model.from_module(module, preprocessing, name=tag, classes=_class_list(config), weights=source)
+
+
+def _model_folder(name: str) -> Path | None:
+    """The folder that ``name`` means; None for timm's names, which a folder of the same name does not hide."""
+    if name in BUNDLED:
+        return data_root() / BUNDLED[name]
+    is_folder = name and Path(name).is_dir() and not timm.is_model(name.partition(".")[0])
+    return Path(name).resolve() if is_folder else None
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, dict]:

@@ -29,11 +29,11 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
         raise VitdemoError(f"{path}: no such weights file; give a .safetensors or .pth file")
     try:
         return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except pickle.UnpicklingError:
-        raise VitdemoError(f"{path}: not plain weights (a pickle with code, or damaged); give .safetensors") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, AttributeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); fetch or convert the file again") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
+            reason = "it holds more than tensors, perhaps code, and is not opened"
+        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); give a sound .safetensors file") from None
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:

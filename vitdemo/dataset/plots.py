@@ -29,7 +29,7 @@ def short_names(data: ImageNetVal) -> list[str]:
 
 def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
     """Pictures (PIL or uint8[H, W, 3]) in rows of ``columns``, a caption under each; returns the Figure."""
-    rows = ceil(len(pictures) / columns)
+    rows = max(1, ceil(len(pictures) / columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.9 * columns, 2.15 * rows), squeeze=False, layout="constrained"
     )
