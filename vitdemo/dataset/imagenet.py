@@ -23,7 +23,10 @@ ARCHIVE_MD5 = {
     OFFICIAL_VAL: "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
-    # BUNDLED: shapes20_img_val.tar, shapes20_devkit.tar.gz, shapes20_calib.tar
+    # the bundled ones, printed by `python -m vitdemo.shapes20.draw`
+    "shapes20_img_val.tar": "507739f1fc65b1a6fbeed3b998700df7",
+    "shapes20_devkit.tar.gz": "138ba62ea185073dde2c13e19dacd442",
+    "shapes20_calib.tar": "8bd55139a36e3827a412955a3e3ac07c",
 }
 
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.ASCII)
