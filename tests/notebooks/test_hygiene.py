@@ -10,7 +10,7 @@ import pytest
 import vitdemo
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-MOST_LINES = 15
+MOST_LINES, MOST_COLUMNS = 15, 110  # what a page of the report shows without scrolling
 SECTIONS = ["## Exercise", "## If something went wrong", "## Summary"]
 PROMISES = ["You will learn", "You need", "It takes"]
 
@@ -99,6 +99,7 @@ def test_the_exercise_has_a_solution_below_it(notebook):
 
 def test_its_code_cells_are_short(notebook):
     for cell in code_cells(notebook):
+        assert max(map(len, cell.source.splitlines())) <= MOST_COLUMNS, cell.source
         if not {"parameters", "solution"} & set(cell.metadata.get("tags", [])):
             lines = [line for line in cell.source.splitlines() if line.strip()]
             assert 1 <= len(lines) <= MOST_LINES, cell.source

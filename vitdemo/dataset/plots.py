@@ -38,7 +38,7 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
     colors = colors or ["black"] * len(pictures)
     for ax, picture, caption, color in zip(axes.flat, pictures, captions, colors, strict=False):
         ax.imshow(picture)
-        ax.set_title(caption, fontsize=8, y=-0.02, va="top", color=color)
+        ax.text(0.5, -0.03, caption, fontsize=8, color=color, ha="center", va="top", transform=ax.transAxes)
     return figure
 
 
