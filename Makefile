@@ -48,7 +48,7 @@ clean:
 	rm -rf $(VENV) $(VENV)-constraints runs build *.egg-info
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
-$(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/python
+$(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable .
 	@touch $@
 
@@ -56,8 +56,8 @@ $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(BIN)/python:
+$(BIN)/pip: # what venv writes last
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 …" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; } # half an environment would look like a whole one
 	@echo "installing into $(VENV): about 5 GB and 3 minutes, once"

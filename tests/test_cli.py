@@ -1,14 +1,23 @@
 """The shell's door: exit codes, one line for bad input, and the verbs end to end."""
 
 import json
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from vitdemo.cli import main
-from vitdemo.paths import data_path
+from vitdemo import find_engines
+from vitdemo.cli import _parser, main
+from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.paths import REPOSITORY, data_path
+from vitdemo.runs.plan import assign_parameters, choose_notebooks, parse_parameter
+
+READMES = [REPOSITORY / "README.md", REPOSITORY / "notebooks" / "README.md"]
 
 
 def test_help_does_not_load_torch():
@@ -50,7 +59,7 @@ TAR = str(data_path("shapes20") / "shapes20_img_val.tar")
         (["evaluate", "vit_shapes21", "--data", TAR], "vit_shapes21: no such model"),
         (["evaluate", "vit_shapes20", "--data", "/nowhere"], "/nowhere"),
         (["evaluate", "vit_shapes20", "--data", TAR, "--engine", "gpu"], "engine 'gpu': there is no such engine"),
-        (["evaluate", "vit_shapes20", "--data", TAR, "--precision", "int4"], "the eager engine has fp32, bf16"),
+        (["evaluate", "vit_shapes20", "--data", TAR, "--precision", "int4"], "the eager engine has 'fp32', 'bf16'"),
         (["evaluate", "vit_shapes20", "--data", TAR, "--device-batch-size", "0"], "device_batch_size 0"),
         (
             ["evaluate", "vit_shapes20", "--data", TAR, "--weights", "/nowhere.pth"],
@@ -71,6 +80,54 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, arguments, mess
     error = capsys.readouterr().err
     assert message in error and error.startswith("vitdemo: ") and error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("package", ["torch", "timm", "packaging", "nbformat"])
+def test_doctor_answers_without(package):
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom vitdemo.cli import main\nsys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"missing  cannot be told without {package}" in done.stdout and "ok  " in done.stdout
+
+
+def test_engine_that_breaks_is_exit_code_1(capsys, monkeypatch, tmp_path):
+    def broken(self, x):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(EagerEngine, "_infer", broken)
+    assert main(["evaluate", "vit_shapes20", "--data", TAR, "--out", str(tmp_path / "out")]) == 1
+    assert "device lost; this run is invalid" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vitdemo.cli", "evaluate", "vit_shapes20", "--data", TAR, "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (out.exists() and len(rows_of(out)) > 16):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "--resume goes on" in error and "Traceback" not in error
+    assert 16 < len(rows_of(out)) < 1000
+
+
+def rows_of(out):
+    path = out / "predictions.csv"
+    return path.read_text().splitlines()[1:] if path.exists() else []
+
+
+COMMANDS = re.findall(r"^vitdemo (\w.*)$", "\n".join(p.read_text() for p in READMES), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_the_readmes_are_understood(command):
+    args = _parser().parse_args(shlex.split(command))
+    if args.command == "run" and args.profile != "imagenet":
+        given = dict(map(parse_parameter, args.parameter))
+        assign_parameters(choose_notebooks(args.names or None), args.profile, None, given)
+    if args.command == "evaluate":
+        assert args.precision in find_engines()[args.engine].precisions
 
 
 def test_busy_output_folder(capsys, tmp_path):

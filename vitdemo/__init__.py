@@ -1,17 +1,18 @@
 """vitdemo: from a folder of images and a Vision Transformer's weights to fast, verified inference.
 
-The names below are all that the notebooks use. Each is imported at its first use, because a worker must
-be able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
+The names below are the library's front; the notebooks use no others. Each is imported at its first use,
+because a worker must be able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
 """
 
 from importlib import import_module
 
 _HOME = {
     "VitdemoError": "errors",
-    "cache_root": "paths",
     "data_path": "paths",
     "results_folder": "paths",
     "ARCHIVE_MD5": "dataset.imagenet",
+    "devkit_of": "dataset.imagenet",
+    "val_tar": "dataset.imagenet",
     "ImageNetVal": "dataset.imagenet",
     "Sample": "dataset.imagenet",
     "extract": "dataset.extraction",

@@ -1,4 +1,14 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and the system's refusals turned into it."""
+
+import errno
+from contextlib import contextmanager
+from pathlib import Path
+
+CURES = {
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
+    errno.ENOSPC: "the disk is full; make room and run the same command again, what is done is kept",
+}
 
 
 class VitdemoError(Exception):
@@ -6,3 +16,13 @@ class VitdemoError(Exception):
 
     The command line prints it as it is and ends with exit code 2.
     """
+
+
+@contextmanager
+def named_errors(path: Path | str):
+    """Turn the system's refusals inside the block into one line that names the file, ``path`` if none is known."""
+    try:
+        yield
+    except OSError as error:
+        cure = CURES.get(error.errno, f"{error.strerror or error}; put that right and run again")
+        raise VitdemoError(f"{error.filename or path}: {cure}") from None

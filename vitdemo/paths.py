@@ -1,4 +1,4 @@
-"""Where data, cache and runs live, and how a file is written whole or not at all."""
+"""Where data and runs live, and how a file is written whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -13,11 +13,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def data_root() -> Path:
     """The folder of the bundled data: ``VITDEMO_DATA``, or ``data/`` of the clone."""
     return Path(os.environ.get("VITDEMO_DATA") or REPOSITORY / "data").expanduser()
-
-
-def cache_root() -> Path:
-    """The folder for what can be built again: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
-    return Path(os.environ.get("VITDEMO_CACHE") or "~/.cache/vitdemo").expanduser()
 
 
 def runs_root() -> Path:

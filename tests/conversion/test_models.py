@@ -136,9 +136,16 @@ def corrupted_folder(tmp_path, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"config": b"{"}, 'config.json: is not JSON with an "architecture"'),
-        ({"config": b"[]"}, 'config.json: is not JSON with an "architecture"'),
-        ({"config": b'{"architecture": "vit_unheard_of"}'}, "not known to timm"),
+        ({"config": b"{"}, "config.json: is not JSON with"),
+        ({"config": b"[]"}, "config.json: is not JSON with"),
+        ({"config": b"\xff\xfe"}, "config.json: is not JSON with"),
+        ({"config": b'{"architecture": "resnet18"}'}, "config.json: is not JSON with"),
+        ({"config": b'{"architecture": "resnet18", "pretrained_cfg": null}'}, "config.json: is not JSON with"),
+        ({"config": b'{"architecture": "vit_unheard_of", "pretrained_cfg": {}}'}, "not known to timm"),
+        (
+            {"config": b'{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"depth": -3}}'},
+            "timm cannot build this model",
+        ),
         ({"weights": b"\x00" * 100}, "cannot be read as weights"),
         ({"weights": b""}, "cannot be read as weights"),
     ],
@@ -172,6 +179,28 @@ def test_weights_of_another_architecture_name_the_key(tiny_file, tmp_path, chang
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(VitdemoError, match=message):
         load_model(TINY, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], torch.zeros(2), {1: torch.zeros(1)}, {"state_dict": None}, {"a": 1}]
+)
+def test_files_that_hold_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(VitdemoError, match="odd.pth: ") as error:
+        load_model(TINY, str(tmp_path / "odd.pth"))
+    assert "\n" not in str(error.value)
+
+
+def test_folder_as_timm_saves_it_for_the_hub(tmp_path, vit_shapes20):
+    """timm writes the classes' names beside pretrained_cfg, not into it."""
+    names = [f"n9{k:07}" for k in range(4)]
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=4, embed_dim=32, depth=1, num_heads=2)
+    config = {"label_names": names, "num_classes": 4, "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
+    timm.models.save_for_hf(module, tmp_path, model_config=config, safe_serialization=True)
+    model = load_model(str(tmp_path))
+    assert list(model.info.classes) == names
+    assert model.info.preprocessing == Preprocessing(**timm.data.resolve_model_data_config(module))
+    assert model.info.weights_sha256 == weights_sha256(module)
 
 
 class Trap:

@@ -16,7 +16,18 @@ from PIL import Image
 from timm.data import create_transform
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitdemo import EngineFailure, ImageNetVal, Model, VitdemoError, convert, evaluate, extract, wilson_interval
+from vitdemo import (
+    EngineFailure,
+    ImageNetVal,
+    Model,
+    VitdemoError,
+    convert,
+    evaluate,
+    extract,
+    plot_gallery,
+    plot_predictions,
+    wilson_interval,
+)
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.paths import data_path
@@ -33,7 +44,7 @@ class SomeSamples(list):
 
     def __init__(self, data: ImageNetVal, samples: list[Sample]):
         super().__init__(samples)
-        self.path, self.classes = "memory", data.classes
+        self.path, self.classes, self.labels = "memory", data.classes, [s.label for s in samples]
         self.files, self.fingerprint = [s.file for s in samples], str(hash(tuple(samples)))
 
 
@@ -77,9 +88,14 @@ def test_wall_time_contains_its_parts(evaluation):
 
 def test_summary_line_has_accuracy_beside_speed(evaluation, vit_shapes20, shapes20):
     assert "top-1" in str(evaluation) and "images/s" in str(evaluation) and "95 % interval" in str(evaluation)
-    blind = Model(vit_shapes20.module, replace(vit_shapes20.info, weights="random"))
-    run = evaluate(convert(blind), shapes20, limit=3, progress=False)
-    assert "accuracy: not measured" in str(run)
+
+
+@pytest.mark.parametrize("engine, precision, weights", [("eager", "fp32", "random"), ("null", "none", "pretrained")])
+def test_answers_that_mean_nothing_have_no_accuracy(vit_shapes20, shapes20, engine, precision, weights):
+    model = Model(vit_shapes20.module, replace(vit_shapes20.info, weights=weights))
+    run = evaluate(convert(model, engine, precision), shapes20, limit=3, progress=False)
+    assert run.metrics["top1"] is run.metrics["top5"] is run.metrics["top1_ci95"] is None
+    assert "accuracy: not measured" in str(run) and "vitdemo evaluate vit_shapes20 --weights pretrained" in str(run)
 
 
 def test_tar_and_extracted_folder_give_the_same_bytes(evaluation, eager, tmp_path):
@@ -99,6 +115,10 @@ def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
     assert run.rows["error"].ne("").tolist() == [i in (3, 7) for i in range(10)]
     assert run.rows["correct"].tolist() == [0 if i in (3, 7) else c for i, c in enumerate(whole.rows["correct"])]
     assert "2 unreadable counted as wrong" in str(run)
+    data = SomeSamples(shapes20, samples)
+    data.class_names = shapes20.class_names
+    plot_predictions(run, data, range(10))  # a picture that cannot be read does not stop the gallery
+    plot_gallery(data, range(10))
 
 
 def test_resume_gives_the_same_file_and_counts_this_session_only(evaluation, eager, shapes20, tmp_path):
@@ -115,12 +135,46 @@ def test_resume_gives_the_same_file_and_counts_this_session_only(evaluation, eag
         assert resumed.rows.equals(evaluation.rows)
 
 
-def test_resume_of_a_finished_run_runs_nothing(evaluation, eager, shapes20, tmp_path):
+def test_resume_of_a_finished_run_changes_nothing(eager, shapes20, tmp_path):
     out = tmp_path / "out"
-    evaluate(eager, shapes20, limit=20, out=out, progress=False)
+    run = evaluate(eager, shapes20, limit=20, out=out, progress=False)
     again = evaluate(eager, shapes20, limit=20, out=out, resume=True, progress=False)
-    assert again.metrics["session_images"] == 0 and again.metrics["images_per_s"] is None
-    assert again.metrics["images"] == 20 and "no image run in this session" in str(again)
+    assert again.metrics == json.loads(json.dumps(run.metrics)) and again.rows.equals(run.rows)
+    (out / "metrics.json").unlink()  # killed between the last row and the metrics
+    again = evaluate(eager, shapes20, limit=20, out=out, resume=True, progress=False)
+    assert again.metrics["images_per_s"] is None and "no image run in this session" in str(again)
+    assert again.metrics["correct"] == run.metrics["correct"]
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("run.json", lambda text: "{"),
+        ("run.json", lambda text: '{"settings": []}'),
+        ("run.json", lambda text: text.replace('"torch": "', '"torch": "1.')),
+        ("predictions.csv", lambda text: text.replace(",", ";")),
+        ("predictions.csv", lambda text: text.replace("val_00000002", "val_00000009")),
+        ("predictions.csv", lambda text: "\0" * 50 + "\n" + text),
+        ("predictions.csv", lambda text: text + text),
+    ],
+)
+def test_resume_refuses_what_it_did_not_write(eager, shapes20, tmp_path, file, change):
+    out = tmp_path / "out"
+    evaluate(eager, shapes20, limit=16, out=out, progress=False)
+    (out / "metrics.json").unlink()
+    (out / file).write_text(change((out / file).read_text()))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(VitdemoError, match="another output folder"):
+        evaluate(eager, shapes20, limit=16, out=out, resume=True, progress=False)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_output_that_is_a_file(eager, shapes20, tmp_path, resume):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(VitdemoError, match="out"):
+        evaluate(eager, shapes20, limit=8, out=tmp_path / "out", resume=resume, progress=False)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_resume_needs_the_same_settings(eager, shapes20, tmp_path):
@@ -203,7 +257,7 @@ def test_numbers_below_one_are_refused(eager, shapes20, options):
 
 def test_null_engine_scores_class_zero_only(shapes20, vit_shapes20):
     run = evaluate(convert(vit_shapes20, "null", "none"), shapes20, limit=200, progress=False)
-    assert run.metrics["correct"] == shapes20.labels[:200].count(0)
+    assert run.rows["correct"].sum() == shapes20.labels[:200].count(0)
     assert run.rows["predicted_1"].eq(0).all()
 
 

@@ -2,20 +2,26 @@
 
 import csv
 import json
+import os
+import re
 
 import nbformat
 import pytest
 
+from vitdemo import VitdemoError
 from vitdemo.paths import REPOSITORY
 from vitdemo.runs import run_notebooks
-from vitdemo.runs.plan import read_notebook
+from vitdemo.runs.plan import choose_notebooks, read_notebook
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "Agg")  # as on servers; the figures must appear all the same
+        patch.setenv("VITDEMO_DATA", os.path.relpath(REPOSITORY / "data"))  # relative to here, not to the kernel
+        return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -47,3 +53,26 @@ def test_report_shows_every_notebook_with_accuracy_beside_speed(report):
     for path in NOTEBOOKS:
         assert f"{path.stem}.html" in html and (report.index.parent / f"{path.stem}.html").exists()
     assert "top-1" in str(report) and "images/s" in str(report)
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md")], ids=str)
+def test_pictures_and_links_lead_somewhere(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#"))]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_a_copy_or_a_reader_s_own_notebook_is_no_lesson(tmp_path):
+    for name in ("00_tour", "00_tour-Copy1", "Untitled", "Untitled1"):
+        (tmp_path / f"{name}.ipynb").write_text((NOTEBOOKS[0]).read_text() if name == "00_tour" else "{}")
+    assert [lesson.name for lesson in choose_notebooks(folder=tmp_path)] == ["00_tour"]
+
+
+def test_parameters_that_are_no_python(tmp_path):
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])).source = "limit = "
+    nbformat.write(notebook, tmp_path / "00_tour.ipynb")
+    with pytest.raises(VitdemoError, match="00_tour.ipynb: not a notebook that can run"):
+        choose_notebooks(folder=tmp_path)

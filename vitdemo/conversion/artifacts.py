@@ -1,5 +1,7 @@
 """From a Model to an Engine ready to run."""
 
+from collections.abc import Iterable
+
 import torch
 
 from vitdemo.conversion.engines.contract import Engine, find_engines
@@ -18,13 +20,16 @@ def convert(
     """
     engines = find_engines()
     if engine not in engines:
-        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {', '.join(sorted(engines))}")
+        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
     if precision not in engines[engine].precisions:
-        known = ", ".join(engines[engine].precisions)
-        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {known}")
+        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(engines[engine].precisions)}")
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")
     return engines[engine](model, precision, device=_resolve_device(device), threads=threads or cores())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _resolve_device(device: str) -> str:

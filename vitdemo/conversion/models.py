@@ -148,17 +148,23 @@ def _from_folder(folder: Path) -> tuple[nn.Module, dict]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        architecture = config["architecture"]
+        architecture, pretrained_cfg = config["architecture"], dict(config["pretrained_cfg"])
     except FileNotFoundError:
         raise VitdemoError(
             f"{path}: not there; a model folder holds config.json and {WEIGHTS_FILE} in timm's layout"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise VitdemoError(f'{path}: is not JSON with an "architecture"; save the model again with timm') from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise VitdemoError(f'{path}: is not JSON with "architecture" and "pretrained_cfg"; save it with timm') from None
+    # As timm does: what the top level says of the outputs holds for the weights in this folder.
+    pretrained_cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key)}
     if not timm.is_model(architecture):
         raise VitdemoError(f"{path}: architecture {architecture!r} is not known to timm {timm.__version__}")
-    arguments = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
-    return _created(architecture, **arguments), config.get("pretrained_cfg", {})
+    arguments = {"num_classes": pretrained_cfg.get("num_classes", 1000), **(config.get("model_args") or {})}
+    try:
+        return _created(architecture, **arguments), pretrained_cfg
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise VitdemoError(f"{path}: timm cannot build this model ({reason}); check model_args") from None
 
 
 def _from_timm(name: str, weights: str) -> tuple[nn.Module, dict]:

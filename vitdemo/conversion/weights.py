@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,6 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
@@ -28,8 +26,11 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise VitdemoError(f"{path}: no such weights file; give a .safetensors or .pth file")
     try:
-        return load_state_dict(str(path), use_ema=False, weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, TypeError) as error:
+        state_dict = load_state_dict(str(path), use_ema=False, weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+            raise TypeError("it holds more than tensors by name")
+        return state_dict
+    except Exception as error:  # each reader and each kind of damage has exceptions of its own
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
             reason = "it holds more than tensors, perhaps code, and is not opened"
@@ -75,17 +76,19 @@ def pretrained_file(repo_id: str) -> Path:
     cached = try_to_load_from_cache(repo_id, WEIGHTS_FILE)
     if isinstance(cached, str):
         return Path(cached)
-    offline = VitdemoError(
-        f"{repo_id}: its weights are not in the Hugging Face cache and the hub does not answer; on a machine with a "
-        f"network run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights "
-        "(or use weights=random for speed alone)"
+    bring = (
+        f"on a machine with a network run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as "
+        "weights (or use weights=random for speed alone)"
     )
     if not hub_resolves():
-        raise offline
+        raise VitdemoError(
+            f"{repo_id}: its weights are not in the Hugging Face cache and the hub does not answer; {bring}"
+        )
     try:
         return Path(hf_hub_download(repo_id, WEIGHTS_FILE))
-    except OSError:  # huggingface_hub's and httpx's connection errors among them
-        raise offline from None
+    except Exception as error:  # connections break, disks fill and repositories close in types of many libraries
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise VitdemoError(f"{repo_id}: cannot download its weights ({reason}); try again, or {bring}") from None
 
 
 def hub_resolves() -> bool:

@@ -5,20 +5,18 @@ member, then its data padded to 512 bytes, and a block of zeros at the end. The 
 ``tarfile`` takes a damaged one for the end of the archive and says nothing, and is several times slower.
 """
 
-import errno
 import hashlib
 import os
 import shutil
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 
 PART = ".part"  # the suffix of a folder that is not whole yet
 
@@ -34,11 +32,6 @@ DATALESS_TYPES = (
     tarfile.BLKTYPE,
     tarfile.FIFOTYPE,
 )
-CURES = {
-    errno.ENOENT: "no such file or folder; check the path",
-    errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
-    errno.ENOSPC: "the disk is full; make room and run the same command again, what is done is kept",
-}
 
 
 class Header(NamedTuple):
@@ -55,16 +48,6 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
-
-
-@contextmanager
-def named_errors(path: Path | str):
-    """Turn the system's refusals inside the block into one line that names the file, ``path`` if none is known."""
-    try:
-        yield
-    except OSError as error:
-        cure = CURES.get(error.errno, f"{error.strerror or error}; put that right and run again")
-        raise VitdemoError(f"{error.filename or path}: {cure}") from None
 
 
 def walk_headers(pread: Callable[[int, int], bytes], size: int, path: Path) -> Iterator[tuple[Header, int]]:
@@ -202,14 +185,19 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
     return len(missing)
 
 
+def entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, but for the file that macOS's Finder puts into every folder it shows."""
+    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store"]
+
+
 def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
     """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
     missing = dict(targets)
     subfolders = _subfolders(targets)
-    for subfolder in os.scandir(folder) if folder.exists() else ():
+    for subfolder in entries(folder) if folder.exists() else ():
         if subfolder.name not in subfolders or not subfolder.is_dir(follow_symlinks=False):
             raise VitdemoError(f"{subfolder.path}: not of this archive; move it away, or extract to another folder")
-        for entry in os.scandir(subfolder.path):
+        for entry in entries(Path(subfolder.path)):
             member = targets.get(target := f"{subfolder.name}/{entry.name}")
             status = entry.stat(follow_symlinks=False)
             if member is None or not stat.S_ISREG(status.st_mode):

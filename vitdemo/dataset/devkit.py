@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.io import loadmat
 
-from vitdemo.dataset.archives import REGULAR_TYPES, named_errors, walk_headers
-from vitdemo.errors import VitdemoError
+from vitdemo.dataset.archives import REGULAR_TYPES, walk_headers
+from vitdemo.errors import VitdemoError, named_errors
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above

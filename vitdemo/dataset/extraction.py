@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from vitdemo.dataset.archives import PART, Member, extract_members, md5, named_errors
+from vitdemo.dataset.archives import PART, Member, entries, extract_members, md5
 from vitdemo.dataset.devkit import Devkit, read_devkit
 from vitdemo.dataset.imagenet import (
     ARCHIVE_MD5,
@@ -16,7 +16,7 @@ from vitdemo.dataset.imagenet import (
     read_record,
     val_tar,
 )
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import remove_leftovers, replacing
 
 OFFICIAL_IMAGES, OFFICIAL_IMAGES_PER_CLASS = 50_000, 50
@@ -56,7 +56,7 @@ def extract(archives: Path | str, out: Path | str, *, unverified: bool = False, 
     written = extract_members(tar, targets, out / "val", progress=progress)
     extracted = ImageNetVal(out)  # which holds number, names, sizes and labels against the record
     if progress:
-        verified = "MD5 verified" if ARCHIVE_MD5.get(tar.name) == digest else "MD5 not verified"
+        verified = f"archives {'' if ARCHIVE_MD5.get(tar.name) == digest else 'not '}verified by MD5, files by size"
         counts = f"{len(source):,} images of {len(source.classes):,} classes"
         print(f"{out}: complete: {counts}, {written:,} written now, {verified}")
     return extracted
@@ -90,7 +90,7 @@ def _claim(out: Path, record: dict, devkit: Devkit) -> None:
     """Make ``out`` the place of this extraction; VitdemoError when it holds anything else."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, "extraction.json", "classes.csv")
-    names = {entry.name for entry in out.iterdir()}
+    names = {entry.name for entry in entries(out)}
     foreign = names - {"val", "val" + PART, "classes.csv", "extraction.json"}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")

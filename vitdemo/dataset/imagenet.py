@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.dataset.archives import PART, index_tar, named_errors
+from vitdemo.dataset.archives import PART, index_tar
 from vitdemo.dataset.devkit import WNID, read_devkit
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 
 OFFICIAL_VAL = "ILSVRC2012_img_val.tar"
 
@@ -241,6 +241,9 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, str, int]]]:
         found += [(file.name, entry.name, file.stat().st_size) for file in os.scandir(entry) if _is_jpeg(file.name)]
     if not found:
         raise VitdemoError(f"{folder}: no data set, it holds no JPEGs by class; {EXPECTED}")
+    unwritable = next((file for file, _, _ in found if not file.isprintable()), None)
+    if unwritable is not None:  # a surrogate, where the name is not UTF-8, is not printable either
+        raise VitdemoError(f"{folder}: the file name {unwritable!r} cannot be written to a table; rename the file")
     found.sort()
     for first, second in itertools.pairwise(found):
         if first[0] == second[0]:

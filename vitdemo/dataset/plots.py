@@ -17,8 +17,14 @@ THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs woul
 
 
 def thumbnail(jpeg: bytes) -> Image.Image:
-    """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up."""
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up.
+
+    A grey square for one that cannot be read.
+    """
+    try:
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    except Exception:  # as in reference_crop: decoders raise a dozen types
+        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
 
 

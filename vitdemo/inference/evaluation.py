@@ -5,6 +5,7 @@ import io
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, predict
 from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
@@ -39,8 +40,9 @@ class Evaluation:
 
     def _accuracy(self) -> str:
         m = self.metrics
-        if m["weights"] == "random":
-            return "accuracy: not measured (random weights; give pretrained ones or a file)"
+        if m["top1"] is None:
+            command = f"vitdemo evaluate {m['model']} --weights pretrained --engine eager --data PATH --out DIR"
+            return f"accuracy: not measured ({m['weights']} weights, {m['engine']} engine; for one run `{command}`)"
         low, high = m["top1_ci95"]
         unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""
         counts = f"{m['correct']}/{m['images']}{unread}; 95 % interval {low:.1%} to {high:.1%}"
@@ -68,13 +70,16 @@ def evaluate(
     _check_input(engine, data, device_batch_size, limit)
     images = len(data) if limit is None else min(limit, len(data))
     settings = _settings(engine, data, device_batch_size, images)
-    earlier = _claim(out, settings, resume, device_batch_size) if out is not None else []
     out = Path(out) if out is not None else None
+    with named_errors(out or data.path):
+        earlier = _claim(out, settings, data, resume) if out else []
+        finished = _finished_metrics(out) if out and len(earlier) == images else None
+    if finished:
+        return Evaluation(_frame(earlier), finished, out)
     rows, phases, latencies_s, start = list(earlier), Phases(), [], now()
     bar = tqdm(total=images, initial=len(rows), unit="image", disable=not progress, desc="evaluate")
-    predictions = open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
     try:
-        with predictions as file, bar:
+        with named_errors(out or data.path), _appending(out) as file, bar:
             todo = range(len(rows), images)
             options = dict(device_batch_size=device_batch_size, workers=cores())
             for batch_rows in predict(engine, data, todo, **options, phases=phases, latencies_s=latencies_s):
@@ -93,7 +98,8 @@ def evaluate(
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
     metrics = summarise(rows, settings, engine, len(rows) - len(earlier), wall_s, phases, latencies_s)
     if out:
-        _write_json(out / METRICS, metrics)
+        with named_errors(out):
+            _write_json(out / METRICS, metrics)
     return Evaluation(_frame(rows), metrics, out)
 
 
@@ -104,7 +110,8 @@ def summarise(
 
     - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
       an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
-      Wilson score intervals (Wilson 1927) as ``*_ci95``.
+      Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
+      answers mean nothing.
     - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
       row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
     - ``load_s``, ``compute_s``, ``write_s``: how long the loop waited for decoded batches, waited for the engine,
@@ -115,6 +122,13 @@ def summarise(
     images = len(rows)
     correct = sum(row["correct"] for row in rows)
     correct_top5 = sum(row["label"] in [row.get(name) for name in PREDICTED] for row in rows)
+    means_something = engine.info.weights != "random" and engine.name != "null"
+    accuracy = {
+        "top1": correct / images,
+        "top1_ci95": wilson_interval(correct, images),
+        "top5": correct_top5 / images,
+        "top5_ci95": wilson_interval(correct_top5, images),
+    }
     return {
         "valid": True,
         "model": engine.info.tag,
@@ -125,10 +139,7 @@ def summarise(
         "correct": correct,
         "correct_top5": correct_top5,
         "errors": sum(bool(row["error"]) for row in rows),
-        "top1": correct / images,
-        "top1_ci95": wilson_interval(correct, images),
-        "top5": correct_top5 / images,
-        "top5_ci95": wilson_interval(correct_top5, images),
+        **(accuracy if means_something else dict.fromkeys(accuracy)),
         "session_images": session_images,
         "wall_s": wall_s,
         "images_per_s": session_images / wall_s if session_images else None,
@@ -171,37 +182,60 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images:
         "device_batch_size": device_batch_size,
         "images": images,
         "data_fingerprint": data.fingerprint,
+        "versions": machine_record()["versions"],
         "input_path": "reference",
     }
 
 
-def _claim(out: Path | str, settings: dict, resume: bool, device_batch_size: int) -> list[dict]:
+def _claim(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[dict]:
     """Take ``out`` for this run; the rows that an interrupted run left there, in whole batches."""
-    out, settings = Path(out), json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings))
     if out.is_dir():
         remove_leftovers(out, RUN, PREDICTIONS, METRICS)
-    if not resume or not out.exists() or not any(out.iterdir()):
+    if not resume or not out.is_dir() or not any(out.iterdir()):
         claim_folder(out)
-        _write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-        _write_rows(out / PREDICTIONS, [])
-        return []
-    try:
-        before = json.loads((out / RUN).read_text(encoding="utf-8"))["settings"]
-        text = (out / PREDICTIONS).read_text(encoding="utf-8") if (out / PREDICTIONS).exists() else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        raise VitdemoError(f"{out / RUN}: no run to resume here; give another output folder") from None
-    different = [key for key in settings if before.get(key) != settings[key]]
-    if different:
-        raise VitdemoError(
-            f"{out}: was run with another {', '.join(different)}; give the same, or another output folder"
-        )
-    whole_lines = text[: text.rfind("\n") + 1]  # the last one may be torn by the interruption
-    rows = [_parsed(row) for row in csv.DictReader(io.StringIO(whole_lines))]
+        rows = []
+    else:
+        try:
+            before = dict(json.loads((out / RUN).read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise VitdemoError(f"{out / RUN}: no run to resume here; give another output folder") from None
+        different = [key for key in settings if before.get(key) != settings[key]]
+        if different:
+            what = ", ".join(different)
+            raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
+        rows = _read_rows(out / PREDICTIONS, data)
     if len(rows) < settings["images"]:
         # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
-        rows = rows[: len(rows) // device_batch_size * device_batch_size]
+        batch = settings["device_batch_size"]
+        rows = rows[: len(rows) // batch * batch]
+    _write_json(out / RUN, {"settings": settings, "machine": machine_record()})
     _write_rows(out / PREDICTIONS, rows)
     return rows
+
+
+def _finished_metrics(out: Path) -> dict | None:
+    """The metrics of a run that was finished before, so that resuming it keeps its rates."""
+    metrics = json.loads((out / METRICS).read_text(encoding="utf-8")) if (out / METRICS).exists() else {}
+    return metrics if metrics.get("valid") else None
+
+
+def _read_rows(path: Path, data: ImageNetVal) -> list[dict]:
+    """The whole rows of an interrupted run; VitdemoError when they are not rows of ``data``, in order."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole_lines = text[: text.rfind("\n") + 1]  # the last one may be torn by the interruption
+        rows = [_parsed(row) for row in csv.DictReader(io.StringIO(whole_lines))]
+    except (ValueError, KeyError, TypeError, csv.Error):
+        rows = None
+    expected = zip(data.files, data.labels, strict=True)
+    if rows is None or [(row["file"], row["label"]) for row in rows] != list(islice(expected, len(rows))):
+        raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
+    return rows
+
+
+def _appending(out: Path | None):
+    return open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

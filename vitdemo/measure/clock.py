@@ -3,7 +3,6 @@
 import os
 import platform
 import resource
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -47,9 +46,13 @@ def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size this process has had, in bytes (getrusage)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    """The largest resident size this process has had, in bytes.
+
+    On Linux VmHWM of /proc/self/status: getrusage's figure outlives fork and exec, so a child would report
+    its parent's. Elsewhere getrusage, in the bytes of macOS.
+    """
+    peak = _proc_field("/proc/self/status", "VmHWM")
+    return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _proc_field(path: str, name: str) -> str | None:

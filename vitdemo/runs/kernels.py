@@ -16,6 +16,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 
+from vitdemo.paths import data_root
 from vitdemo.runs.plan import Notebook, heading
 
 CELL_TIMEOUT_S = 600  # a cell of the course takes a minute or two at most: after ten it hangs
@@ -35,7 +36,11 @@ class OwnKernel(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         # The kernel's own log would write across the progress line; what a cell raises comes back anyway.
         quiet = get_kernel_dict(extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-        return KernelSpec(resource_dir=RESOURCES, env={MARK: TOKEN}, **quiet)
+        # Figures belong into the notebook, also where the shell has set a backend for scripts; and a relative
+        # data folder is the shell's: the kernel starts in notebooks/.
+        env = {MARK: TOKEN, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        env["VITDEMO_DATA"] = str(data_root().resolve())
+        return KernelSpec(resource_dir=RESOURCES, env=env, **quiet)
 
 
 class Progress:

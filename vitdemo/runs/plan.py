@@ -19,8 +19,12 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 PROFILES = {
     "smoke": {"limit": 96},
     "bundled": {},
-    "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k"},
+    # A CPU needs hours for all 50,000, which `vitdemo evaluate` does, resumably: a lesson is shorter.
+    "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},
 }
+
+
+LESSON = re.compile(r"\d\d_[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def read_notebook(path: Path) -> Notebook:
     try:
         content = nbformat.read(path, as_version=4)
         parameters = _literals(content)
-    except (OSError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+    except (OSError, SyntaxError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         raise VitdemoError(f"{path}: not a notebook that can run ({str(error).splitlines()[0]})") from None
     said = content.metadata.get("vitdemo", {})
     if "out" not in parameters:
@@ -92,7 +96,9 @@ def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NO
 
     Raises VitdemoError for a name that there is not, for an empty folder, and as read_notebook does.
     """
-    there = {path.stem: path for path in sorted(Path(folder).glob("*.ipynb"))}
+    # A copy that JupyterLab made, or a reader's own notebook, is no lesson.
+    lessons = [path for path in sorted(Path(folder).glob("*.ipynb")) if LESSON.fullmatch(path.stem)]
+    there = {path.stem: path for path in lessons}
     if not there:
         raise VitdemoError(f"{folder}: holds no notebooks")
     chosen = set(there if names is None else ())
