@@ -7,6 +7,7 @@ import sys
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 import papermill
 import psutil
@@ -32,15 +33,13 @@ TOKEN = uuid.uuid4().hex
 class OwnKernel(AsyncKernelManager):
     """A kernel of the running interpreter, whatever the machine's kernelspec "python3" starts."""
 
+    environment: ClassVar[dict[str, str]] = {}
+
     @property
     def kernel_spec(self) -> KernelSpec:
         # The kernel's own log would write across the progress line; what a cell raises comes back anyway.
         quiet = get_kernel_dict(extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
-        # Figures belong into the notebook, also where the shell has set a backend for scripts; and a relative
-        # data folder is the shell's: the kernel starts in notebooks/.
-        env = {MARK: TOKEN, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        env["VITDEMO_DATA"] = str(data_root().resolve())
-        return KernelSpec(resource_dir=RESOURCES, env=env, **quiet)
+        return KernelSpec(resource_dir=RESOURCES, env=self.environment, **quiet)
 
 
 class Progress:
@@ -77,6 +76,13 @@ def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], p
     ``executed`` holds what was done at any time, also after a KeyboardInterrupt. No process that a cell
     started is left, whatever happens.
     """
+    OwnKernel.environment = {
+        MARK: TOKEN,
+        # Figures belong into the notebook, also where the shell has set a backend for scripts.
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        # A relative folder is the shell's; the kernel starts in notebooks/.
+        "VITDEMO_DATA": str(data_root().resolve()),
+    }
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the line returned here says it already
     try:
         done = papermill.execute_notebook(
