@@ -1,12 +1,16 @@
 """Costly things, built once a session: the bundled data set, its model, and engines for it."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from vitdemo import ImageNetVal, convert, data_path, load_model
 from vitdemo.paths import REPOSITORY
+
+# A shell starts background jobs with SIGINT ignored, which children inherit: those that are sent one here must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from vitdemo.runs.plan import NOTEBOOKS
 from vitdemo.runs.runner import run_notebooks
 
 WIDTH = 900  # pixels: as wide as a page shows it
-COLOURS = 128  # a palette makes a PNG of a figure a third as large
 
 
 def write_pictures() -> None:
@@ -33,7 +32,7 @@ def write_pictures() -> None:
         picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
         picture.thumbnail((WIDTH, WIDTH), Image.Resampling.LANCZOS)
         with replacing(NOTEBOOKS / "img" / f"{result.name}.png", "wb") as file:
-            picture.quantize(COLOURS).save(file, "PNG", optimize=True)
+            picture.save(file, "PNG", optimize=True)
 
 
 if __name__ == "__main__":
