@@ -18,6 +18,11 @@ from vitdemo.dataset.images import Preprocessing
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import data_root
 
+# torch's own formulas; before 2.15 they leave out the attention that CPUs run.
+aten = torch.ops.aten
+ATTENTION = flop_registry[aten._scaled_dot_product_flash_attention]
+FLOP_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION, **flop_registry}
+
 BUNDLED = {"vit_shapes20": "shapes20/vit_shapes20"}  # model name -> folder below the data root
 
 
@@ -92,10 +97,10 @@ class FlopsByPrecision(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
+        if func._overloadpacket in FLOP_FORMULAS:
             tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
             dtype = str(tensor.dtype).removeprefix("torch.")
-            self.flops[dtype] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            self.flops[dtype] += FLOP_FORMULAS[func._overloadpacket](*args, **kwargs, out_val=out)
         return out
 
 
