@@ -1,11 +1,6 @@
 """evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
 
-import csv
-import io
-import json
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -16,10 +11,8 @@ from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, predict
+from vitdemo.inference.records import METRICS, appending, claim_run, csv_lines, finished_metrics, write_json
 from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
-from vitdemo.paths import claim_folder, remove_leftovers, replacing
-
-PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 
 
 @dataclass
@@ -72,26 +65,26 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, images)
     out = Path(out) if out is not None else None
     with named_errors(out or data.path):
-        earlier = _claim(out, settings, data, resume) if out else []
-        finished = _finished_metrics(out) if out and len(earlier) == images else None
+        earlier = claim_run(out, settings, data, resume) if out else []
+        finished = finished_metrics(out) if out and len(earlier) == images else None
     if finished:
         return Evaluation(_frame(earlier), finished, out)
     rows, phases, latencies_s, start = list(earlier), Phases(), [], now()
     bar = tqdm(total=images, initial=len(rows), unit="image", disable=not progress, desc="evaluate")
     try:
-        with named_errors(out or data.path), _appending(out) as file, bar:
+        with named_errors(out or data.path), appending(out) as file, bar:
             todo = range(len(rows), images)
             options = dict(device_batch_size=device_batch_size, workers=cores())
             for batch_rows in predict(engine, data, todo, **options, phases=phases, latencies_s=latencies_s):
                 with phases("write"):
                     rows += batch_rows
                     if file:
-                        file.write(_csv_lines(batch_rows))
+                        file.write(csv_lines(batch_rows))
                         file.flush()
                     bar.update(len(batch_rows))
     except EngineFailure as failure:
         if out:
-            _write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(rows)})
+            write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(rows)})
         raise
     wall_s = now() - start
     if [row["file"] for row in rows] != data.files[:images]:
@@ -99,7 +92,7 @@ def evaluate(
     metrics = summarise(rows, settings, engine, len(rows) - len(earlier), wall_s, phases, latencies_s)
     if out:
         with named_errors(out):
-            _write_json(out / METRICS, metrics)
+            write_json(out / METRICS, metrics)
     return Evaluation(_frame(rows), metrics, out)
 
 
@@ -187,80 +180,6 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images:
     }
 
 
-def _claim(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[dict]:
-    """Take ``out`` for this run; the rows that an interrupted run left there, in whole batches."""
-    settings = json.loads(json.dumps(settings))
-    if out.is_dir():
-        remove_leftovers(out, RUN, PREDICTIONS, METRICS)
-    if not resume or not out.is_dir() or not any(out.iterdir()):
-        claim_folder(out)
-        rows = []
-    else:
-        try:
-            before = dict(json.loads((out / RUN).read_text(encoding="utf-8"))["settings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise VitdemoError(f"{out / RUN}: no run to resume here; give another output folder") from None
-        different = [key for key in settings if before.get(key) != settings[key]]
-        if different:
-            what = ", ".join(different)
-            raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
-        rows = _read_rows(out / PREDICTIONS, data)
-    if len(rows) < settings["images"]:
-        # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
-        batch = settings["device_batch_size"]
-        rows = rows[: len(rows) // batch * batch]
-    _write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-    _write_rows(out / PREDICTIONS, rows)
-    return rows
-
-
-def _finished_metrics(out: Path) -> dict | None:
-    """The metrics of a run that was finished before, so that resuming it keeps its rates."""
-    metrics = json.loads((out / METRICS).read_text(encoding="utf-8")) if (out / METRICS).exists() else {}
-    return metrics if metrics.get("valid") else None
-
-
-def _read_rows(path: Path, data: ImageNetVal) -> list[dict]:
-    """The whole rows of an interrupted run; VitdemoError when they are not rows of ``data``, in order."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1]  # the last one may be torn by the interruption
-        rows = [_parsed(row) for row in csv.DictReader(io.StringIO(whole_lines))]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        rows = None
-    expected = zip(data.files, data.labels, strict=True)
-    if rows is None or [(row["file"], row["label"]) for row in rows] != list(islice(expected, len(rows))):
-        raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
-    return rows
-
-
-def _appending(out: Path | None):
-    return open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as file:
-        file.write(",".join(COLUMNS) + "\n" + _csv_lines(rows))
-
-
-def _csv_lines(rows: list[dict]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _parsed(row: dict) -> dict:
-    """A row of predictions.csv as ``predict`` made it."""
-    integers = {name: int(row[name]) for name in ("label", "correct", *PREDICTED) if row[name]}
-    return {name: value for name, value in row.items() if value or name == "error"} | integers
-
-
 def _frame(rows: list[dict]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=COLUMNS)
     return frame.astype({name: "Int64" for name in PREDICTED} | {name: "float64" for name in PROBABILITY})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with replacing(path) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
