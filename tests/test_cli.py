@@ -130,6 +130,17 @@ def test_commands_in_the_readmes_are_understood(command):
         assert args.precision in find_engines()[args.engine].precisions
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["evaluate"], ["evaluate", "vit_shapes20", "--data", TAR, "--out", "x", "--limit", "x"]],
+)
+def test_mistyped_commands_are_one_line_and_exit_code_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("vitdemo: ") and error.count("\n") == 1
+
+
 def test_busy_output_folder(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for arguments in (

@@ -63,10 +63,13 @@ def _evaluate(args) -> int:
     return 0
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"vitdemo: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vitdemo", description="A Vision Transformer from images to verified inference."
-    )
+    parser = _OneLineParser(prog="vitdemo", description="A Vision Transformer from images to verified inference.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:

@@ -249,7 +249,7 @@ def test_other_classes_are_refused(eager, shapes20, vit_shapes20):
         evaluate(convert(nameless), shapes20, progress=False)
 
 
-@pytest.mark.parametrize("options", [{"device_batch_size": 0}, {"limit": 0}, {"limit": -3}])
+@pytest.mark.parametrize("options", [{"device_batch_size": 0}, {"limit": 0}, {"limit": -3}, {"limit": "8"}])
 def test_numbers_below_one_are_refused(eager, shapes20, options):
     with pytest.raises(VitdemoError, match="at least 1"):
         evaluate(eager, shapes20, progress=False, **options)

@@ -151,8 +151,8 @@ def wilson_interval(correct: int, images: int) -> list[float]:
 
 def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, limit: int | None) -> None:
     for name, value in (("device_batch_size", device_batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise VitdemoError(f"{name} {value}: must be at least 1")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
     if engine.info.classes is None:
         raise VitdemoError(
             f"{engine.info.tag}: nobody said which class each output is; give Model.from_module classes="

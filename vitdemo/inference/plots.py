@@ -66,6 +66,7 @@ def plot_time(evaluation: Evaluation) -> Figure:
     for (name, seconds), color in zip(parts.items(), ("#E69F00", RIGHT, "#009E73", GREY), strict=True):
         ax.barh(0, seconds, left=left, color=color, edgecolor="white", label=f"{name}: {seconds:.2f} s")
         left += seconds
-    ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s")
+    what = f"{m['model']}, {m['engine']} {m['precision']}, {m['threads']} threads"
+    ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s: {what}")
     ax.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
     return figure
