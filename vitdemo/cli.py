@@ -33,8 +33,7 @@ def _run(args) -> int:
 def _extract(args) -> int:
     from vitdemo.dataset.extraction import extract
 
-    data = extract(args.archives, args.out, unverified=args.unverified)
-    print(f"{len(data)} images of {len(data.classes)} classes in {args.out}")
+    extract(args.archives, args.out, unverified=args.unverified)
     return 0
 
 
