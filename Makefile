@@ -30,7 +30,7 @@ lint: $(BIN)/.vitdemo-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 notebooks: $(BIN)/.vitdemo-dev
-	$(BIN)/nbstripout --drop-empty-cells --extra-keys "metadata.widgets metadata.language_info" notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-id --drop-empty-cells --extra-keys "metadata.widgets metadata.language_info" notebooks/*.ipynb
 	$(BIN)/python -m pytest tests/notebooks/test_hygiene.py
 
 # The pictures that the notebooks open with, from a run of the course.
@@ -41,7 +41,8 @@ pictures: $(BIN)/.vitdemo
 constraints:
 	rm -rf $(VENV)-constraints && $(PYTHON) -m venv $(VENV)-constraints
 	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev]'
-	$(VENV)-constraints/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' > constraints.txt
+	$(VENV)-constraints/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' > $(VENV)-constraints/pins
+	mv $(VENV)-constraints/pins constraints.txt
 	rm -rf $(VENV)-constraints
 
 clean:

@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("names", nargs="*", metavar="NAME", help="notebooks, e.g. 00_tour or 00; all by default")
     run.add_argument("--profile", default="bundled", help="smoke (a few images), bundled (the default) or imagenet")
     run.add_argument("--imagenet", metavar="DIR", help="where ImageNet lies, for --profile imagenet")
-    run.add_argument("-p", dest="parameter", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
+    set_help = "set a parameter; a relative path is relative to notebooks/"
+    run.add_argument("-p", dest="parameter", action="append", default=[], metavar="NAME=VALUE", help=set_help)
     run.add_argument("--out", metavar="DIR", help="a new folder for the report; runs/<time> by default")
 
     extract = command("extract", _extract, "verify the ILSVRC2012 archives and extract val/<wnid>/")

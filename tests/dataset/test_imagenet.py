@@ -229,6 +229,15 @@ def test_a_flat_val_folder_is_refused_with_the_cure(archives, tmp_path):
             ImageNetVal(path)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system takes UTF-8 names only")
+@pytest.mark.parametrize("name", [b"caf\xe9.JPEG", b"two\nlines.JPEG"])
+def test_a_file_name_that_no_table_can_hold_is_refused(tmp_path, name):
+    folder = build_tree(tmp_path / "val", ["n01440764", "n01751748"])
+    Path(os.fsdecode(os.fsencode(folder / "n01440764") + b"/" + name)).write_bytes(b"jpeg")
+    with refused(folder, "cannot be written to a table"):
+        ImageNetVal(folder)
+
+
 def test_two_files_of_one_name_are_refused(tmp_path):
     folder = build_tree(tmp_path / "val", ["n01440764", "n01751748"])
     shutil.copy(folder / "n01440764" / val_name(1), folder / "n01751748" / val_name(1))
@@ -453,6 +462,13 @@ def test_a_folder_with_foreign_content_is_refused_and_left_as_it_is(archives, tm
     with refused(tmp_path / "out"):
         extract_unverified(archives.folder, tmp_path / "out")
     assert tree(tmp_path / "out") == {name: b"mine"}
+
+
+def test_what_finder_leaves_in_every_folder_is_no_foreign_content(archives, tmp_path):
+    extract_unverified(archives.folder, tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "out" / "val", next((tmp_path / "out" / "val").iterdir())):
+        (folder / ".DS_Store").write_bytes(b"Finder's")
+    assert len(extract_unverified(archives.folder, tmp_path / "out")) == len(archives.images)
 
 
 def test_an_extraction_of_other_archives_is_refused_and_left_as_it_is(archives, tmp_path):

@@ -48,6 +48,13 @@ def test_is_a_valid_notebook_with_cell_ids(notebook):
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_written_as_jupyter_writes_it(path):
+    """One source line a line, so that a diff shows what changed and a save in JupyterLab changes nothing else."""
+    text = path.read_text(encoding="utf-8")
+    assert text == nbformat.writes(nbformat.reads(text, nbformat.NO_CONVERT)) + "\n", "run `make notebooks`"
+
+
 def test_keeps_its_kernelspec_and_nothing_of_a_session(notebook):
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata and "papermill" not in notebook.metadata
