@@ -15,6 +15,12 @@ def data_root() -> Path:
     return Path(os.environ.get("VITDEMO_DATA") or REPOSITORY / "data").expanduser()
 
 
+def cache_root() -> Path:
+    """The folder for what is built once and can be built again: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("VITDEMO_CACHE") or Path(cache_home) / "vitdemo").expanduser()
+
+
 def runs_root() -> Path:
     """The folder for executed notebooks and their results: ``runs/`` of the clone."""
     return REPOSITORY / "runs"

@@ -1,31 +1,188 @@
-"""From a Model to an Engine ready to run."""
+"""From a Model to an Engine ready to run; what takes long to build is built once and kept.
 
-from collections.abc import Iterable
+An artifact is a folder in the cache, named by the hash of everything that shaped it. It is written under another
+name and renamed, so that a folder of the right name is whole. ``card.json`` in it says how it was made.
+"""
 
+import hashlib
+import inspect
+import json
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
 import torch
+from filelock import FileLock
+from torch import nn
 
-from vitdemo.conversion.engines.contract import Engine, find_engines
+from vitdemo.conversion.calibration import Calibration, calibration_for
+from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model
-from vitdemo.errors import VitdemoError
-from vitdemo.measure.clock import cores
+from vitdemo.dataset.archives import PART
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.measure.clock import cores, installed_version, now
+from vitdemo.paths import cache_root
+
+CARD = "card.json"
+CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
 
 
 def convert(
-    model: Model, engine: str = "eager", precision: str = "fp32", *, device: str = "auto", threads: int | None = None
+    model: Model,
+    engine: str = "eager",
+    precision: str = "fp32",
+    *,
+    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
 ) -> Engine:
-    """Build ``engine`` for ``model`` in ``precision``.
+    """``model`` in ``engine`` and ``precision``, ready to run: from the cache, or built now and kept there.
 
-    device: "cpu", "cuda", or "auto" (CUDA where there is one). threads: CPU threads a call may use, all
-    cores by default. Raises VitdemoError for an unknown engine, precision or device, listing those there are.
+    calibration: the images that int8 needs, see ``calibration_for``. device: "cpu", "cuda", or "auto" (CUDA where
+    there is one). threads: CPU threads a call may use, all cores by default. force: build anew. Raises VitdemoError for
+    an unknown engine, precision or device, listing those there are, for a runtime that is not installed, and when
+    calibration images are missing.
     """
+    cls = _engine_class(engine, precision)
+    if threads is not None and threads < 1:
+        raise VitdemoError(f"threads {threads}: must be at least 1")
+    images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
+    recipe = Recipe(model, cls, precision, _resolve_device(device), images)
+    if issubclass(cls, CompiledEngine):
+        with named_errors(artifacts_root()):
+            return recipe.cached(threads or cores(), force)
+    start = now()
+    ready = cls(model, precision, device=recipe.device, threads=threads or cores())
+    ready.card, ready.load_s = {"key": recipe.key, **recipe.ingredients}, now() - start
+    return ready
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact is made from."""
+
+    model: Model
+    cls: type[Engine]
+    precision: str
+    device: str
+    calibration: Calibration | None
+
+    @cached_property
+    def ingredients(self) -> dict:
+        """Everything that shapes the artifact, as JSON can hold it."""
+        packages = ("torch", "torchvision", "timm", *self.cls.packages)
+        return {
+            "engine": self.cls.name,
+            "precision": self.precision,
+            "device": self.device,
+            "model": self.model.info.to_dict(),
+            "architecture": _architecture(self.model.module),
+            "builder": _sha256(inspect.getsource(inspect.getmodule(self.cls)).encode()),
+            "calibration": self.calibration and self.calibration.fingerprint,
+            "versions": {name: installed_version(name) for name in ("vitdemo", *packages)},
+            "instruction_set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of the ingredients."""
+        return _sha256(json.dumps(self.ingredients, sort_keys=True).encode())
+
+    def cached(self, threads: int, force: bool) -> Engine:
+        """The engine from the cache, where it is built first if it is not there or ``force`` is given."""
+        name = re.sub(r"[^\w.]+", "_", self.model.info.tag)
+        folder = artifacts_root() / f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
+            if folder.exists() and not force:
+                try:
+                    return self._load(folder, threads)
+                except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
+                    reason = str(error).strip().split("\n")[0] or type(error).__name__
+                    print(f"{folder}: cannot be used ({reason}); building it again", file=sys.stderr)
+            self._build(folder)
+            return self._load(folder, threads)
+
+    def _build(self, folder: Path) -> None:
+        partial = folder.with_name(folder.name + PART)
+        shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+        partial.mkdir()
+        print(f"building {self.cls.name} {self.precision} of {self.model.info.tag}, once", file=sys.stderr)
+        try:
+            start = now()
+            pixels = self.calibration.pixels if self.calibration else None
+            self.cls.build(self.model, self.precision, partial, device=self.device, calibration=pixels)
+            made = {"build_s": now() - start, "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
+            card = {"key": self.key, **made, "files": _files(partial), **self.ingredients}
+            card["calibration"] = self.calibration and self.calibration.to_dict()
+            (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _load(self, folder: Path, threads: int) -> Engine:
+        """Raises anything when the artifact is damaged or another one."""
+        start = now()
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if card["key"] != self.key:
+            raise ValueError("its card is that of another artifact")
+        if card["files"] != _files(folder):
+            raise ValueError("its files are not those that were built")
+        ready = self.cls(folder, self.model.info, self.precision, device=self.device, threads=threads)
+        ready.card, ready.load_s = card, now() - start
+        return ready
+
+
+def artifacts_root() -> Path:
+    """The folder of the artifacts."""
+    return cache_root() / "artifacts"
+
+
+def cached_artifacts() -> pd.DataFrame:
+    """What is in the cache, a row an artifact: model, weights, engine, precision, bytes, build_s, built, key."""
+    rows = []
+    for path in sorted(artifacts_root().glob(f"*/{CARD}")):
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            size = sum(file["bytes"] for file in card["files"].values())
+            row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
+            rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
+        except (OSError, ValueError, KeyError, TypeError):
+            size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
+    return pd.DataFrame(rows, columns=CARD_COLUMNS)
+
+
+def clear_cache() -> int:
+    """Remove every artifact; the bytes that became free. An engine that is loaded goes on running."""
+    with named_errors(artifacts_root()):
+        files = [path for path in artifacts_root().rglob("*") if path.is_file()]
+        freed = sum(path.stat().st_size for path in files)
+        if artifacts_root().exists():
+            shutil.rmtree(artifacts_root())
+    return freed
+
+
+def _engine_class(engine: str, precision: str) -> type[Engine]:
     engines = find_engines()
     if engine not in engines:
         raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
-    if precision not in engines[engine].precisions:
-        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(engines[engine].precisions)}")
-    if threads is not None and threads < 1:
-        raise VitdemoError(f"threads {threads}: must be at least 1")
-    return engines[engine](model, precision, device=_resolve_device(device), threads=threads or cores())
+    cls = engines[engine]
+    if precision not in cls.precisions:
+        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
+    if missing := [name for name in cls.packages if not installed_version(name)]:
+        raise VitdemoError(f"engine {engine!r}: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
+    return cls
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -40,3 +197,40 @@ def _resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
     return device
+
+
+def _architecture(module: nn.Module) -> str:
+    """sha256 of what a module computes with its weights.
+
+    That is its repr, its classes' source, and the plain values its parts hold: a LayerNorm's eps and the kind of a
+    GELU are in no state dict.
+    """
+    digest = hashlib.sha256(repr(module).encode())
+    for cls in sorted({type(part) for part in module.modules()}, key=lambda cls: (cls.__module__, cls.__qualname__)):
+        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{_source(cls)}".encode())
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if isinstance(value, (int, float, str, tuple))}
+        calls = {key: _source(value) for key, value in vars(part).items() if inspect.isroutine(value)}
+        digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())}\n".encode())
+    return digest.hexdigest()
+
+
+def _source(thing) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # built in, or typed into an interpreter: its name is all there is
+        return getattr(thing, "__qualname__", type(thing).__qualname__)
+
+
+def _files(folder: Path) -> dict[str, dict]:
+    """Size in bytes and sha256 of every file of an artifact, the card left out."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -5,6 +5,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -22,22 +23,29 @@ class Engine(ABC):
 
     ``(x / 255 - mean) / std`` happens inside, in float32, before the cast to the engine's precision.
 
-    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions``, builds itself
-    in ``__init__`` (imports of its runtime go there) and answers ``_infer``.
+    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and answers ``_infer``.
+    It builds itself in ``__init__(self, model, precision, *, device, threads)``; one whose runtime reads a file is a
+    ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
+    costs only its own engine.
 
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
-    info: the model's. depth: how many submitted batches may be in flight.
+    info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
+    runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
+    shaped it. load_s: seconds ``convert`` took to make it ready, without building.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
     depth = 1
 
-    def __init__(self, model: Model, precision: str, *, device: str, threads: int):
-        self.info: ModelInfo = model.info
+    def __init__(self, info: ModelInfo, precision: str, *, device: str, threads: int):
+        self.info = info
         self.precision = precision
         self.device = device
         self.threads = threads
+        self.card: dict = {}
+        self.load_s: float | None = None
         self._worker: ThreadPoolExecutor | None = None
 
     @abstractmethod
@@ -48,6 +56,14 @@ class Engine(ABC):
     @abstractmethod
     def precision_ran(self) -> dict[str, float]:
         """The share of multiply-accumulates in each precision, as read back from the runtime."""
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the layers gave on the way to the logits, float32 on the CPU by the names of ``graph.tap_points``.
+
+        The last entry, "logits", is of the very run that gave the layers: where looking inside needs a twin of the
+        artifact, it shows how far the twin is from it. Empty for an engine that nobody can look into.
+        """
+        return {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
@@ -76,10 +92,35 @@ class Engine(ABC):
             )
 
 
+class CompiledEngine(Engine):
+    """An engine whose runtime reads files: ``build`` writes them once, ``__init__`` loads them.
+
+    calibrated: the precisions whose ``build`` needs images to find the ranges of the activations.
+    """
+
+    calibrated: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        """Load what ``build`` wrote into ``folder``; any exception means that it is damaged and is built again."""
+        super().__init__(info, precision, device=device, threads=threads)
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        """Write the artifact of ``model`` into the empty ``folder``; nothing else is kept.
+
+        calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, else None. Raises VitdemoError for what
+        the user can put right, such as a missing compiler.
+        """
+
+
 @cache
 def find_engines() -> dict[str, type[Engine]]:
     """Every engine in this folder by name. Imports no runtime, so it works whatever is installed."""
     package = importlib.import_module("vitdemo.conversion.engines")
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return {cls.name: cls for cls in classes if issubclass(cls, Engine) and cls is not Engine}
+    return {cls.name: cls for cls in classes if issubclass(cls, Engine) and hasattr(cls, "name")}

@@ -4,33 +4,13 @@ import copy
 from functools import cached_property
 
 import torch
-from torch import nn
 
 from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.graph import Normalised, tap_points
 from vitdemo.conversion.models import FlopsByPrecision, Model
-from vitdemo.dataset.images import Preprocessing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISION_OF = {str(dtype).removeprefix("torch."): precision for precision, dtype in DTYPES.items()}
-
-
-class Normalised(nn.Module):
-    """uint8[B, 3, H, W] -> logits: ``(x / 255 - mean) / std`` in float32, a cast, then the model.
-
-    The normalisation is never folded into the patch embedding's weights by hand: a convolution that pads
-    with zeros would then see zeros where it must see the normalised black of the padding.
-    """
-
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing, dtype: torch.dtype):
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x.float() / 255 - self.mean) / self.std
-        return self.module(x.to(self.dtype)).float()
 
 
 class EagerEngine(Engine):
@@ -40,7 +20,7 @@ class EagerEngine(Engine):
     precisions = ("fp32", "bf16")
 
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
-        super().__init__(model, precision, device=device, threads=threads)
+        super().__init__(model.info, precision, device=device, threads=threads)
         dtype = DTYPES[precision]
         module = model.module
         if dtype != torch.float32 or device != "cpu":  # .to() would change the caller's model in place
@@ -51,6 +31,16 @@ class EagerEngine(Engine):
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
             return self._module(x.to(self.device)).cpu()
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._check(x)
+        torch.set_num_threads(self.threads)
+        graph = self._module
+        taps = tap_points(graph.module)
+        tapped = Normalised(graph.module, self.info.preprocessing, graph.dtype, taps).to(self.device)
+        with torch.inference_mode():
+            logits, *taken = tapped(x.to(self.device))
+        return {name: tensor.cpu() for name, tensor in zip((*taps, "logits"), (*taken, logits), strict=True)}
 
     @cached_property
     def precision_ran(self) -> dict[str, float]:

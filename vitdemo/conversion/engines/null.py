@@ -14,7 +14,7 @@ class NullEngine(Engine):
     precisions = ("none",)
 
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
-        super().__init__(model, precision, device=device, threads=threads)
+        super().__init__(model.info, precision, device=device, threads=threads)
         if self.info.classes is None:
             raise VitdemoError(f"{self.info.tag}: the null engine answers one zero a class; give the model its classes")
 

@@ -1,0 +1,110 @@
+"""The images from which int8 engines learn the ranges of their activations."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vitdemo.conversion.models import Model
+from vitdemo.dataset.archives import index_tar
+from vitdemo.dataset.imagenet import ImageNetVal, Sample
+from vitdemo.dataset.images import Preprocessing, UnreadableImage, reference_crop
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import data_path
+
+IMAGES, RANDOM_IMAGES = 256, 32  # more random ones would only repeat the same ranges
+
+BUNDLED_CALIBRATION = {"vit_shapes20": "shapes20/shapes20_calib.tar"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """pixels: uint8[N, 3, H, W]. source: where they came from, for people.
+
+    sha256: of each image file, in order; empty where pixels were given, as nobody knows their files then.
+    """
+
+    pixels: torch.Tensor
+    source: str
+    sha256: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the pixels."""
+        return hashlib.sha256(self.pixels.numpy()).hexdigest()
+
+    def to_dict(self) -> dict:
+        """What a card says of it."""
+        return {
+            "source": self.source,
+            "images": len(self.pixels),
+            "fingerprint": self.fingerprint,
+            "sha256": list(self.sha256),
+        }
+
+
+def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
+    """Up to 256 images for ``model``, spread evenly over what is given.
+
+    given: a data set, its path, a plain tar of JPEGs, or pixels, uint8[N, 3, H, W]. None takes the bundled ones for
+    vit_shapes20 and random pixels for random weights. Raises VitdemoError when there are none, or none that fit.
+    """
+    info = model.info
+    if given is None:
+        if info.weights == "random":
+            generator = torch.Generator().manual_seed(0)
+            shape = (RANDOM_IMAGES, *info.preprocessing.input_size)
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            return Calibration(pixels, "random pixels")
+        if info.tag not in BUNDLED_CALIBRATION or info.weights != "pretrained":
+            raise VitdemoError(
+                f"{info.tag}: int8 needs images for its calibration; give --calibration PATH, images like those it "
+                "will see but not those it is scored on (some of ImageNet's train set, say)"
+            )
+        given = data_path(BUNDLED_CALIBRATION[info.tag])
+    if isinstance(given, torch.Tensor):
+        size = info.preprocessing.input_size
+        if given.dtype != torch.uint8 or given.ndim != 4 or given.shape[1:] != size or len(given) == 0:
+            raise VitdemoError(
+                f"calibration: pixels are uint8[N >= 1, {', '.join(map(str, size))}], not "
+                f"{str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+            )
+        return Calibration(given.cpu().contiguous(), "pixels given by the caller")
+    if isinstance(given, (str, Path)):
+        return _from_files(_jpegs_at(Path(given).expanduser()), str(given), info.preprocessing)
+    return _from_files(_spread(given), str(getattr(given, "path", "a data set")), info.preprocessing)
+
+
+def _from_files(jpegs: Iterator[bytes], source: str, preprocessing: Preprocessing) -> Calibration:
+    crops, digests = [], []
+    for jpeg in jpegs:
+        try:
+            crops.append(reference_crop(jpeg, preprocessing))
+        except UnreadableImage:
+            continue  # one less to calibrate on; extract and check-images are there to say which
+        digests.append(hashlib.sha256(jpeg).hexdigest())
+    if not crops:
+        raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")
+    return Calibration(torch.stack(crops), source, tuple(digests))
+
+
+def _jpegs_at(path: Path) -> Iterator[bytes]:
+    """The images of a data set, or of a plain tar of JPEGs that has no labels and needs none."""
+    if path.is_file() and not path.name.endswith("_img_val.tar"):
+        members = sorted(member for member in index_tar(path) if member.name.lower().endswith((".jpeg", ".jpg")))
+        with named_errors(path), open(path, "rb") as file:
+            for i in _evenly(len(members)):
+                file.seek(members[i].offset)
+                yield file.read(members[i].size)
+    else:
+        yield from _spread(ImageNetVal(path))
+
+
+def _spread(data: Sequence[Sample]) -> Iterator[bytes]:
+    return (data[i].jpeg for i in _evenly(len(data)))
+
+
+def _evenly(count: int) -> range | list[int]:
+    return range(count) if count <= IMAGES else [i * count // IMAGES for i in range(IMAGES)]
