@@ -13,6 +13,14 @@ from vitdemo.paths import REPOSITORY
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """A cache of this session's own, which the processes it starts share: every engine is built once."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["VITDEMO_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shapes20() -> ImageNetVal:
     return ImageNetVal(data_path("shapes20"))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from vitdemo.errors import VitdemoError
 
+PART = ".part"  # the suffix of a file or a folder that is not whole yet
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -65,7 +67,7 @@ def replacing(path: Path | str, mode: str = "w"):
     temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file

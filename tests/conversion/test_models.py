@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 from vitdemo import Model, Preprocessing, VitdemoError, data_path, load_model
@@ -136,11 +137,12 @@ def corrupted_folder(tmp_path, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"config": b"{"}, "config.json: is not JSON with"),
-        ({"config": b"[]"}, "config.json: is not JSON with"),
-        ({"config": b"\xff\xfe"}, "config.json: is not JSON with"),
-        ({"config": b'{"architecture": "resnet18"}'}, "config.json: is not JSON with"),
-        ({"config": b'{"architecture": "resnet18", "pretrained_cfg": null}'}, "config.json: is not JSON with"),
+        ({"config": b"{"}, "config.json: is not a JSON object"),
+        ({"config": b"[]"}, "config.json: is not a JSON object"),
+        ({"config": b"\xff\xfe"}, "config.json: is not a JSON object"),
+        ({"config": b"{}"}, 'config.json: has neither "architecture" and "pretrained_cfg"'),
+        ({"config": b'{"architecture": "resnet18"}'}, "config.json: has neither"),
+        ({"config": b'{"architecture": "resnet18", "pretrained_cfg": null}'}, "config.json: has neither"),
         ({"config": b'{"architecture": "vit_unheard_of", "pretrained_cfg": {}}'}, "not known to timm"),
         (
             {"config": b'{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"depth": -3}}'},
@@ -216,6 +218,172 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path):
     path.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(VitdemoError, match="perhaps code, and is not opened"):
         load_model(TINY, str(path))
+
+
+def test_paths_of_the_wrong_kind(tiny_file, tmp_path):
+    with pytest.raises(VitdemoError, match="tiny.safetensors: is a file; give the folder that holds it"):
+        load_model(tiny_file)
+    with pytest.raises(VitdemoError, match="is a folder; give a .safetensors"):
+        load_model(TINY, tmp_path)
+
+
+def test_loading_a_file_leaves_nothing_as_allocated(tmp_path):
+    """Parameters get no values before they are read; what no file holds must be as the constructor makes it."""
+    torch.manual_seed(1)
+    levit = timm.create_model("levit_128s").eval()
+    held = set(levit.state_dict())
+    assert any("attention_bias_idxs" in name and name not in held for name, _ in levit.named_buffers())
+    save_file(levit.state_dict(), tmp_path / "levit.safetensors")
+    model = load_model("levit_128s", tmp_path / "levit.safetensors")
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model.module(x), levit(x))
+    assert model.info.weights_sha256 == weights_sha256(levit)
+
+
+@pytest.fixture(scope="module")
+def torchvision_resnet18():
+    """torchvision's own module, whose BatchNorm has seen images, so that its running statistics matter."""
+    torch.manual_seed(2)
+    module = torchvision.models.resnet18(weights=None)
+    module(torch.randn(8, 3, 64, 64))
+    return module.eval()
+
+
+@pytest.mark.parametrize("origin", ["torchvision", "torchvision before 0.2.1", "timm"])
+def test_resnet18_from_either_library(tmp_path, torchvision_resnet18, origin):
+    """The two have the same keys; files older than torch 0.4.1 lack BatchNorm's count of batches."""
+    state = torchvision_resnet18.state_dict()
+    if origin == "timm":
+        theirs = timm.create_model("resnet18")
+        theirs.load_state_dict(state)
+        state = theirs.state_dict()
+    elif "before" in origin:
+        state = {key: tensor for key, tensor in state.items() if "num_batches_tracked" not in key}
+        assert len(state) == 102
+    torch.save(state, tmp_path / "resnet18.pth")
+    model = load_model("resnet18.tv_in1k", tmp_path / "resnet18.pth")
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model.module(x), torchvision_resnet18(x), rtol=0, atol=1e-5)
+    state.pop("bn1.running_var")
+    torch.save(state, tmp_path / "resnet18.pth")
+    with pytest.raises(VitdemoError, match="key bn1.running_var is missing"):
+        load_model("resnet18.tv_in1k", tmp_path / "resnet18.pth")
+
+
+def test_torchvisions_module_itself(torchvision_resnet18):
+    ours = load_model("resnet18.tv_in1k", "random").info
+    model = Model.from_module(torchvision_resnet18, ours.preprocessing, name="resnet18", classes=ours.classes)
+    assert model.info.flops_per_image == ours.flops_per_image
+    assert model.module is torchvision_resnet18
+
+
+PREPROCESSING = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0, 0, 0), (1, 1, 1))
+
+
+def convnet() -> torch.nn.Sequential:
+    head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(8, 4)]
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), *head)
+
+
+CONVNET_FLOPS = 2 * (30 * 30 * 8 * 27 + 8 * 4)
+
+
+def test_from_module_in_training_mode_stays_true():
+    module = convnet().train()
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    model = Model.from_module(module, PREPROCESSING, name="convnet")
+    assert model.info.flops_per_image == CONVNET_FLOPS
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.module.state_dict().items())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.module(x), model.module(x))  # no dropout
+    assert not model.module(x).requires_grad
+
+
+class WithPlainTensor(torch.nn.Module):
+    """Holds a tensor that no state dict and no .to() knows, and looks at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.rand(3, 1, 1)
+        self.head = torch.nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = x * self.scale
+        return self.head(x.mean((2, 3)) if x.mean() < 5 else x.amax((2, 3)))
+
+
+class WithCache(torch.nn.Module):
+    """Keeps what its first call computed, as LeViT's attention does with its biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(4))
+        self.kept = None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.bias * 2
+        return x.mean((1, 2, 3))[:, None] + self.kept
+
+
+def shared_layer() -> torch.nn.Sequential:
+    layer = torch.nn.Linear(4, 4)
+    return torch.nn.Sequential(convnet(), layer, layer)
+
+
+@pytest.mark.parametrize(
+    "make, flops",
+    [
+        (WithPlainTensor, 2 * 3 * 4),
+        (WithCache, 0),
+        (shared_layer, CONVNET_FLOPS + 2 * 2 * 4 * 4),
+    ],
+    ids=["plain tensor", "cache", "shared layer"],
+)
+def test_from_module_leaves_odd_modules_working(make, flops):
+    torch.manual_seed(3)
+    oracle = make().eval()
+    torch.manual_seed(3)
+    model = Model.from_module(make(), PREPROCESSING, name="odd")
+    assert model.info.flops_per_image == flops
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.module(x), oracle(x))
+
+
+def exported() -> torch.nn.Module:
+    return torch.export.export(convnet().eval(), (torch.zeros(1, 3, 32, 32),)).module()
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (lambda: convnet().half(), r"odd: 0.weight is torch.float16; give module.float\(\)"),
+        (lambda: convnet().double(), r"odd: 0.weight is torch.float64; give module.float\(\)"),
+        (lambda: convnet().to("meta"), "odd: 0.weight has no values yet"),
+        (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4)), "odd: 1.weight has no values yet"),
+        (exported, "odd: .*give the module that it was made from"),
+        (lambda: convnet, "odd: function is not a torch.nn.Module"),
+        (lambda: convnet()[:1], r"does not give logits \[B, C\]"),
+        (lambda: torch.nn.ModuleDict({"a": convnet()}), "does not give logits"),
+    ],
+    ids=["half", "double", "meta", "lazy", "exported", "function", "no logits", "no forward"],
+)
+def test_from_module_refuses_in_one_line(module, message):
+    with pytest.raises(VitdemoError, match=message) as error:
+        Model.from_module(module(), PREPROCESSING, name="odd")
+    assert "\n" not in str(error.value)
+
+
+def test_buffers_that_no_file_holds_count_as_weights():
+    first, second = convnet(), convnet()
+    second.load_state_dict(first.state_dict())
+    for module, mean in ((first, 0.0), (second, 0.5)):
+        module.register_buffer("mean", torch.tensor(mean), persistent=False)
+    assert weights_sha256(first) != weights_sha256(second)
+    second.mean.zero_()
+    assert weights_sha256(first) == weights_sha256(second)
 
 
 def test_from_module_takes_any_classifier():

@@ -25,11 +25,10 @@ from torch import nn
 from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model
-from vitdemo.dataset.archives import PART
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, now
-from vitdemo.paths import cache_root
+from vitdemo.paths import PART, cache_root
 
 CARD = "card.json"
 CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
@@ -115,6 +114,7 @@ class Recipe:
     def _build(self, folder: Path) -> None:
         partial = folder.with_name(folder.name + PART)
         shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+        self._check_room(folder.parent)
         partial.mkdir()
         print(f"building {self.cls.name} {self.precision} of {self.model.info.tag}, once", file=sys.stderr)
         try:
@@ -127,8 +127,27 @@ class Recipe:
             (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+        except (VitdemoError, OSError):
+            raise
+        except Exception as error:  # exporters and runtimes have a hundred types
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            what = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
+            raise VitdemoError(
+                f"{what}: cannot be built ({reason}); see `vitdemo doctor`, or take another engine"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _check_room(self, folder: Path) -> None:
+        """Asked before, as a disk that fills while torch writes ends the process."""
+        weights = sum(tensor.nbytes for tensor in self.model.module.state_dict().values())
+        needed = 3 * weights + (16 << 20)  # an exported copy beside the artifact, and what a runtime adds
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise VitdemoError(
+                f"{folder}: a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; make room, "
+                "or set VITDEMO_CACHE to another folder"
+            )
 
     def _load(self, folder: Path, threads: int) -> Engine:
         """Raises anything when the artifact is damaged or another one."""

@@ -23,12 +23,12 @@ BUNDLED_CALIBRATION = {"vit_shapes20": "shapes20/shapes20_calib.tar"}
 class Calibration:
     """pixels: uint8[N, 3, H, W]. source: where they came from, for people.
 
-    sha256: of each image file, in order; empty where pixels were given, as nobody knows their files then.
+    files: bytes and sha256 of each image file, in order; empty where pixels were given, as nobody knows their files.
     """
 
     pixels: torch.Tensor
     source: str
-    sha256: tuple[str, ...] = ()
+    files: tuple[tuple[int, str], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -37,12 +37,8 @@ class Calibration:
 
     def to_dict(self) -> dict:
         """What a card says of it."""
-        return {
-            "source": self.source,
-            "images": len(self.pixels),
-            "fingerprint": self.fingerprint,
-            "sha256": list(self.sha256),
-        }
+        found = {"source": self.source, "images": len(self.pixels), "fingerprint": self.fingerprint}
+        return found | {"files": [list(file) for file in self.files]}
 
 
 def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
@@ -78,16 +74,16 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
 
 
 def _from_files(jpegs: Iterator[bytes], source: str, preprocessing: Preprocessing) -> Calibration:
-    crops, digests = [], []
+    crops, files = [], []
     for jpeg in jpegs:
         try:
             crops.append(reference_crop(jpeg, preprocessing))
         except UnreadableImage:
             continue  # one less to calibrate on; extract and check-images are there to say which
-        digests.append(hashlib.sha256(jpeg).hexdigest())
+        files.append((len(jpeg), hashlib.sha256(jpeg).hexdigest()))
     if not crops:
         raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")
-    return Calibration(torch.stack(crops), source, tuple(digests))
+    return Calibration(torch.stack(crops), source, tuple(files))
 
 
 def _jpegs_at(path: Path) -> Iterator[bytes]:

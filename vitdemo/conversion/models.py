@@ -1,19 +1,22 @@
 """A model with everything needed to use it right: Model, ModelInfo, load_model."""
 
-import json
+import copy
+import os
 from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
-import timm
 import torch
-from timm.data import ImageNetInfo, resolve_data_config
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vitdemo.conversion.weights import WEIGHTS_FILE, load_weights, pretrained_file, read_state_dict, weights_sha256
+from vitdemo.conversion import huggingface, timm_models
+from vitdemo.conversion.weights import Plan, hub_file, read_config, read_state_dict, weights_sha256
 from vitdemo.dataset.images import Preprocessing
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import data_root
@@ -67,10 +70,13 @@ class Model:
     ) -> "Model":
         """Any ``torch.nn.Module`` that classifies images.
 
-        Raises VitdemoError when it does not run on float32[1, 3, H, W] or ``classes`` is not as long as its output.
+        The module itself is taken, not a copy: it is put into evaluation mode and its parameters are frozen.
+
+        Raises VitdemoError when its parameters are not float32 on the CPU, when it does not run on
+        float32[1, 3, H, W], or when ``classes`` is not as long as its output.
         """
-        module = module.eval().requires_grad_(False)
-        flops, outputs = _count_on_meta(module, preprocessing.input_size)
+        _freeze(module, name)
+        flops, outputs = _count(module, preprocessing.input_size)
         if classes is not None and len(classes) != outputs:
             raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(classes)} classes were given")
         info = ModelInfo(
@@ -104,102 +110,116 @@ class FlopsByPrecision(TorchDispatchMode):
         return out
 
 
-def _count_on_meta(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    """FLOPs an image and the number of outputs, from shapes alone (the meta device computes nothing)."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+def _freeze(module: nn.Module, name: str) -> None:
+    """Evaluation mode, without gradients. Raises VitdemoError unless all its tensors are float32 on the CPU."""
+    if not isinstance(module, nn.Module):
+        raise VitdemoError(f"{name}: {type(module).__name__} is not a torch.nn.Module")
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise VitdemoError(f"{name}: {key} has no values yet; load the module's weights first")
+        if tensor.device.type != "cpu":
+            raise VitdemoError(f"{name}: {key} is on {tensor.device}; give module.cpu(), convert moves what it makes")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise VitdemoError(f"{name}: {key} is {tensor.dtype}; give module.float(), convert sets the precision")
     try:
-        with torch.no_grad(), FlopsByPrecision() as counter:
-            logits = torch.func.functional_call(module, on_meta, (torch.empty(1, *input_size, device="meta"),))
-        _, outputs = logits.shape
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        module.eval().requires_grad_(False)
+    except (NotImplementedError, RuntimeError) as error:  # exported and scripted modules
         reason = str(error).strip().split("\n")[0]
+        raise VitdemoError(f"{name}: {reason}; give the module that it was made from") from None
+
+
+def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """FLOPs an image and the number of outputs. Raises VitdemoError when the module does not run."""
+    with suppress(Exception):  # it may need values, or have tensors that are neither parameters nor buffers
+        tensors = [*module.parameters(), *module.buffers()]
+        # A copy whose tensors have shapes and no values computes nothing; what it may keep for later stays in it.
+        twin = copy.deepcopy(module, {id(tensor): tensor.to("meta") for tensor in tensors})
+        return _count_running(twin, torch.empty(1, *input_size, device="meta"))
+    try:
+        return _count_running(module, torch.zeros(1, *input_size))
+    except Exception as error:  # a stranger's forward may raise anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise VitdemoError(
             f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason})"
         ) from None
+
+
+def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    with torch.no_grad(), FlopsByPrecision() as counter:
+        _, outputs = module(x).shape
     return sum(counter.flops.values()), outputs
 
 
-def load_model(name: str, weights: str = "pretrained") -> Model:
+def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
     """A model by name, in evaluation mode and float32.
 
-    name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", or a folder in timm's hub
-    layout (config.json and model.safetensors). weights: "pretrained", "random" (seed 0, for speed alone),
-    or a file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit.
+    name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the Hugging
+    Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in timm's hub layout
+    or in Hugging Face's (ViTForImageClassification). weights: "pretrained", "random" (seed 0, for speed alone), or a
+    file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit.
     """
-    folder = _model_folder(name)
-    module, config = _from_folder(folder) if folder else _from_timm(name, weights)
-    if weights == "pretrained":
-        file = folder / WEIGHTS_FILE if folder else pretrained_file(_hub_id(name))
-        load_weights(module, read_state_dict(file), str(file))
-    elif weights != "random":
-        load_weights(module, read_state_dict(weights), weights)
+    with _seeded(), nullcontext() if weights == "random" else _ParametersAsAllocated():
+        tag, plan = _planned(str(name), pretrained=weights == "pretrained")
+    if weights != "random":
+        file = plan.file() if weights == "pretrained" else Path(weights)
+        state_dict = read_state_dict(file)
+        if huggingface.is_state_dict(state_dict) and plan.load is not huggingface.load_weights:
+            raise VitdemoError(
+                f"{file}: Hugging Face's weights do not go into timm's {name} without their LayerNorm eps and "
+                "preprocessing; give the folder where they lie with their config.json as the model"
+            )
+        plan.load(plan.module, state_dict, str(file))
     source = weights if weights in ("pretrained", "random") else Path(weights).name
-    preprocessing = Preprocessing(**resolve_data_config(pretrained_cfg=config))
-    tag = folder.name if folder else name
-    return Model.from_module(module, preprocessing, name=tag, classes=_class_list(config), weights=source)
+    return Model.from_module(plan.module, plan.preprocessing, name=tag, classes=plan.classes, weights=source)
 
 
-def _model_folder(name: str) -> Path | None:
-    """The folder that ``name`` means; None for timm's names, which a folder of the same name does not hide."""
-    if name in BUNDLED:
-        return data_root() / BUNDLED[name]
-    is_folder = name and Path(name).is_dir() and not timm.is_model(name.partition(".")[0])
-    return Path(name).resolve() if is_folder else None
-
-
-def _from_folder(folder: Path) -> tuple[nn.Module, dict]:
-    """The architecture and pretrained_cfg that a folder's config.json (timm's hub layout) describes."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        architecture, pretrained_cfg = config["architecture"], dict(config["pretrained_cfg"])
-    except FileNotFoundError:
-        raise VitdemoError(
-            f"{path}: not there; a model folder holds config.json and {WEIGHTS_FILE} in timm's layout"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise VitdemoError(f'{path}: is not JSON with "architecture" and "pretrained_cfg"; save it with timm') from None
-    # As timm does: what the top level says of the outputs holds for the weights in this folder.
-    pretrained_cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key)}
-    if not timm.is_model(architecture):
-        raise VitdemoError(f"{path}: architecture {architecture!r} is not known to timm {timm.__version__}")
-    arguments = {"num_classes": pretrained_cfg.get("num_classes", 1000), **(config.get("model_args") or {})}
-    try:
-        return _created(architecture, **arguments), pretrained_cfg
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"{path}: timm cannot build this model ({reason}); check model_args") from None
-
-
-def _from_timm(name: str, weights: str) -> tuple[nn.Module, dict]:
-    """The architecture and pretrained_cfg of a timm name; with pretrained weights the name must be a full tag."""
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = get_close_matches(architecture, [*BUNDLED, *timm.list_models()], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
-        raise VitdemoError(f"{name}: no such model; {hint}")
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if (tag and name not in tags) or (not tag and weights == "pretrained"):
-        problem = "has no such weights tag" if tag else "is an architecture; its weights need a full tag"
-        raise VitdemoError(f"{name}: {problem}: {', '.join(tags) or 'timm has none for it'}")
-    return _created(name), timm.get_pretrained_cfg(name).to_dict()
-
-
-def _created(name: str, **arguments) -> nn.Module:
-    """timm's module with random weights, the same ones every time, leaving torch's global seed alone."""
+@contextmanager
+def _seeded():
+    """The same random numbers every time, leaving torch's global seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(name, pretrained=False, **arguments)
+        yield
 
 
-def _hub_id(name: str) -> str:
-    hub_id = timm.get_pretrained_cfg(name).hf_hub_id or "timm/"
-    return hub_id + name if hub_id.endswith("/") else hub_id
+class _ParametersAsAllocated(TorchFunctionMode):
+    """While active, constructors give parameters no values: a large model's take seconds, and a file replaces them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
-def _class_list(config: dict) -> tuple[str, ...] | None:
-    """The wnids a timm config names; ImageNet-1k's own list for 1,000 unnamed outputs."""
-    if config.get("label_names"):
-        return tuple(config["label_names"])
-    return tuple(ImageNetInfo("imagenet-1k").label_names()) if config.get("num_classes") == 1000 else None
+def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
+    """The full tag of what ``name`` means, and the plan for it."""
+    if name.startswith("hf:"):
+        return name, _plan_from_files(partial(_in_hub, name.removeprefix("hf:")))
+    if name in BUNDLED:
+        return name, _plan_from_files(partial(_in_folder, data_root() / BUNDLED[name]))
+    if os.path.exists(name) and not timm_models.is_name(name):  # a path does not hide a name of timm's
+        path = Path(name).resolve()
+        if not path.is_dir():
+            raise VitdemoError(f"{name}: is a file; give the folder that holds it, or a name with this file as weights")
+        return path.name, _plan_from_files(partial(_in_folder, path))
+    return name, timm_models.plan_from_name(name, pretrained=pretrained, others=BUNDLED)
+
+
+def _plan_from_files(find: Callable[..., Path]) -> Plan:
+    """The plan of a config.json in either layout; ``find`` gives the path of the first of several names."""
+    path = find("config.json")
+    config = read_config(path)
+    layout = huggingface if huggingface.is_config(config) else timm_models
+    return layout.plan_from_config(config, find, str(path))
+
+
+def _in_folder(folder: Path, *names: str) -> Path:
+    """The first of ``names`` that is there; the first of all when none is, for its reader to say so."""
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+def _in_hub(repo_id: str, *names: str) -> Path:
+    files = " ".join(f"--include '{name}'" for name in ("*.json", *huggingface.WEIGHTS_FILES))
+    folder = repo_id.rpartition("/")[2]
+    bring = f"run `hf download {repo_id} {files} --local-dir {folder}`, bring that folder here and give it as the model"
+    return hub_file(repo_id, *names, bring=bring)

@@ -1,20 +1,56 @@
-"""Weights from files and from timm's hub into a state dict for timm's module; nothing here executes a pickle."""
+"""Weights from files and from hubs into a module; nothing here executes a pickle."""
 
 import hashlib
+import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError
 from timm.models import load_state_dict
 from torch import nn
 
+from vitdemo.dataset.images import Preprocessing
 from vitdemo.errors import VitdemoError
 
 WEIGHTS_FILE = "model.safetensors"
+# BatchNorm's count of batches is read in training alone, and files older than torch 0.4.1 do not have it.
+OPTIONAL_KEY = "num_batches_tracked"
+
+
+class Plan(NamedTuple):
+    """A model before its weights.
+
+    file: finds those that belong to it. load: copies a state dict into ``module``; its third argument names that state
+    dict in errors.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    file: Callable[[], Path]
+    load: Callable[[nn.Module, Mapping[str, torch.Tensor], str], None]
+
+
+def read_config(path: Path) -> dict:
+    """The object in a JSON file. Raises VitdemoError when there is none."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VitdemoError(
+            f"{path}: not there; a model folder has it beside {WEIGHTS_FILE}, in timm's layout or Hugging Face's"
+        ) from None
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise VitdemoError(f"{path}: is not a JSON object; save the model again or fetch it anew")
+    return config
 
 
 def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
@@ -24,14 +60,15 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise VitdemoError(f"{path}: no such weights file; give a .safetensors or .pth file")
+        problem = "is a folder" if path.is_dir() else "no such weights file"
+        raise VitdemoError(f'{path}: {problem}; give a .safetensors, .pth or .bin file, "pretrained" or "random"')
     try:
         state_dict = load_state_dict(str(path), use_ema=False, weights_only=True)
         if not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
             raise TypeError("it holds more than tensors by name")
         return state_dict
     except Exception as error:  # each reader and each kind of damage has exceptions of its own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = _first_line(error)
         if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
             reason = "it holds more than tensors, perhaps code, and is not opened"
         raise VitdemoError(f"{path}: cannot be read as weights ({reason}); give a sound .safetensors file") from None
@@ -42,53 +79,86 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
 
     Raises VitdemoError that names the first missing, extra or misshapen key; ``source`` names the weights in it.
     """
-    own = module.state_dict()
+    fill(module.state_dict(), state_dict, source)
+
+
+def fill(targets: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy each tensor of ``state_dict`` into the target of the same key; errors as in ``load_weights``."""
+    needed = [key for key in targets if key in state_dict or key.rpartition(".")[2] != OPTIONAL_KEY]
     wrong = (
-        [f"key {key} is missing" for key in own if key not in state_dict]
-        + [f"key {key} is not in this architecture" for key in state_dict if key not in own]
+        [f"key {key} is missing" for key in needed if key not in state_dict]
+        + [f"key {key} is not in this architecture" for key in state_dict if key not in targets]
         + [
-            f"key {key} has shape {tuple(state_dict[key].shape)} where {tuple(tensor.shape)} is needed"
-            for key, tensor in own.items()
-            if key in state_dict and state_dict[key].shape != tensor.shape
+            f"key {key} has shape {tuple(state_dict[key].shape)} where {tuple(targets[key].shape)} is needed"
+            for key in needed
+            if key in state_dict and state_dict[key].shape != targets[key].shape
         ]
     )
     if wrong:
         more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
         raise VitdemoError(f"{source}: weights of another architecture: {wrong[0]}{more}")
-    module.load_state_dict(state_dict)
+    with torch.no_grad():
+        for key in needed:
+            targets[key].copy_(state_dict[key])
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """sha256 over every tensor's name, dtype, shape and bytes: the same however the weights were stored."""
+    """sha256 over every tensor's name, dtype, shape and bytes: the same however the weights were stored.
+
+    Parameters and buffers, those that no file of weights holds included.
+    """
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def pretrained_file(repo_id: str) -> Path:
-    """The weights file of a hub repository, e.g. ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
+    """The weights file of timm's hub repository, e.g. ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
 
     Taken from the local Hugging Face cache, otherwise downloaded into it. Raises VitdemoError that says
     how to bring the file when there is neither a network nor a cached copy.
     """
-    cached = try_to_load_from_cache(repo_id, WEIGHTS_FILE)
-    if isinstance(cached, str):
-        return Path(cached)
-    bring = (
-        f"on a machine with a network run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as "
-        "weights (or use weights=random for speed alone)"
-    )
-    if not hub_resolves():
-        raise VitdemoError(
-            f"{repo_id}: its weights are not in the Hugging Face cache and the hub does not answer; {bring}"
-        )
+    bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
+    return hub_file(repo_id, WEIGHTS_FILE, bring=f"{bring} (or use weights=random for speed alone)")
+
+
+def hub_file(repo_id: str, *names: str, bring: str) -> Path:
+    """The first of ``names`` that a hub repository has, from the local Hugging Face cache or downloaded into it.
+
+    Raises VitdemoError when there is no such repository or file, or neither a network nor a cached copy; it ends
+    with ``bring``, what to do on a machine with a network.
+    """
+    bring = f"on a machine with a network {bring}"
     try:
-        return Path(hf_hub_download(repo_id, WEIGHTS_FILE))
-    except Exception as error:  # connections break, disks fill and repositories close in types of many libraries
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise VitdemoError(f"{repo_id}: cannot download its weights ({reason}); try again, or {bring}") from None
+        for name in names:
+            if isinstance(cached := try_to_load_from_cache(repo_id, name), str):
+                return Path(cached)
+        if hub_resolves():
+            return _download(repo_id, *names)
+    except HFValidationError:
+        raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
+    except RepositoryNotFoundError:
+        raise VitdemoError(f"{repo_id}: the hub has no such repository, or keeps it closed; check the name") from None
+    except Exception as error:  # connections break, disks fill and names are odd in types of many libraries
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
+        reason = _first_line(error)
+        raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
+    raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and the hub does not answer; {bring}")
+
+
+def _download(repo_id: str, *names: str) -> Path:
+    for name in names[:-1]:
+        try:
+            return Path(hf_hub_download(repo_id, name))
+        except LocalEntryNotFoundError:  # the connection broke, which says nothing about the repository
+            raise
+        except EntryNotFoundError:
+            continue
+    return Path(hf_hub_download(repo_id, names[-1]))
 
 
 def hub_resolves() -> bool:
@@ -102,3 +172,7 @@ def hub_resolves() -> bool:
         return True
     except OSError:
         return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

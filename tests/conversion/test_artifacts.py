@@ -1,0 +1,251 @@
+"""Artifacts: built once, keyed by everything, whole or not there. With a small engine of our own over torch.export."""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vitdemo import CompiledEngine, Model, VitdemoError, cached_artifacts, clear_cache, convert, reference_crop
+from vitdemo.conversion.artifacts import CARD, Recipe
+from vitdemo.conversion.graph import export_graph
+from vitdemo.paths import PART
+
+
+class ExportedEngine(CompiledEngine):
+    """torch's exported program, run as it is: a real engine, quickly built."""
+
+    name = "exported"
+    precisions = ("fp32",)
+
+    def __init__(self, folder, info, precision, *, device, threads):
+        super().__init__(folder, info, precision, device=device, threads=threads)
+        self._graph = torch.export.load(folder / "graph.pt2").module()
+
+    @classmethod
+    def build(cls, model, precision, folder, *, device, calibration):
+        torch.export.save(export_graph(model), folder / "graph.pt2")
+
+    def _infer(self, x):
+        with torch.inference_mode():
+            return self._graph(x)
+
+    @property
+    def precision_ran(self):
+        return {"fp32": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "artifacts"
+
+
+@pytest.fixture(scope="module")
+def tiny(vit_shapes20) -> Model:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 16, 16), nn.GELU(), nn.Flatten(2), nn.LayerNorm(196), nn.Flatten(1), nn.LazyLinear(20)
+    )
+    module(torch.zeros(1, 3, 224, 224))
+    return Model.from_module(module, vit_shapes20.info.preprocessing, name="tiny", classes=vit_shapes20.info.classes)
+
+
+@pytest.fixture(scope="module")
+def x(shapes20, vit_shapes20) -> torch.Tensor:
+    return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(3)])
+
+
+def recipe(model: Model, **changes) -> Recipe:
+    return dataclasses.replace(Recipe(model, ExportedEngine, "fp32", "cpu", None), **changes)
+
+
+def folders(cache: Path) -> list[Path]:
+    return [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_built_once_then_loaded(tiny, x, cache, capsys):
+    first = recipe(tiny).cached(2, force=False)
+    assert "building exported fp32 of tiny" in capsys.readouterr().err
+    second = recipe(tiny).cached(1, force=False)
+    assert capsys.readouterr().err == ""
+    assert first.card == second.card and second.threads == 1
+    (folder,) = folders(cache)
+    card = json.loads((folder / CARD).read_text())
+    assert card["build_s"] > 0 and card["model"]["tag"] == "tiny" and card["files"]["graph.pt2"]["bytes"] > 10_000
+    torch.testing.assert_close(second(x), convert(tiny)(x))
+
+
+def test_force_builds_anew(tiny, capsys):
+    recipe(tiny).cached(1, force=False)
+    recipe(tiny).cached(1, force=True)
+    assert capsys.readouterr().err.count("building") == 2
+
+
+def changed(model: Model, change) -> Model:
+    module = copy.deepcopy(model.module)
+    change(module)
+    return Model(module, dataclasses.replace(model.info))
+
+
+def with_preprocessing(model: Model, **changes) -> Model:
+    preprocessing = dataclasses.replace(model.info.preprocessing, **changes)
+    return Model(model.module, dataclasses.replace(model.info, preprocessing=preprocessing))
+
+
+def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
+    reweighted = Model.from_module(nn.Sequential(*tiny.module), tiny.info.preprocessing, name="tiny")
+    with torch.no_grad():
+        reweighted.module[0].weight.mul_(1.001)
+    others = {
+        "weights": recipe(Model.from_module(reweighted.module, tiny.info.preprocessing, name="tiny")),
+        "eps": recipe(changed(tiny, lambda m: setattr(m[3], "eps", 1e-4))),
+        "gelu": recipe(changed(tiny, lambda m: setattr(m[1], "approximate", "tanh"))),
+        "mean": recipe(with_preprocessing(tiny, mean=(0.485, 0.456, 0.406))),
+        "crop": recipe(with_preprocessing(tiny, crop_mode="squash")),
+        "device": recipe(tiny, device="cuda"),
+        "precision": recipe(tiny, precision="bf16"),
+    }
+    keys = {name: other.key for name, other in others.items()} | {"none": recipe(tiny).key}
+    assert len(set(keys.values())) == len(keys), keys
+
+
+def test_keys_are_the_same_in_another_process_and_for_any_threads(vit_shapes20):
+    script = "from vitdemo import *; print(convert(load_model('vit_shapes20'), threads=1).card['key'])"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert there.stdout.strip() == convert(vit_shapes20, threads=2).card["key"]
+
+
+def flip_a_byte(folder: Path) -> None:
+    content = bytearray((folder / "graph.pt2").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "graph.pt2").write_bytes(content)
+
+
+def become_another(folder: Path) -> None:
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"key": "0" * 64}))
+
+
+DAMAGES = {
+    "a flipped byte": flip_a_byte,
+    "a cut file": lambda folder: os.truncate(folder / "graph.pt2", 1000),
+    "a file gone": lambda folder: (folder / "graph.pt2").unlink(),
+    "a file too many": lambda folder: (folder / "more.bin").write_bytes(b"?"),
+    "a torn card": lambda folder: os.truncate(folder / CARD, 100),
+    "no card": lambda folder: (folder / CARD).unlink(),
+    "another artifact's card": become_another,
+    "a card that is a list": lambda folder: (folder / CARD).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_artifact_is_built_again_and_said(tiny, x, cache, capsys, damage):
+    expected = recipe(tiny).cached(1, force=False)(x)
+    (folder,) = folders(cache)
+    damage(folder)
+    capsys.readouterr()
+    again = recipe(tiny).cached(1, force=False)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith(f"{folder}: cannot be used (") and said[1].startswith("building")
+    torch.testing.assert_close(again(x), expected)
+
+
+BUILD = """
+from tests.conversion.test_artifacts import ExportedEngine, Recipe
+from vitdemo import load_model
+print("ready", flush=True)
+engine = Recipe(load_model("vit_shapes20"), ExportedEngine, "fp32", "cpu", None).cached(1, force=False)
+print(engine.card["key"], flush=True)
+"""
+
+
+def start_build() -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", BUILD], **pipes, start_new_session=True)
+
+
+def test_killed_build_leaves_nothing_that_looks_built(cache):
+    seen_partial = 0
+    for delay_s in (0.0, 0.3, 0.6):
+        child = start_build()
+        assert child.stdout.readline() == "ready\n"
+        while child.poll() is None and not list(cache.glob(f"*{PART}")):
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        seen_partial += bool(list(cache.glob(f"*{PART}")))
+        assert all((folder / CARD).exists() for folder in folders(cache) if not folder.name.endswith(PART))
+    assert seen_partial  # some kill did strike while it was written
+    whole = start_build()
+    out, err = whole.communicate()
+    assert whole.returncode == 0, err
+    assert out.splitlines()[-1] in {card["key"] for card in cards(cache)}
+    assert not list(cache.glob(f"*{PART}"))
+
+
+def cards(cache: Path) -> list[dict]:
+    return [json.loads((folder / CARD).read_text()) for folder in folders(cache)]
+
+
+def test_builds_at_the_same_time_build_once(cache):
+    children = [start_build() for _ in range(2)]
+    answers = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert len({out.splitlines()[-1] for out, _ in answers}) == 1
+    assert sum("building" in err for _, err in answers) == 1
+    assert len(folders(cache)) == 1
+
+
+class BrokenEngine(ExportedEngine):
+    @classmethod
+    def build(cls, model, precision, folder, *, device, calibration):
+        (folder / "half").write_bytes(b"half of it")
+        raise RuntimeError("unsupported operation: aten::so\nand forty lines more")
+
+
+def test_failed_build_is_one_line_and_leaves_nothing(tiny, cache):
+    message = r"exported fp32 of tiny: cannot be built \(unsupported operation: aten::so\); see `vitdemo doctor`"
+    with pytest.raises(VitdemoError, match=message) as caught:
+        recipe(tiny, cls=BrokenEngine).cached(1, force=False)
+    assert "\n" not in str(caught.value) and not folders(cache)
+
+
+def test_full_disk_is_one_line(tiny, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a small tmpfs here")
+    monkeypatch.setenv("VITDEMO_CACHE", str(disk))
+    try:
+        with pytest.raises(VitdemoError, match="a build may need .* MB, the disk has 0 MB free; make room") as caught:
+            recipe(tiny).cached(1, force=False)
+        assert "\n" not in str(caught.value) and not folders(disk / "artifacts")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_table_of_the_cache_and_clearing_it(tiny, cache):
+    assert len(cached_artifacts()) == 0 and clear_cache() == 0
+    engine = recipe(tiny).cached(1, force=False)
+    (cache / "foreign").mkdir()
+    (cache / "foreign" / CARD).write_text("{")
+    table = cached_artifacts()
+    row = table[table["model"] == "tiny"].iloc[0]
+    (folder,) = (path for path in folders(cache) if path.name != "foreign")
+    assert row["bytes"] == (folder / "graph.pt2").stat().st_size
+    assert (row["engine"], row["precision"], row["key"]) == ("exported", "fp32", engine.card["key"])
+    assert "unreadable: foreign" in set(table["model"])
+    assert clear_cache() > row["bytes"] and not cache.exists()
