@@ -31,9 +31,56 @@ def _run(args) -> int:
 
 
 def _extract(args) -> int:
-    from vitdemo.dataset.extraction import extract
+    from vitdemo.dataset.checking import check_images
+    from vitdemo.dataset.extraction import check_folder, extract
 
-    extract(args.archives, args.out, unverified=args.unverified)
+    extracted = extract(args.archives, args.out, split=args.split, unverified=args.unverified)
+    if not args.check_images:
+        return 0
+    report = check_images(extracted, check_folder(args.out, args.split))
+    print(f"{report}\nreport: {report.out}")
+    return 0 if report.damaged.empty else 1
+
+
+def _convert(args) -> int:
+    from vitdemo.conversion.artifacts import convert
+    from vitdemo.conversion.models import load_model
+
+    model = load_model(args.model, args.weights)
+    engine = convert(model, args.engine, args.precision, calibration=args.calibration, force=args.force)
+    ran = ", ".join(f"{share:.1%} {precision}" for precision, share in engine.precision_ran.items())
+    size = sum(file["bytes"] for file in engine.card.get("files", {}).values())
+    built = f"built in {engine.card['build_s']:.1f} s, {size / 1e6:.1f} MB, " if size else ""
+    print(
+        f"{engine.info.tag}: {engine.name} {engine.precision}: {built}loaded in {engine.load_s:.2f} s; "
+        f"multiply-accumulates: {ran}; key {engine.card['key'][:16]}"
+    )
+    return 0
+
+
+def _verify(args) -> int:
+    from vitdemo.conversion.artifacts import convert
+    from vitdemo.conversion.models import load_model
+    from vitdemo.conversion.verification import verify
+
+    model = load_model(args.model, args.weights)
+    engine = convert(model, args.engine, args.precision, calibration=args.calibration)
+    report = verify(engine, model, args.data, images=args.images)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _cache(args) -> int:
+    from vitdemo.conversion.artifacts import artifacts_root, cached_artifacts, clear_cache
+
+    if args.clear:
+        print(f"{artifacts_root()}: {clear_cache() / 1e6:.1f} MB removed")
+        return 0
+    table = cached_artifacts()
+    print(f"{artifacts_root()}: {len(table)} artifacts, {table['bytes'].sum() / 1e6:.1f} MB")
+    if len(table):
+        table["key"] = table["key"].str[:16]
+        print(table.to_string(index=False, formatters={"build_s": "{:.1f}".format}))
     return 0
 
 
@@ -42,11 +89,13 @@ def _evaluate(args) -> int:
     from vitdemo.conversion.engines.contract import EngineFailure
     from vitdemo.conversion.models import load_model
     from vitdemo.dataset.imagenet import ImageNetVal
+    from vitdemo.inference.diagnosis import diagnose
     from vitdemo.inference.evaluation import evaluate
+    from vitdemo.inference.published import compare_published
     from vitdemo.measure.clock import describe_machine, machine_record
 
-    data = ImageNetVal(args.data)
-    engine = convert(load_model(args.model, args.weights), args.engine, args.precision)
+    data, model = ImageNetVal(args.data), load_model(args.model, args.weights)
+    engine = convert(model, args.engine, args.precision, calibration=args.calibration)
     options = dict(device_batch_size=args.device_batch_size, limit=args.limit, out=args.out, resume=args.resume)
     try:
         evaluation = evaluate(engine, data, **options)
@@ -58,8 +107,14 @@ def _evaluate(args) -> int:
             f"vitdemo: stopped; what was done is in {args.out}, the same command with --resume goes on", file=sys.stderr
         )
         return 130
-    print(f"{evaluation}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
+    beside = compare_published(evaluation)
+    print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
+    if beside.verdict == "below":
+        print(diagnose(engine, model, data))
     return 0
+
+
+MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -76,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def add_engine(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--engine", default="eager", metavar="E", help="eager (the default), openvino, onnx, inductor")
+        sub.add_argument("--precision", default="fp32", metavar="P", help="fp32 (the default), bf16, int8")
+        sub.add_argument("--weights", default="pretrained", metavar="W", help="pretrained, random, or a file")
+
     command("doctor", _doctor, "what is installed, what each notebook needs, what will be skipped and why")
 
     run = command("run", _run, "execute notebooks headlessly and write an HTML report")
@@ -86,21 +146,39 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-p", dest="parameter", action="append", default=[], metavar="NAME=VALUE", help=set_help)
     run.add_argument("--out", metavar="DIR", help="a new folder for the report; runs/<time> by default")
 
-    extract = command("extract", _extract, "verify the ILSVRC2012 archives and extract val/<wnid>/")
+    extract = command("extract", _extract, "verify the ILSVRC2012 archives and extract val/<wnid>/ or train/<wnid>/")
     extract.add_argument("--archives", required=True, metavar="DIR", help="the folder of the val tar and the devkit")
     extract.add_argument(
         "--out", required=True, metavar="DIR", help="where val/ and classes.csv go; the same to resume"
     )
+    extract.add_argument("--split", default="val", metavar="S", help="val (the default) or train")
+    extract.add_argument("--check-images", action="store_true", help="decode every file and report what is damaged")
     extract.add_argument("--unverified", action="store_true", help="take archives whose MD5 is unknown or another")
 
+    convert = command("convert", _convert, "build a model for an engine and keep it in the cache")
+    convert.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_engine(convert)
+    calibration_help = "images for int8: a data set, or a tar of JPEGs"
+    convert.add_argument("--calibration", metavar="PATH", help=calibration_help)
+    convert.add_argument("--force", action="store_true", help="build anew")
+
+    verify = command("verify", _verify, "hold an engine against the fp32 reference, layer by layer")
+    verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_engine(verify)
+    verify.add_argument("--data", metavar="PATH", help="real images: a data set; the bundled ones for vit_shapes20")
+    verify.add_argument("--images", type=int, default=256, metavar="N", help="how many of them (256)")
+    verify.add_argument("--calibration", metavar="PATH", help=calibration_help)
+
+    cache = command("cache", _cache, "list what was built and kept, with sizes")
+    cache.add_argument("--clear", action="store_true", help="remove all of it")
+
     evaluate = command("evaluate", _evaluate, "run a model over a data set: accuracy and speed")
-    evaluate.add_argument("model", metavar="MODEL", help="vit_shapes20, a full timm tag, or a folder")
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     evaluate.add_argument("--data", required=True, metavar="PATH", help="a val tar, a folder of archives, or val/")
-    evaluate.add_argument("--engine", default="eager")
-    evaluate.add_argument("--precision", default="fp32")
+    add_engine(evaluate)
+    evaluate.add_argument("--calibration", metavar="PATH", help=calibration_help)
     evaluate.add_argument("--device-batch-size", type=int, default=8, metavar="B")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    evaluate.add_argument("--weights", default="pretrained", metavar="W", help="pretrained, random, or a file")
     evaluate.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="a new folder for the results")
     return parser

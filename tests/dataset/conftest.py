@@ -1,8 +1,13 @@
 """Small archives in the ILSVRC2012 format, made on the spot."""
 
+import gzip
 import io
+import os
 import random
+import struct
+import sys
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,31 @@ from scipy.io import savemat
 
 FIELDS = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images".split()
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = "chmod chown link mkdir remove rename rmdir symlink truncate utime".split()
+_watchers: list[set] = []
+
+
+def _audit(event: str, args: tuple) -> None:
+    if _watchers and event == "open" and isinstance(args[2], int) and args[2] & WRITING:
+        _watchers[-1].add(args[0])
+    elif _watchers and event.partition(".")[0] == "os" and event.partition(".")[2] in CHANGES:
+        _watchers[-1].update(path for path in args if isinstance(path, str | bytes | Path))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def watched_writes():
+    """The paths that Python opens for writing or changes in any way within the block, wherever they are."""
+    _watchers.append(set())
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
 
 
 def val_name(number: int) -> str:
@@ -25,16 +55,48 @@ def tiny_jpeg(seed: int) -> bytes:
     return buffer.getvalue() + bytes(seed % 7)  # sizes differ, as a swapped file must be seen
 
 
-def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+def enormous_jpeg(side: int = 20_000) -> bytes:
+    """A valid grey JPEG of ``side`` x ``side`` pixels in 1.6 MB, made without its pixels: 400 MB, 1.2 GB as RGB.
+
+    Baseline [ITU-T T.81], with Huffman tables of one code, "0": in a block of 8 x 8 pixels it says once that nothing
+    differs from the block before, and once that nothing follows, so that all blocks are zeros, two bits each.
+    """
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, 2 + len(content)) + content
+
+    one_code = bytes([1] + [0] * 15) + b"\0"
+    return b"".join(
+        [
+            b"\xff\xd8",
+            segment(0xDB, b"\0" + bytes([1] * 64)),  # quantisation
+            segment(0xC0, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0"),  # frame
+            segment(0xC4, b"\x00" + one_code) + segment(0xC4, b"\x10" + one_code),
+            segment(0xDA, b"\1\1\0\0\x3f\0"),  # scan
+            bytes(-(-2 * (-(-side // 8)) ** 2 // 8)),
+            b"\xff\xd9",
+        ]
+    )
+
+
+def tar_member(name: str, content: bytes = b"", format: int = tarfile.USTAR_FORMAT, **fields) -> bytes:
+    """A member as it lies in a tar; ``fields`` are TarInfo's."""
+    info = tarfile.TarInfo(name)
+    for field, value in {"size": len(content), **fields}.items():
+        setattr(info, field, value)
+    return info.tobuf(format) + content + bytes(-len(content) % 512)
+
+
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    return b"".join(tar_member(name, content) for name, content in files.items()) + bytes(1024)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    path.write_bytes(tar_bytes(files))
     return path
 
 
-def meta_mat(ids: dict[str, int]) -> bytes:
+def meta_mat(ids: dict[str, int], compress: bool = True) -> bytes:
     """A ``meta.mat`` with the wnids of ``ids`` as leaves, and two ancestors that have none of the leaves' IDs."""
     leaves = [(id, wnid, f"{wnid} word, {wnid} synonym", "a gloss", 0, [], 0, 1300) for wnid, id in ids.items()]
     leaves.sort()
@@ -42,7 +104,7 @@ def meta_mat(ids: dict[str, int]) -> bytes:
     ancestors = [(top + i, f"n0000000{i}", "ancestor", "a gloss", 2, [1, 2], 1 + i, 0) for i in range(2)]
     synsets = np.array(leaves + ancestors, dtype=[(field, object) for field in FIELDS]).reshape(-1, 1)
     buffer = io.BytesIO()
-    savemat(buffer, {"synsets": synsets}, do_compression=True)
+    savemat(buffer, {"synsets": synsets}, do_compression=compress)
     return buffer.getvalue()
 
 
@@ -54,7 +116,10 @@ def write_devkit(path: Path, ids: dict[str, int], truth: list[int], **replaced: 
         "ILSVRC2012_devkit_t12/data/meta.mat": replaced.get("meta_mat", meta_mat(ids)),
         f"ILSVRC2012_devkit_t12/data/{GROUND_TRUTH}": replaced.get("ground_truth", lines),
     }
-    return write_tar(path, {name: content for name, content in files.items() if content is not None}, "w:gz")
+    path.write_bytes(
+        gzip.compress(tar_bytes({name: content for name, content in files.items() if content is not None}))
+    )
+    return path
 
 
 class Archives:
@@ -75,6 +140,29 @@ class Archives:
 @pytest.fixture
 def archives(tmp_path) -> Archives:
     return Archives(tmp_path / "archives")
+
+
+class TrainArchives:
+    """A train tar of 3 of the classes of ``Archives``, with its devkit: tars in a tar, neither in order."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.images = {
+            wnid: {f"{wnid}_{number}.JPEG": tiny_jpeg(first + number) for number in (7, 18, 10026)}
+            for first, wnid in enumerate(["n90000003", "n90000001", "n90000004"])
+        }
+        self.tar = self.write({wnid: tar_bytes(images) for wnid, images in self.images.items()})
+        self.devkit = write_devkit(folder / "mini_devkit_t12.tar.gz", Archives.ids, Archives.truth)
+
+    def write(self, tars: dict[str, bytes]) -> Path:
+        """The train tar of these tars by class."""
+        return write_tar(self.folder / "mini_img_train.tar", {f"{wnid}.tar": tar for wnid, tar in tars.items()})
+
+
+@pytest.fixture
+def train_archives(tmp_path) -> TrainArchives:
+    return TrainArchives(tmp_path / "archives")
 
 
 class FullArchives:
@@ -100,12 +188,7 @@ class FullArchives:
         self.tar = folder / "ILSVRC2012_img_val.tar"
         self.devkit = write_devkit(folder / "ILSVRC2012_devkit_t12.tar.gz", self.ids, self.truth)
         images = [tiny_jpeg(i) for i in range(7)]
-        with open(self.tar, "wb") as file:  # tarfile's way of adding files would take several times as long
-            for i in range(1, len(self.truth) + 1):
-                info, image = tarfile.TarInfo(val_name(i)), images[i % 7]
-                info.size = len(image)
-                file.write(info.tobuf(tarfile.USTAR_FORMAT) + image + bytes(-len(image) % 512))
-            file.write(bytes(1024))
+        write_tar(self.tar, {val_name(i): images[i % 7] for i in range(1, len(self.truth) + 1)})
 
 
 @pytest.fixture(scope="session")

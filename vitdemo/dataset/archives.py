@@ -1,4 +1,4 @@
-"""A tar as something hostile: an index of offsets, checksums, safe and resumable extraction.
+"""A tar as something hostile: an index of offsets, and checksums.
 
 The format is POSIX.1-1988 ustar with GNU's and pax's additions (``man 5 tar``): a 512-byte header a
 member, then its data padded to 512 bytes, and a block of zeros at the end. The headers are read here, because
@@ -7,8 +7,6 @@ member, then its data padded to 512 bytes, and a block of zeros at the end. The 
 
 import hashlib
 import os
-import shutil
-import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from vitdemo.errors import VitdemoError, named_errors
 
 PART = ".part"  # the suffix of a folder that is not whole yet
+MEMBER_LIMIT = 1 << 21  # files in a tar; ImageNet's largest holds 1.28 million, an attack may hold billions
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -50,11 +49,11 @@ class Member(NamedTuple):
     size: int
 
 
-def walk_headers(pread: Callable[[int, int], bytes], size: int, path: Path) -> Iterator[tuple[Header, int]]:
+def walk_headers(pread: Callable[[int, int], bytes], size: int, path: Path | str) -> Iterator[tuple[Header, int]]:
     """Yield each header of a tar with the offset of its data, down to the block of zeros that ends it.
 
-    ``pread(n, offset)`` gives n bytes, ``size`` is the tar's in bytes, ``path`` is for messages. Nothing is
-    read but headers. Raises VitdemoError for a tar that is damaged or does not reach its end.
+    ``pread(n, offset)`` gives n bytes, fewer at the end; ``size`` is the tar's in bytes, ``path`` is for messages.
+    Nothing is read but headers. Raises VitdemoError for a tar that is damaged or does not reach its end.
     """
     offset, last = 0, "nothing"
     while True:
@@ -96,45 +95,52 @@ def _parse_header(block: bytes) -> Header | None:
     return Header(name.decode("utf-8", "surrogateescape"), type, 0 if type in DATALESS_TYPES else size)
 
 
-def index_tar(path: Path | str) -> list[Member]:
+def index_tar(path: Path | str, within: Member | None = None) -> list[Member]:
     """The regular files of a plain tar, in the tar's order; folders in it are passed over.
+
+    ``within`` names a member that is a tar itself, whose files are listed instead, with their offsets in the file
+    ``path``: a tar in a tar is read where it lies.
 
     Raises VitdemoError, naming the file and the member, for a file that cannot be read, is compressed or is
     no tar, that is damaged or truncated, and for what a data set never needs and an attack may use: links,
-    devices and sparse files, absolute and ``..`` paths, extended headers that rename or resize a member, and
-    two members of one base name.
+    devices and sparse files, absolute and ``..`` paths, extended headers that rename or resize a member,
+    two members of one base name, and more than MEMBER_LIMIT files.
     """
     path = Path(path)
+    where = f"{path}: {within.name!r}" if within else str(path)
     with named_errors(path), open(path, "rb", buffering=0) as file:
-        _refuse_compressed(path, os.pread(file.fileno(), 8, 0))
+        start, size = (within.offset, within.size) if within else (0, os.fstat(file.fileno()).st_size)
 
         def pread(length: int, offset: int) -> bytes:
-            return os.pread(file.fileno(), length, offset)
+            return os.pread(file.fileno(), max(0, min(length, size - offset)), start + offset)
 
+        _refuse_compressed(where, pread(8, 0))
         members: dict[str, Member] = {}
-        for header, offset in walk_headers(pread, os.fstat(file.fileno()).st_size, path):
+        for header, offset in walk_headers(pread, size, where):
             if header.name.startswith("/") or ".." in header.name.split("/"):
-                raise VitdemoError(f"{path}: member {header.name!r} would lie outside its folder; refused")
+                raise VitdemoError(f"{where}: member {header.name!r} would lie outside its folder; refused")
             if header.type == tarfile.DIRTYPE:
                 continue
             if header.type in PAX_TYPES:
                 # pax headers carry harmless details (a finer mtime); one that moves a member is not ours
                 if header.size > 1 << 16 or any(key in pread(header.size, offset) for key in PAX_OVERRIDES):
-                    raise VitdemoError(f"{path}: extended header {header.name!r} is long, renames or resizes; refused")
+                    raise VitdemoError(f"{where}: extended header {header.name!r} is long, renames or resizes; refused")
                 continue
             name = header.name.rpartition("/")[2]
             if header.type not in REGULAR_TYPES or name in ("", "."):
-                raise VitdemoError(f"{path}: member {header.name!r} is not a plain file; refused")
+                raise VitdemoError(f"{where}: member {header.name!r} is not a plain file; refused")
             if name in members:
-                raise VitdemoError(f"{path}: two members are named {name!r}; get the archive again")
-            members[name] = Member(name, offset, header.size)
+                raise VitdemoError(f"{where}: two members are named {name!r}; get the archive again")
+            if len(members) == MEMBER_LIMIT:
+                raise VitdemoError(f"{where}: more than {MEMBER_LIMIT:,} files, from {name!r} on; refused")
+            members[name] = Member(name, start + offset, header.size)
     return list(members.values())
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
+def _refuse_compressed(where: str, first: bytes) -> None:
     for magic, kind in COMPRESSIONS.items():
-        if start.startswith(magic):
-            raise VitdemoError(f"{path}: compressed ({kind}), not a plain tar; decompress it, or check the name")
+        if first.startswith(magic):
+            raise VitdemoError(f"{where}: compressed ({kind}), not a plain tar; decompress it, or check the name")
 
 
 def md5(path: Path | str, progress: bool = True) -> str:
@@ -149,84 +155,3 @@ def md5(path: Path | str, progress: bool = True) -> str:
                 digest.update(buffer[:length])
                 bar.update(length)
     return digest.hexdigest()
-
-
-def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | str, *, progress: bool = True) -> int:
-    """Write members of a tar to ``folder/<target>``, a target being ``"<subfolder>/<file>"``; return how many.
-
-    All is written into ``<folder>.part``, which takes its name when every file is there in its right size:
-    ``folder`` exists whole or not at all, for one rename in all. A run that was interrupted is finished by the
-    next one, which keeps the files of the right size and writes the others again; so is a ``folder`` that has
-    lost files since. The tar is only read.
-
-    Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets or when
-    the disk has too little room.
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + PART)
-    with named_errors(folder):
-        if folder.exists() and partial.exists():
-            raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
-        missing = _missing(folder if folder.exists() else partial, targets)
-        if folder.exists() and not missing:
-            return 0
-        _check_room(folder.parent, missing)
-        if folder.exists():
-            folder.rename(partial)
-        for subfolder in _subfolders(targets):
-            (partial / subfolder).mkdir(parents=True, exist_ok=True)
-        with open(tar, "rb", buffering=0) as file:
-            in_order = sorted(missing.items(), key=lambda item: item[1].offset)
-            for target, member in tqdm(in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress):
-                _copy(file.fileno(), member, f"{partial}/{target}", tar)
-        if lost := _missing(partial, targets):
-            raise VitdemoError(f"{partial / min(lost)}: gone or changed while extracting; run the same command again")
-        partial.rename(folder)
-    return len(missing)
-
-
-def entries(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, but for the file that macOS's Finder puts into every folder it shows."""
-    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store"]
-
-
-def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
-    """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
-    missing = dict(targets)
-    subfolders = _subfolders(targets)
-    for subfolder in entries(folder) if folder.exists() else ():
-        if subfolder.name not in subfolders or not subfolder.is_dir(follow_symlinks=False):
-            raise VitdemoError(f"{subfolder.path}: not of this archive; move it away, or extract to another folder")
-        for entry in entries(Path(subfolder.path)):
-            member = targets.get(target := f"{subfolder.name}/{entry.name}")
-            status = entry.stat(follow_symlinks=False)
-            if member is None or not stat.S_ISREG(status.st_mode):
-                raise VitdemoError(f"{entry.path}: not of this archive; move it away, or extract to another folder")
-            if status.st_size == member.size:
-                del missing[target]
-    return missing
-
-
-def _subfolders(targets: dict[str, Member]) -> set[str]:
-    return {target.partition("/")[0] for target in targets}
-
-
-def _check_room(folder: Path, members: dict[str, Member]) -> None:
-    needed = sum(-(-member.size // 4096) * 4096 for member in members.values())  # whole blocks, as disks give them
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise VitdemoError(f"{folder}: needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free; make room, run again")
-
-
-def _copy(source: int, member: Member, path: str, tar: Path | str) -> None:
-    """Write one member to ``path``. Its size tells the next run whether it is whole, so no rename a file is needed."""
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
-    try:
-        done = 0
-        while done < member.size:
-            data = os.pread(source, min(member.size - done, 1 << 24), member.offset + done)
-            if not data:
-                raise VitdemoError(f"{tar}: became shorter while {member.name} was read; run the same command again")
-            done += os.write(target, data)
-    finally:
-        os.close(target)

@@ -8,18 +8,17 @@ index, and calls it ``label``. [``readme.txt`` of the devkit; pytorch/vision ``t
 import gzip
 import re
 import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy.io import loadmat
-
 from vitdemo.dataset.archives import REGULAR_TYPES, walk_headers
+from vitdemo.dataset.matfile import read_struct_array
 from vitdemo.errors import VitdemoError, named_errors
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above
+FILE_LIMIT = 8 << 20  # bytes of a file in it; 1,860 synsets come to about 1.3 MB, 50,000 truths to 0.2
+META_MAT, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
 class Synset(NamedTuple):
@@ -38,6 +37,11 @@ class Devkit(NamedTuple):
     ground_truth: list[int]
 
     @property
+    def class_names(self) -> dict[str, str]:
+        """Wnid -> synonyms as one string, in the order of the labels."""
+        return {synset.wnid: synset.words for synset in self.synsets}
+
+    @property
     def labels(self) -> list[int]:
         """The ground truth as labels, 0-based."""
         label = {synset.id: position for position, synset in enumerate(self.synsets)}
@@ -54,13 +58,17 @@ def read_devkit(path: Path | str) -> Devkit:
     content = _gunzip(path)
     files = {}
     for header, offset in walk_headers(lambda length, at: content[at : at + length], len(content), path):
-        if header.type in REGULAR_TYPES:
-            files["/".join(header.name.split("/")[-2:])] = content[offset : offset + header.size]
-    for name in ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"):
+        name = "/".join(header.name.split("/")[-2:])
+        if header.type not in REGULAR_TYPES or name not in (META_MAT, GROUND_TRUTH):
+            continue
+        if header.size > FILE_LIMIT:
+            raise VitdemoError(f"{path}: {header.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
+        files[name] = content[offset : offset + header.size]
+    for name in (META_MAT, GROUND_TRUTH):
         if name not in files:
             raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
-    synsets = _read_synsets(files["data/meta.mat"], path)
-    truth = _read_ground_truth(files["data/ILSVRC2012_validation_ground_truth.txt"], path)
+    synsets = _read_synsets(files[META_MAT], path)
+    truth = _read_ground_truth(files[GROUND_TRUTH], path)
     unknown = set(truth) - {synset.id for synset in synsets}
     if unknown:
         raise VitdemoError(f"{path}: ground truth has ID {min(unknown)}, which no leaf of meta.mat has; get it again")
@@ -81,20 +89,22 @@ def _gunzip(path: Path) -> bytes:
 
 def _read_synsets(meta_mat: bytes, path: Path) -> list[Synset]:
     try:
-        rows = np.atleast_1d(loadmat(BytesIO(meta_mat), squeeze_me=True, variable_names=["synsets"])["synsets"])
-        leaves = [
-            Synset(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
-            for row in rows
-            if row["num_children"] == 0
-        ]
-    except Exception as error:  # a damaged MAT file can end in nearly any exception of scipy's, zlib's or numpy's
-        raise VitdemoError(f"{path}: meta.mat cannot be read ({type(error).__name__}); get the devkit again") from None
+        leaves = [_leaf(row) for row in read_struct_array(meta_mat, "synsets") if row["num_children"] == 0]
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise VitdemoError(f"{path}: meta.mat cannot be read ({error}); get the devkit again") from None
     for synset in leaves:
         if not WNID.fullmatch(synset.wnid):  # wnids become names of folders
             raise VitdemoError(f"{path}: meta.mat has the wnid {synset.wnid!r}, not n and 8 digits; refused")
     if not leaves or any(len(set(column)) < len(leaves) for column in list(zip(*leaves, strict=True))[:2]):
         raise VitdemoError(f"{path}: meta.mat has no leaves, or the same ID or wnid twice; get the devkit again")
     return sorted(leaves, key=lambda synset: synset.wnid)
+
+
+def _leaf(row: dict) -> Synset:
+    synset = Synset(int(row["ILSVRC2012_ID"]), row["WNID"], row["words"])
+    if not (isinstance(synset.wnid, str) and isinstance(synset.words, str)):
+        raise ValueError(f"class {synset.id} has no wnid or no words")
+    return synset
 
 
 def _read_ground_truth(text: bytes, path: Path) -> list[int]:

@@ -1,43 +1,55 @@
-"""The verb ``extract``: from verified archives to ``val/<wnid>/``, whole or not at all."""
+"""The verb ``extract``: from verified archives to ``val/<wnid>/`` or ``train/<wnid>/``, whole or not at all."""
 
 import csv
 import json
 from collections import Counter
 from pathlib import Path
 
-from vitdemo.dataset.archives import PART, Member, entries, extract_members, md5
-from vitdemo.dataset.devkit import Devkit, read_devkit
+from vitdemo.dataset.archives import PART, Member, md5
+from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.imagenet import (
     ARCHIVE_MD5,
-    CLASSES_COLUMNS,
+    OFFICIAL_TRAIN,
     OFFICIAL_VAL,
+    ImageNetSplit,
     ImageNetVal,
-    devkit_of,
-    read_record,
-    val_tar,
+    find_devkit,
+    split_tar,
 )
+from vitdemo.dataset.imagenet_train import ImageNetTrain
+from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classes, read_record
+from vitdemo.dataset.unpacking import entries, extract_members
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import remove_leftovers, replacing
 
-OFFICIAL_IMAGES, OFFICIAL_IMAGES_PER_CLASS = 50_000, 50
+SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
+# the tar, its images, and the least and most of them a class [Russakovsky et al. 2015, table 2]
+OFFICIAL = {"val": (OFFICIAL_VAL, 50_000, 50, 50), "train": (OFFICIAL_TRAIN, 1_281_167, 732, 1300)}
 
 
-def extract(archives: Path | str, out: Path | str, *, unverified: bool = False, progress: bool = True) -> ImageNetVal:
-    """Extract the val tar in the folder ``archives`` (or given itself) to ``out/val/<wnid>/``, verified and whole.
+def extract(
+    archives: Path | str, out: Path | str, *, split: str = "val", unverified: bool = False, progress: bool = True
+) -> ImageNetSplit:
+    """Extract the tar of a split in the folder ``archives`` (or given itself) to ``out/<split>/<wnid>/``.
 
+    ``split`` is "val", with the devkit beside the tar, or "train", with or without; both may go to one ``out``.
     MD5s are checked first; ``unverified`` lets archives pass whose MD5 is unknown or another. ``out`` also gets
-    ``classes.csv`` (label, wnid, ilsvrc_id, name) and ``extraction.json`` (what was extracted, fingerprint). The name
-    ``val/`` appears last and says that all is there; until then the files are in ``val.part/``. Run again, it finishes
-    what was interrupted, and repairs or confirms what was finished. The archives are only read.
+    ``classes.csv`` (label, wnid, ilsvrc_id, name) and ``extraction.json`` or ``extraction_train.json`` (what was
+    extracted, fingerprint). The name ``<split>/`` appears last and says that all is there; until then the files are
+    in ``<split>.part/``. Run again, it finishes what was interrupted, and repairs or confirms what was finished.
+    The archives are only read.
 
     Raises VitdemoError in one line for archives that are missing, damaged or unverified, for an ``out`` that holds
     anything else, and for a disk too small.
     """
-    tar = val_tar(Path(archives).expanduser().absolute())
-    source, devkit = ImageNetVal(tar), read_devkit(devkit_of(tar))
-    _verify(devkit_of(tar), unverified, progress)
+    if split not in SPLITS:
+        raise VitdemoError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    source = SPLITS[split](split_tar(Path(archives).expanduser().absolute(), split), progress=progress)
+    tar, devkit = source.path, find_devkit(source.path)
+    if devkit:
+        _verify(devkit, unverified, progress)
     digest = _verify(tar, unverified, progress)
-    if digest == ARCHIVE_MD5[OFFICIAL_VAL]:
+    if digest == ARCHIVE_MD5[OFFICIAL[split][0]]:
         _check_official(source)
     record = {
         "images": len(source),
@@ -48,13 +60,14 @@ def extract(archives: Path | str, out: Path | str, *, unverified: bool = False, 
     }
     out = Path(out).expanduser().absolute()
     with named_errors(out):
-        _claim(out, record, devkit)
+        _claim(out, source, record)
+        _write_classes(out, source, devkit)
     targets = {
         f"{source.classes[label]}/{file}": Member(file, offset, size)
-        for file, offset, size, label in zip(source.files, source._offsets, source.sizes, source.labels, strict=True)
+        for file, offset, size, label in zip(source.files, source.offsets, source.sizes, source.labels, strict=True)
     }
-    written = extract_members(tar, targets, out / "val", progress=progress)
-    extracted = ImageNetVal(out)  # which holds number, names, sizes and labels against the record
+    written = extract_members(tar, targets, out / split, progress=progress)
+    extracted = SPLITS[split](out)  # which holds number, names, sizes and labels against the record
     if progress:
         verified = f"archives {'' if ARCHIVE_MD5.get(tar.name) == digest else 'not '}verified by MD5, files by size"
         counts = f"{len(source):,} images of {len(source.classes):,} classes"
@@ -77,27 +90,45 @@ def _verify(path: Path, unverified: bool, progress: bool) -> str:
     return digest
 
 
-def _check_official(data: ImageNetVal) -> None:
-    per_class = set(Counter(data.labels).values())
-    if len(data) != OFFICIAL_IMAGES or per_class != {OFFICIAL_IMAGES_PER_CLASS}:
+def _check_official(data: ImageNetSplit) -> None:
+    """The published tar must have given the published counts, or it was indexed with a devkit of something else."""
+    per_class, (_, images, least, most) = Counter(data.labels).values(), OFFICIAL[data.split]
+    if (len(data), min(per_class), max(per_class)) != (images, least, most):
         raise VitdemoError(
             f"{data.path}: {len(data)} images, {min(per_class)} to {max(per_class)} a class; the real set has "
-            f"{OFFICIAL_IMAGES}, {OFFICIAL_IMAGES_PER_CLASS} a class; get the tar and the devkit again"
+            f"{images}, {least} to {most} a class; get the tar and the devkit again"
         )
 
 
-def _claim(out: Path, record: dict, devkit: Devkit) -> None:
-    """Make ``out`` the place of this extraction; VitdemoError when it holds anything else."""
+def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
+    """Make ``out`` the place of this extraction; VitdemoError when it holds anything but this or another split."""
     out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out, "extraction.json", "classes.csv")
+    remove_leftovers(out, CLASSES, *RECORDS.values())
     names = {entry.name for entry in entries(out)}
-    foreign = names - {"val", "val" + PART, "classes.csv", "extraction.json"}
+    foreign = names - {CLASSES, *SPLITS, *(split + PART for split in SPLITS), *RECORDS.values()}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
-    if names and read_record(out) != record:
+    records = {split: read_record(out, split) for split in SPLITS}
+    unrecorded = any(records[split] is None and names & {split, split + PART} for split in SPLITS)
+    if unrecorded or (names and not any(records.values())) or records[source.split] not in (None, record):
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
-    with replacing(out / "extraction.json") as file:
+    others = [split for split in SPLITS if split != source.split and records[split]]
+    if others and CLASSES in names and list(read_classes(out / CLASSES)) != source.classes:
+        raise VitdemoError(
+            f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; give a new folder, or put the "
+            "same devkit beside both tars"
+        )
+    with replacing(out / RECORDS[source.split]) as file:
         json.dump(record, file, indent=2)
-    with replacing(out / "classes.csv") as file:
-        rows = [[label, synset.wnid, synset.id, synset.words] for label, synset in enumerate(devkit.synsets)]
+
+
+def _write_classes(out: Path, source: ImageNetSplit, devkit: Path | None) -> None:
+    if (out / CLASSES).exists() and not devkit:  # the other split's, which may know the IDs
+        return
+    ids = {synset.wnid: synset.id for synset in read_devkit(devkit).synsets} if devkit else {}
+    rows = [
+        [label, wnid, ids.get(wnid, ""), name]
+        for label, (wnid, name) in enumerate(zip(source.classes, source.class_names, strict=True))
+    ]
+    with replacing(out / CLASSES) as file:
         csv.writer(file).writerows([CLASSES_COLUMNS, *rows])

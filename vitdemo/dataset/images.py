@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-import pandas as pd
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from timm.data import create_transform
 
+from vitdemo.dataset.headers import one_line
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError
 
@@ -72,39 +72,7 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
         with Image.open(io.BytesIO(jpeg)) as image:
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except Exception as error:  # decoders raise a dozen types, and each means: this file cannot be read
-        reason = " ".join(str(error).split("<_io")[0].split()) or "no reason given"
-        raise UnreadableImage(f"{type(error).__name__}: {reason}") from error
-
-
-def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
-    """What the files' headers say, without decoding: file, width and height in pixels, mode, bytes, EXIF.
-
-    A row an image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
-    than upright is asked for, "broken" where it cannot be read, "present" otherwise; ``mode``: PIL's, or
-    "unreadable".
-    """
-    rows = []
-    for index in range(len(data) if limit is None else min(limit, len(data))):
-        sample = data[index]
-        try:
-            (width, height), mode, exif = _read_header(sample.jpeg)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            (width, height), mode, exif = (0, 0), "unreadable", ""
-        row = {"file": sample.file, "width": width, "height": height, "mode": mode}
-        rows.append(row | {"bytes": len(sample.jpeg), "exif": exif})
-    return pd.DataFrame(rows)
-
-
-def _read_header(jpeg: bytes) -> tuple[tuple[int, int], str, str]:
-    """Size, mode and EXIF state."""
-    with warnings.catch_warnings(record=True) as warned:  # all that PIL says of a broken EXIF block is a warning
-        warnings.simplefilter("always")
-        with Image.open(io.BytesIO(jpeg)) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            has_exif = "exif" in image.info
-    if any("EXIF" in str(warning.message) for warning in warned):
-        return image.size, image.mode, "broken"
-    return image.size, image.mode, ("rotated" if orientation != 1 else "present" if has_exif else "")
+        raise UnreadableImage(one_line(error)) from error
 
 
 @dataclass

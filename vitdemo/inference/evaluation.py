@@ -1,5 +1,6 @@
 """evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Evaluation:
             return f"accuracy: not measured ({m['weights']} weights, {m['engine']} engine; for one run `{command}`)"
         low, high = m["top1_ci95"]
         unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""
-        counts = f"{m['correct']}/{m['images']}{unread}; 95 % interval {low:.1%} to {high:.1%}"
+        scored = f", {m['calibrated_on_scored']} of them seen in calibration" if m["calibrated_on_scored"] else ""
+        counts = f"{m['correct']}/{m['images']}{unread}{scored}; 95 % interval {low:.1%} to {high:.1%}"
         return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
 
 
@@ -90,6 +92,7 @@ def evaluate(
     if [row["file"] for row in rows] != data.files[:images]:
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
     metrics = summarise(rows, settings, engine, len(rows) - len(earlier), wall_s, phases, latencies_s)
+    metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
             write_json(out / METRICS, metrics)
@@ -111,6 +114,9 @@ def summarise(
       and wrote rows. Decoding runs beside computing, so a small ``load_s`` means decoding was hidden, not free.
     - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one.
     - ``peak_memory_bytes``: this process's largest resident size so far.
+
+    ``evaluate`` adds ``calibrated_on_scored``: how many of these very images the engine was calibrated on, None where
+    it was not calibrated or nobody knows the files.
     """
     images = len(rows)
     correct = sum(row["correct"] for row in rows)
@@ -174,10 +180,20 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images:
         "threads": engine.threads,
         "device_batch_size": device_batch_size,
         "images": images,
+        "artifact": engine.card.get("key"),
         "data_fingerprint": data.fingerprint,
         "versions": machine_record()["versions"],
         "input_path": "reference",
     }
+
+
+def _calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
+    files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
+    if not files:
+        return None
+    sizes = {size for size, _ in files}  # only files of such a size need be read
+    candidates = (i for i, size in enumerate(data.sizes[:images]) if size in sizes)
+    return sum((data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files for i in candidates)
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

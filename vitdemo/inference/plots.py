@@ -1,4 +1,4 @@
-"""Figures of an evaluation: predictions, mistakes, accuracy by class, where the time went."""
+"""Figures of an evaluation: predictions, mistakes, accuracy by class, where the time went, what a diagnosis found."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.plots import picture_grid, short_names, thumbnail
+from vitdemo.inference.diagnosis import Diagnosis
 from vitdemo.inference.evaluation import Evaluation, wilson_interval
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
@@ -69,4 +70,23 @@ def plot_time(evaluation: Evaluation) -> Figure:
     what = f"{m['model']}, {m['engine']} {m['precision']}, {m['threads']} threads"
     ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s: {what}")
     ax.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
+    return figure
+
+
+def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
+    """Top-1 as it is and with each mistake put right, with 95 % Wilson intervals; the explanation stands out."""
+    table, published = diagnosis.table, diagnosis.published
+    colors = [RIGHT if name == diagnosis.named else GREY for name in table["hypothesis"]]
+    colors[0] = WRONG
+    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.3 * len(table)), layout="constrained")
+    y = range(len(table))
+    ax.barh(y, table["top1"] * 100, color=colors, height=0.7)
+    ax.hlines(y, table["ci95_low"] * 100, table["ci95_high"] * 100, color="black", linewidth=1)
+    ax.set_yticks(y, table["hypothesis"], fontsize=8)
+    ax.invert_yaxis()
+    if published:
+        ax.axvline(published.top1 * 100, color="black", linestyle="--", label=f"published: {published.top1:.1%}")
+        ax.legend(loc="lower right", fontsize=8)
+    title = f"explained by: {diagnosis.named}" if diagnosis.named else "no hypothesis explains a loss"
+    ax.set(xlabel=f"top-1 in % of {diagnosis.images} images (line: 95 % interval)", xlim=(0, 100), title=title)
     return figure

@@ -1,0 +1,265 @@
+"""The onnx engine beyond the contract: its artifact, its numbers against eager's, and what it says of itself."""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from vitdemo import Model, VitdemoError, convert, load_model, reference_crop
+from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine
+
+
+@pytest.fixture(scope="module")
+def crops(shapes20, vit_shapes20) -> torch.Tensor:
+    return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(200)])
+
+
+@pytest.fixture(scope="module")
+def reference(eager, crops) -> torch.Tensor:
+    return in_batches(eager, crops)
+
+
+@pytest.fixture(scope="module")
+def engines(vit_shapes20) -> dict[str, ONNXEngine]:
+    return {precision: convert(vit_shapes20, "onnx", precision) for precision in ONNXEngine.precisions}
+
+
+@pytest.fixture(scope="module")
+def folders(engines) -> dict:
+    """The artifacts' folders by precision."""
+    return {
+        precision: next(artifacts_root().glob(f"*-onnx-{precision}-{engine.card['key'][:16]}"))
+        for precision, engine in engines.items()
+    }
+
+
+class Small(nn.Module):
+    """Convolutions, one of them grouped, a batch norm to be folded, and a linear layer on top."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 8, stride=8, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head(self.depthwise(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def small(vit_shapes20) -> Model:
+    return Model.from_module(Small(), vit_shapes20.info.preprocessing, name="small")
+
+
+def in_batches(engine, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([engine(batch) for batch in x.split(8)])
+
+
+def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of logits centred over the images."""
+    return float(torch.corrcoef(torch.stack([(each - each.mean(0)).flatten() for each in (a, b)]))[0, 1])
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.argmax(1) == b.argmax(1)).float().mean().item()
+
+
+def loaded(model: Model, precision: str, folder, pixels: torch.Tensor | None = None) -> ONNXEngine:
+    """Built into ``folder`` and loaded from it, without a cache."""
+    ONNXEngine.build(model, precision, folder, device="cpu", calibration=pixels)
+    return ONNXEngine(folder, model.info, precision, device="cpu", threads=2)
+
+
+def test_fp32_is_eager(engines, crops, reference):
+    assert relative_l2(in_batches(engines["fp32"], crops), reference) <= 1e-4
+
+
+def test_int8_answers_as_eager_does(engines, crops, reference):
+    logits = in_batches(engines["int8"], crops)
+    assert agreement(logits, reference) >= 0.98 and pearson(logits, reference) >= 0.98
+    assert relative_l2(logits, reference) > 1e-4  # rounded it is
+
+
+@pytest.mark.soak
+def test_int8_agreement_over_all_of_shapes20(engines, eager, shapes20):
+    x = torch.stack([reference_crop(sample.jpeg, eager.info.preprocessing) for sample in shapes20])
+    expected, logits = in_batches(eager, x), in_batches(engines["int8"], x)
+    print(f"agreement {agreement(logits, expected)}, Pearson {pearson(logits, expected)}")
+    assert agreement(logits, expected) >= 0.98 and pearson(logits, expected) >= 0.98
+
+
+@pytest.mark.parametrize("precision", ONNXEngine.precisions)
+def test_an_image_is_answered_alike_in_any_batch(engines, crops, precision):
+    engine = engines[precision]
+    expected = in_batches(engine, crops[:34])
+    for size in (1, 3, 17, 34):
+        torch.testing.assert_close(engine(crops[:size]), expected[:size], atol=1e-4, rtol=1e-4)
+
+
+def test_calls_from_several_threads(engines, crops):
+    engine = engines["int8"]
+    expected = [engine(batch) for batch in crops.split(5)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(engine, crops.split(5)), expected))
+
+
+def test_input_in_any_memory_layout_is_left_alone(engines, crops):
+    x = crops[:4].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(engines["fp32"](x), engines["fp32"](crops[:4]))
+    assert torch.equal(x, crops[:4])
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("int8", 5e-2)])
+def test_layers_are_near_eagers(engines, eager, crops, precision, tolerance):
+    expected, layers = eager.layers(crops[:8]), engines[precision].layers(crops[:8])
+    assert list(layers) == list(expected) and list(layers)[-1] == "logits"
+    for name, values in layers.items():
+        assert values.dtype == torch.float32 and values.shape == expected[name].shape
+        assert relative_l2(values, expected[name]) <= tolerance, name
+    assert relative_l2(layers["logits"], engines[precision](crops[:8])) <= 1e-5  # the twin is the artifact's
+
+
+def test_precision_that_ran(engines, vit_shapes20):
+    blocks, width, tokens = 6, 128, 197
+    attention = 2 * blocks * tokens**2 * width / (vit_shapes20.info.flops_per_image / 2)
+    assert engines["fp32"].precision_ran == {"fp32": 1.0}
+    assert engines["int8"].precision_ran == {"int8": pytest.approx(1 - attention), "fp32": pytest.approx(attention)}
+
+
+@pytest.mark.parametrize("precision", ONNXEngine.precisions)
+def test_every_multiplication_is_seen(folders, vit_shapes20, precision):
+    """Of twice the work that torch counts, half is missing."""
+    doubled = replace(vit_shapes20.info, flops_per_image=2 * vit_shapes20.info.flops_per_image)
+    engine = ONNXEngine(folders[precision], doubled, precision, device="cpu", threads=2)
+    assert engine.precision_ran["unknown"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_rounding_that_is_not_fused_counts_as_fp32(folders, vit_shapes20, tmp_path):
+    """With float weights in their place the same rounded activations are multiplied in float32."""
+    shutil.copytree(folders["int8"], tmp_path, dirs_exist_ok=True)
+    model = onnx.load(tmp_path / "model.onnx")
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    products = {node.input[1] for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")}
+    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.output[0] in products]:
+        if node.input[0] in tensors:
+            weights, scale = (tensors[name].astype("float32") for name in node.input[:2])
+            axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
+            scale = scale.reshape([-1 if i == axis else 1 for i in range(weights.ndim)])
+            model.graph.initializer.append(numpy_helper.from_array(weights * scale, node.output[0]))
+            model.graph.node.remove(node)
+    onnx.save(model, tmp_path / "model.onnx")
+    engine = ONNXEngine(tmp_path, vit_shapes20.info, "int8", device="cpu", threads=2)
+    assert engine.precision_ran == {"fp32": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("precision", ONNXEngine.precisions)
+def test_artifact_is_a_sound_graph_of_pixels_and_logits(folders, precision):
+    folder = folders[precision]
+    assert {path.name for path in folder.iterdir()} == {"card.json", "model.onnx", "model.onnx.data", "taps.json"}
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    graph = onnx.load(folder / "model.onnx").graph
+    (x,), (logits,) = graph.input, graph.output
+    batch, *sides = x.type.tensor_type.shape.dim
+    assert (x.name, x.type.tensor_type.elem_type) == ("x", onnx.TensorProto.UINT8)
+    assert (logits.name, logits.type.tensor_type.elem_type) == ("logits", onnx.TensorProto.FLOAT)
+    assert batch.dim_param and [side.dim_value for side in sides] == [3, 224, 224]
+
+
+def test_normalisation_is_not_rounded(folders):
+    nodes = onnx.load(folders["int8"] / "model.onnx").graph.node
+    made_by = {value: node for node in nodes for value in node.output}
+    rounding = next(node for node in nodes if node.op_type == "QuantizeLinear")
+    chain, value = [], rounding.input[0]
+    while value in made_by:
+        chain.append(made_by[value].op_type)
+        value = made_by[value].input[0]
+    assert value == "x" and chain == ["Div", "Sub", "Div", "Cast"]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "taps.json"])
+def test_truncated_files_are_refused(folders, vit_shapes20, tmp_path, name):
+    shutil.copytree(folders["fp32"], tmp_path, dirs_exist_ok=True)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(Exception, match="."):
+        ONNXEngine(tmp_path, vit_shapes20.info, "fp32", device="cpu", threads=2)
+
+
+def test_an_idle_engine_leaves_the_cores_alone(engines, crops):
+    busy = 0.0
+    for _ in range(10):
+        engines["fp32"](crops[:1])
+        start = time.process_time()
+        time.sleep(0.05)
+        busy += time.process_time() - start
+    assert busy < 0.05  # threads that spin would make it 0.2 and more
+
+
+@pytest.mark.parametrize("precision", ONNXEngine.precisions)
+def test_resnet18(precision):
+    model = load_model("resnet18.tv_in1k", weights="random")
+    x = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    reference, engine = convert(model), convert(model, "onnx", precision)
+    assert engine.precision_ran == {precision: pytest.approx(1)}
+    logits, expected = engine(x), reference(x)
+    layers, of_eager = engine.layers(x), reference.layers(x)
+    folded = {"conv1"} if precision == "int8" else set()  # into the batch norm that follows
+    assert list(layers) == [name for name in of_eager if name not in folded]
+    assert all(values.shape == of_eager[name].shape for name, values in layers.items())
+    if precision == "fp32":
+        assert relative_l2(logits, expected) <= 1e-4
+    else:
+        assert pearson(logits, expected) >= 0.98
+
+
+def test_building_is_quiet_and_leaves_the_model_alone(small, tmp_path, capfd):
+    before = {name: tensor.clone() for name, tensor in small.module.state_dict().items()}
+    engine = loaded(small, "fp32", tmp_path)
+    x = torch.randint(0, 256, (3, 3, 224, 224), dtype=torch.uint8)
+    assert relative_l2(engine(x), convert(small)(x)) <= 1e-4
+    assert capfd.readouterr() == ("", "")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.module.state_dict().items())
+
+
+@pytest.mark.parametrize("vnni, limit", [(True, 127), (False, 64)])
+def test_weights_have_a_bit_less_where_products_overflow(small, tmp_path, monkeypatch, vnni, limit):
+    cpu = {"architecture": "x86_64", "avx512_vnni": vnni, "avx_vnni": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    pixels = torch.randint(0, 256, (20, 3, 224, 224), dtype=torch.uint8)
+    engine = loaded(small, "int8", tmp_path, pixels)
+    assert engine.precision_ran == {"int8": pytest.approx(1)}
+    assert pearson(engine(pixels), convert(small)(pixels)) >= 0.9
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    weights = [numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert max(int(abs(each.astype(int)).max()) for each in weights) == limit
+
+
+def test_calibration_takes_a_few_images_at_a_time():
+    batches = CalibrationBatches(torch.zeros(20, 3, 2, 2, dtype=torch.uint8))
+    sizes = [len(batch["x"]) for batch in iter(batches.get_next, None)]
+    assert sizes == [8, 8, 4] and CALIBRATION_BATCH == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_its_providers_is_one_line(folders, vit_shapes20, tmp_path):
+    with pytest.raises(VitdemoError, match="no CUDA provider here; use cpu, or install onnxruntime-gpu"):
+        ONNXEngine.build(vit_shapes20, "fp32", tmp_path, device="cuda", calibration=None)
+    with pytest.warns(UserWarning), pytest.raises(VitdemoError, match="no CUDA provider here"):
+        ONNXEngine(folders["fp32"], vit_shapes20.info, "fp32", device="cuda", threads=2)
+
+
+def test_providers_are_those_that_the_runtime_took(engines):
+    assert engines["fp32"].providers == ["CPUExecutionProvider"]

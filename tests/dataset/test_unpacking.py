@@ -1,0 +1,124 @@
+"""Writing to a folder: whole or not at all, whatever interrupts it."""
+
+import os
+import resource
+import signal
+import tarfile
+import threading
+import time
+
+import pytest
+
+from tests.dataset.conftest import write_tar
+from tests.dataset.test_archives import refused, tree
+from vitdemo.dataset.archives import index_tar
+from vitdemo.dataset.unpacking import extract_members
+
+
+@pytest.fixture
+def tar(tmp_path):
+    return write_tar(tmp_path / "some.tar", {name: name.encode() * 300 for name in ("a.bin", "b.bin", "c.bin")})
+
+
+@pytest.fixture
+def targets(tar):
+    return {f"x/{member.name}": member for member in index_tar(tar)}
+
+
+EXPECTED = {f"x/{name}.bin": f"{name}.bin".encode() * 300 for name in "abc"}
+
+
+def test_extraction_writes_the_bytes_and_leaves_the_archive(tar, targets, tmp_path):
+    before = tar.read_bytes(), tar.stat().st_mtime_ns
+    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 3
+    assert tree(tmp_path / "out") == EXPECTED
+    assert (tar.read_bytes(), tar.stat().st_mtime_ns) == before
+    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 0
+
+
+def test_an_interrupted_extraction_is_finished_and_keeps_what_was_done(tar, targets, tmp_path):
+    partial = tmp_path / "out.part"
+    (partial / "x").mkdir(parents=True)
+    (partial / "x/a.bin").write_bytes(EXPECTED["x/a.bin"])
+    (partial / "x/b.bin").write_bytes(b"half")
+    kept = (partial / "x/a.bin").stat().st_mtime_ns
+    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 2
+    assert tree(tmp_path / "out") == EXPECTED and not partial.exists()
+    assert (tmp_path / "out/x/a.bin").stat().st_mtime_ns == kept
+
+
+def test_a_finished_folder_that_lost_files_is_repaired(tar, targets, tmp_path):
+    extract_members(tar, targets, tmp_path / "out", progress=False)
+    (tmp_path / "out/x/a.bin").unlink()
+    (tmp_path / "out/x/c.bin").write_bytes(b"longer" * 1000)
+    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 2
+    assert tree(tmp_path / "out") == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["readme.txt", "x/other.bin", "y/a.bin"])
+def test_a_folder_with_foreign_files_is_left_as_it_is(tar, targets, tmp_path, name):
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    with refused("not of this archive"):
+        extract_members(tar, targets, tmp_path / "out", progress=False)
+    assert tree(tmp_path / "out") == {name: b"mine"}
+
+
+def test_a_planted_link_is_not_written_through(tar, targets, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "out.part/x").mkdir(parents=True)
+    (tmp_path / "out.part/x/a.bin").symlink_to(victim)
+    with refused("x/a.bin", "not of this archive"):
+        extract_members(tar, targets, tmp_path / "out", progress=False)
+    assert victim.read_text() == "mine"
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path):
+    tar = tmp_path / "huge.tar"
+    info = tarfile.TarInfo("huge.bin")
+    info.size = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize + (10 << 30)
+    tar.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tar, 512 + info.size + 1024)  # a file of holes
+    with refused(tmp_path, "free; make room"):
+        extract_members(tar, {"x/huge.bin": index_tar(tar)[0]}, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["huge.tar"]
+
+
+def test_a_write_that_the_system_refuses_ends_in_one_line_and_can_be_resumed(tar, targets, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow over 1000 bytes
+    try:
+        with refused("out", "run again"):
+            extract_members(tar, targets, tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    extract_members(tar, targets, tmp_path / "out", progress=False)
+    assert tree(tmp_path / "out") == EXPECTED
+
+
+def test_ctrl_c_leaves_a_state_that_can_be_resumed(full_archives, tmp_path):
+    targets = {f"x/{member.name}": member for member in index_tar(full_archives.tar)[:4000]}
+
+    def press_ctrl_c():
+        while len(list(tmp_path.glob("out.part/x/*"))) < 10:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt):
+        extract_members(full_archives.tar, targets, tmp_path / "out", progress=False)
+    done = len(tree(tmp_path / "out.part"))
+    assert 10 <= done < 4000
+    written = extract_members(full_archives.tar, targets, tmp_path / "out", progress=False)
+    assert written in (4000 - done, 4001 - done)  # the file in hand may have been half written
+    assert len(tree(tmp_path / "out")) == 4000
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_noticed(tar, targets, tmp_path):
+    os.truncate(tar, 3000)
+    with refused(tar, "became shorter", "b.bin"):
+        extract_members(tar, targets, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,173 @@
+"""AOTInductor: torch's own compiler, run once, into a package that runs without a compiler and without tracing."""
+
+import copy
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils.flop_counter import conv_flop_count
+
+from vitdemo.conversion.engines.contract import CompiledEngine
+from vitdemo.conversion.engines.eager import DTYPES, PRECISION_OF
+from vitdemo.conversion.graph import export_graph, tap_points
+from vitdemo.conversion.models import FLOP_FORMULAS, Model, ModelInfo
+from vitdemo.errors import VitdemoError
+from vitdemo.paths import cache_root
+
+PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
+
+OPTIONS = {
+    "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
+    "cpp.dynamic_threads": True,  # how many threads run is the engine's, not the artifact's
+    "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
+}
+
+# What freezing makes of convolutions and linear layers; torch has no formulas for these.
+MKLDNN_FLOPS = {
+    torch.ops.mkldnn._convolution_pointwise: lambda x, w, *_, out_val: conv_flop_count(
+        x.shape, w.shape, out_val.shape
+    ),
+    torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
+}
+
+
+class InductorEngine(CompiledEngine):
+    """The module exported with any batch size, its weights frozen and laid out for oneDNN, compiled to machine code.
+
+    Runs on the CPU. Building needs a C++ compiler: g++, or the one that CXX names; loading needs none.
+    """
+
+    name = "inductor"
+    precisions = ("bf16",)
+
+    @classmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        _require_compiler()
+        dtype = DTYPES[precision]
+        # .to() would change the caller's model in place
+        cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
+        taps = tap_points(cast.module)
+        torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
+        flops = _compile(export_graph(cast, dtype=dtype), folder / PACKAGE)
+        facts = {"taps": taps, "precision_ran": _shares(flops, model.info.flops_per_image)}
+        (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        super().__init__(folder, info, precision, device="cpu", threads=threads)
+        self._folder = folder
+        self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self._run = _load(folder / PACKAGE)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(self.threads)
+        (logits,) = self._run([x.contiguous()])  # the machine code does not look at strides
+        return logits
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of a twin, compiled with the same options from the same weights when it is first asked for.
+
+        A package cannot be opened, and what it fuses is never written to memory: the twin writes each of these
+        layers, so that fewer operations of it are fused.
+        """
+        self._check(x)
+        torch.set_num_threads(self.threads)
+        logits, *taken = self._twin([x.contiguous()])
+        return dict(zip((*self._facts["taps"], "logits"), (*taken, logits), strict=True))
+
+    @property
+    def precision_ran(self) -> dict[str, float]:
+        """By the operands' dtype in the graph that Inductor made machine code of.
+
+        That graph is Inductor's own, after its decompositions, constant folding and freezing, so a cast or a fallback
+        it put in shows. Multiply-accumulates of the model that are not found there again are "unknown".
+        It does not show how oneDNN multiplies: a CPU without bf16 instructions computes bf16 operands in float32.
+        """
+        return self._facts["precision_ran"]
+
+    @cached_property
+    def _twin(self):
+        print(f"compiling a twin of {self._folder.name} to look into its layers", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=self._folder.parent, prefix="twin-") as scratch:
+            package = Path(scratch) / PACKAGE
+            _compile(torch.export.load(self._folder / TAPPED), package)
+            return _load(package)
+
+
+def _require_compiler() -> None:
+    """Raises VitdemoError where torch finds no C++ compiler, before the long work."""
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        raise VitdemoError(
+            f"inductor engine: needs a C++ compiler, and {config.cpp.cxx[-1]} does not run; install g++ (with apt) or "
+            "cxx-compiler (with conda), or name yours in the environment variable CXX"
+        ) from None
+
+
+def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
+    """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.utils import fresh_cache
+
+    flops: Counter[str] = Counter()
+    options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
+    # Which instructions the compiler knows takes ten seconds to find out, so that alone is kept.
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache_root() / "inductor")):
+        pick_vec_isa()
+    # Freezing is for inference, which torch tells from gradients being off.
+    with tempfile.TemporaryDirectory(dir=package.parent) as scratch, fresh_cache(dir=scratch), torch.no_grad():
+        aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+    return flops
+
+
+def _count_flops(graph: fx.Graph) -> Counter[str]:
+    """FLOPs of one image by the dtype of the first operand."""
+    formulas = {**FLOP_FORMULAS, **MKLDNN_FLOPS}
+    flops: Counter[str] = Counter()
+    for node in graph.nodes:
+        formula = formulas.get(getattr(node.target, "overloadpacket", None))
+        if formula is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            count = formula(*args, **kwargs, out_val=node.meta["val"])
+            operand = next(arg for arg in args if isinstance(arg, torch.Tensor))
+            flops[str(operand.dtype).removeprefix("torch.")] += _at_batch_1(count)
+    return flops
+
+
+def _at_batch_1(count: int | torch.SymInt) -> int:
+    if isinstance(count, int):
+        return count
+    expression = count.node.expr
+    return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
+
+
+def _shares(flops: Counter[str], expected: int) -> dict[str, float]:
+    """``flops`` as shares of ``expected``; what is missing is "unknown"."""
+    total = max(expected, sum(flops.values()))
+    shares = {PRECISION_OF.get(dtype, dtype): count / total for dtype, count in flops.items()}
+    missing = 1 - sum(shares.values())
+    return shares | ({"unknown": missing} if missing > 1e-9 else {})
+
+
+def _load(package: Path):
+    """A function from a list of tensors to one.
+
+    Not by ``torch._inductor.aoti_load_package``: that asks the compiler anew which instructions it knows, some twenty
+    seconds in every process, and the function it gives parses its own signature at every call.
+    """
+    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).run
