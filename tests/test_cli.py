@@ -180,3 +180,35 @@ def test_truncated_bundled_archive(capsys, archives, tmp_path):
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         assert "truncated" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_verify_and_cache(capsys):
+    openvino = ["vit_shapes20", "--engine", "openvino", "--precision", "bf16"]
+    assert main(["convert", *openvino]) == 0
+    assert "loaded in" in (said := capsys.readouterr().out) and "bf16" in said
+    assert main(["verify", *openvino, "--images", "16"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("passed")
+    assert main(["cache"]) == 0
+    assert "vit_shapes20" in (table := capsys.readouterr().out) and "bf16" in table
+
+
+def test_extract_checks_the_images(capsys, tmp_path):
+    arguments = ["extract", "--archives", str(data_path("shapes20")), "--out", str(tmp_path), "--check-images"]
+    assert main(arguments) == 0 and "1,000 images decoded: 0 unreadable" in capsys.readouterr().out
+    victim = min((tmp_path / "val").glob("*/*.JPEG"))
+    victim.write_bytes(b"\0" * victim.stat().st_size)
+    assert main(arguments) == 1  # its size is right, so extract keeps it
+    assert victim.name in capsys.readouterr().out
+    assert (tmp_path / "check_val" / "images.csv").exists()
+
+
+def test_accuracy_below_the_published_one_is_diagnosed(capsys, tmp_path):
+    """The bundled model with another's mean and std, as a folder of the user's."""
+    folder = tmp_path / "vit_shapes20"
+    shutil.copytree(data_path("shapes20/vit_shapes20"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(folder), "--data", TAR, "--limit", "200", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "measured is below" in said and "mean" in said

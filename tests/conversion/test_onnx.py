@@ -13,7 +13,7 @@ from torch import nn
 
 from vitdemo import Model, VitdemoError, convert, load_model, reference_crop
 from vitdemo.conversion.artifacts import artifacts_root
-from vitdemo.conversion.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine
+from vitdemo.conversion.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,12 @@ def loaded(model: Model, precision: str, folder, pixels: torch.Tensor | None = N
     return ONNXEngine(folder, model.info, precision, device="cpu", threads=2)
 
 
+def unknown_of_twice_the_work(folder, model: Model, precision: str) -> float:
+    """The share of multiplications that is missing when the model says twice as many as torch counts: half of them."""
+    info = replace(model.info, flops_per_image=2 * model.info.flops_per_image)
+    return ONNXEngine(folder, info, precision, device="cpu", threads=2).precision_ran["unknown"]
+
+
 def test_fp32_is_eager(engines, crops, reference):
     assert relative_l2(in_batches(engines["fp32"], crops), reference) <= 1e-4
 
@@ -111,9 +117,10 @@ def test_an_image_is_answered_alike_in_any_batch(engines, crops, precision):
 
 def test_calls_from_several_threads(engines, crops):
     engine = engines["int8"]
-    expected = [engine(batch) for batch in crops.split(5)]
+    batches = crops[:40].split(5)
+    expected = [engine(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        assert all(map(torch.equal, pool.map(engine, crops.split(5)), expected))
+        assert all(map(torch.equal, pool.map(engine, batches), expected))
 
 
 def test_input_in_any_memory_layout_is_left_alone(engines, crops):
@@ -141,10 +148,7 @@ def test_precision_that_ran(engines, vit_shapes20):
 
 @pytest.mark.parametrize("precision", ONNXEngine.precisions)
 def test_every_multiplication_is_seen(folders, vit_shapes20, precision):
-    """Of twice the work that torch counts, half is missing."""
-    doubled = replace(vit_shapes20.info, flops_per_image=2 * vit_shapes20.info.flops_per_image)
-    engine = ONNXEngine(folders[precision], doubled, precision, device="cpu", threads=2)
-    assert engine.precision_ran["unknown"] == pytest.approx(0.5, abs=1e-6)
+    assert unknown_of_twice_the_work(folders[precision], vit_shapes20, precision) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_rounding_that_is_not_fused_counts_as_fp32(folders, vit_shapes20, tmp_path):
@@ -153,8 +157,8 @@ def test_rounding_that_is_not_fused_counts_as_fp32(folders, vit_shapes20, tmp_pa
     model = onnx.load(tmp_path / "model.onnx")
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     products = {node.input[1] for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")}
-    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.output[0] in products]:
-        if node.input[0] in tensors:
+    for node in list(model.graph.node):
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors and node.output[0] in products:
             weights, scale = (tensors[name].astype("float32") for name in node.input[:2])
             axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
             scale = scale.reshape([-1 if i == axis else 1 for i in range(weights.ndim)])
@@ -212,7 +216,7 @@ def test_an_idle_engine_leaves_the_cores_alone(engines, crops):
 def test_resnet18(precision):
     model = load_model("resnet18.tv_in1k", weights="random")
     x = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    reference, engine = convert(model), convert(model, "onnx", precision)
+    reference, engine = convert(model), convert(model, "onnx", precision, calibration=x)
     assert engine.precision_ran == {precision: pytest.approx(1)}
     logits, expected = engine(x), reference(x)
     layers, of_eager = engine.layers(x), reference.layers(x)
@@ -234,17 +238,30 @@ def test_building_is_quiet_and_leaves_the_model_alone(small, tmp_path, capfd):
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.module.state_dict().items())
 
 
-@pytest.mark.parametrize("vnni, limit", [(True, 127), (False, 64)])
-def test_weights_have_a_bit_less_where_products_overflow(small, tmp_path, monkeypatch, vnni, limit):
-    cpu = {"architecture": "x86_64", "avx512_vnni": vnni, "avx_vnni": False}
+@pytest.mark.parametrize(
+    "cpu, exactly",
+    [
+        (dict(architecture="x86_64", avx512_vnni=True, avx_vnni=False), True),
+        (dict(architecture="x86_64", avx512_vnni=False, avx_vnni=True), True),
+        (dict(architecture="x86_64", avx512_vnni=False, avx_vnni=False), False),
+        (dict(architecture="arm64"), True),
+    ],
+)
+def test_which_cpus_add_products_exactly(monkeypatch, cpu, exactly):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert adds_products_exactly() == exactly
+
+
+def test_weights_have_a_bit_less_where_products_overflow(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitdemo.conversion.engines.onnx.adds_products_exactly", lambda: False)
     pixels = torch.randint(0, 256, (20, 3, 224, 224), dtype=torch.uint8)
     engine = loaded(small, "int8", tmp_path, pixels)
     assert engine.precision_ran == {"int8": pytest.approx(1)}
-    assert pearson(engine(pixels), convert(small)(pixels)) >= 0.9
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    weights = [numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
-    assert max(int(abs(each.astype(int)).max()) for each in weights) == limit
+    assert unknown_of_twice_the_work(tmp_path, small, "int8") == pytest.approx(0.5, abs=1e-6)
+    assert relative_l2(engine(pixels), convert(small)(pixels)) <= 5e-2
+    tensors = onnx.load(tmp_path / "model.onnx").graph.initializer
+    weights = [numpy_helper.to_array(each) for each in tensors if each.data_type == onnx.TensorProto.INT8]
+    assert max(abs(each.astype(int)).max() for each in weights) == 64
 
 
 def test_calibration_takes_a_few_images_at_a_time():

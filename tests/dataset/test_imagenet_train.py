@@ -174,6 +174,20 @@ def test_val_and_train_live_in_one_folder(archives, tmp_path):
     assert tree(out) == {name: content for name, content in before.items() if "train" not in name}
 
 
+@pytest.mark.parametrize("name", ["train/n90000001/mine.JPEG", "train.part/n90000001/mine.JPEG"])
+def test_a_split_of_somebody_elses_beside_an_extraction_is_left_as_it_is(archives, tmp_path, name):
+    TrainArchives(archives.folder)
+    out = tmp_path / "out"
+    extract(archives.folder, out, unverified=True, progress=False)
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_bytes(b"mine")
+    before = tree(out)
+    for split in ("train", "val"):
+        with refused(out, "other than an extraction of these"):
+            extract(archives.folder, out, split=split, unverified=True, progress=False)
+    assert tree(out) == before
+
+
 def test_a_train_set_without_devkit_keeps_the_class_list_of_the_val_set(archives, tmp_path):
     extract(archives.folder, tmp_path / "out", unverified=True, progress=False)
     classes = (tmp_path / "out/classes.csv").read_bytes()

@@ -77,7 +77,9 @@ def test_measured_stands_beside_published(evaluation):
     assert "91.9%" in str(found) and "/101" in str(found) and "a part of its 1,000 images" in str(found)
 
 
-@pytest.mark.parametrize("correct, verdict", [(80, "below"), (84, "below"), (90, "agrees"), (93, "agrees"), (101, "above")])
+@pytest.mark.parametrize(
+    "correct, verdict", [(80, "below"), (84, "below"), (90, "agrees"), (93, "agrees"), (101, "above")]
+)
 def test_verdict_is_where_the_published_value_lies(evaluation, correct, verdict):
     changed = {"correct": correct, "top1": correct / 101, "top1_ci95": wilson_interval(correct, 101)}
     found = compare_published(replace(evaluation, metrics=evaluation.metrics | changed))
@@ -410,7 +412,7 @@ def test_figure_shows_every_row_and_the_published_line(healthy):
     [({}, None, 0.91), (IMAGENET, "with mean/std 0.5", 0.91), ({"crop_mode": "squash"}, None, 0.9)],
 )
 def test_whole_set(vit_shapes20, shapes20, changes, name, regained):
-    """On shapes20 as it is: 4:3 pictures, of which squash at the weights' own crop_pct costs too little to be told."""
+    """Most pictures of shapes20 are 4:3: squash at the weights' own crop_pct costs too little to be told."""
     found = diagnosed(with_preprocessing(vit_shapes20, **changes), shapes20, images=1000)
     assert found.named == name and found.images == 1000
     best = found.explanation or found.as_it_is
@@ -418,6 +420,9 @@ def test_whole_set(vit_shapes20, shapes20, changes, name, regained):
 
 
 @pytest.mark.soak
-def test_squash_costs_shapes20_as_it_is_just_enough(vit_shapes20, shapes20):
+def test_squash_costs_shapes20_as_it_is_little(vit_shapes20, shapes20):
+    """2.4 points (46 images gained, 22 lost): plain to McNemar alone, at the edge among ten hypotheses."""
     found = diagnosed(with_preprocessing(vit_shapes20, crop_mode="squash", crop_pct=1.0), shapes20, images=1000)
-    assert_named(found, "with crop mode center", 0.91)
+    best = max(found.tested, key=lambda h: h.correct.sum())
+    assert best.name == "with crop mode center" and best.p < 0.05 and best.correct.mean() >= 0.91
+    assert found.named in (None, best.name)

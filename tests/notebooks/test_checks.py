@@ -70,6 +70,7 @@ BREAKS = {
             part("devkit", "ground_truth", lambda kit: kit.ground_truth[:-1]),
             part("devkit", "synsets", lambda kit: [s._replace(id=k) for k, s in enumerate(kit.synsets, 1)]),
         ],
+        [attribute("resumed", fingerprint=lambda d: d.fingerprint[::-1])],
         [
             attribute("extracted", labels=lambda d: [*d.labels[1:], (d.labels[0] + 1) % len(d.classes)]),
             name("members", lambda members: members[:-1]),
@@ -78,6 +79,17 @@ BREAKS = {
             attribute("from_tar", fingerprint=lambda d: d.fingerprint[::-1]),
             name("from_tar", lambda d: Reread(d)),
         ],
+        [part("report", "rows", lambda report: report.rows.assign(error="", warning=""))],
+        [lambda names: names.update(healthy=names["diagnosis"])],
+    ],
+    "02_convert": [
+        [name("engines", lambda engines: engines | {"eager bf16": engines["eager fp32"]})],
+        [
+            name(
+                "reports", lambda reports: reports | {"eager fp32": replace(reports["eager fp32"], failures=["broken"])}
+            )
+        ],
+        [lambda names: names.update(wrong_mean={"fp32": names["reports"]["eager fp32"]})],
     ],
     "03_single_device": [
         [

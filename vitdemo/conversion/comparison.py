@@ -71,16 +71,20 @@ class LayerErrors:
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]) -> None:
-        """One batch of both, by layer. Raises VitdemoError where the layers are not the same."""
-        for name, expected in reference.items():
-            shape = list(candidate[name].shape) if name in candidate else "missing"
-            if shape != list(expected.shape):
+        """One batch, by layer, of what the candidate shows; a runtime that fuses layers may not show them all.
+
+        Raises VitdemoError where a layer is not like the reference's.
+        """
+        for name, found in candidate.items():
+            expected = reference.get(name)
+            if expected is None or found.shape != expected.shape:
+                shape = "unknown" if expected is None else list(expected.shape)
                 raise VitdemoError(
-                    f"layer {name}: {list(expected.shape)} in the model but {shape} in the engine; give verify the "
-                    "model that the engine was made from"
+                    f"layer {name}: {list(found.shape)} in the engine, {shape} in the model; give verify the model "
+                    "that the engine was made from"
                 )
             error, size = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = error + _squares(candidate[name] - expected), size + _squares(expected)
+            self._sums[name] = error + _squares(found - expected), size + _squares(expected)
 
     def relative_l2(self) -> dict[str, float]:
         """``|candidate - reference| / |reference|`` by layer, in the order of the layers; 0 where nothing differs."""

@@ -182,7 +182,7 @@ def _compare(
         comparison.candidate.append(logits)
         if layers:
             comparison.layers.add(expected, layers)
-            comparison.twin.add({LOGITS: logits}, layers)
+            comparison.twin.add({LOGITS: logits}, {LOGITS: layers[LOGITS]})
         if number < FLOOR_BATCHES:
             for way, compute in ways.items():
                 comparison.floors[way].add(expected, compute(pixels))

@@ -75,6 +75,11 @@ def extract(
     return extracted
 
 
+def check_folder(out: Path | str, split: str) -> Path:
+    """Where the report of ``check_images`` on an extracted split belongs."""
+    return Path(out) / f"check_{split}"
+
+
 def _verify(path: Path, unverified: bool, progress: bool) -> str:
     """The file's MD5, when it is the known one or need not be."""
     if path.name not in ARCHIVE_MD5 and not unverified:
@@ -105,7 +110,8 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, CLASSES, *RECORDS.values())
     names = {entry.name for entry in entries(out)}
-    foreign = names - {CLASSES, *SPLITS, *(split + PART for split in SPLITS), *RECORDS.values()}
+    folders = {name for split in SPLITS for name in (split, split + PART, check_folder(out, split).name)}
+    foreign = names - {CLASSES, *folders, *RECORDS.values()}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
     records = {split: read_record(out, split) for split in SPLITS}

@@ -12,7 +12,6 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -91,15 +90,21 @@ def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: 
     Each goes under its own name at once, relative to the open folder, which spares the system to walk its path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    in_order = sorted(members, key=lambda target: members[target].offset)
+    in_order = sorted(members.items(), key=lambda item: item[1].offset)
     bar = tqdm(in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress)
     with open(tar, "rb", buffering=BUFFER) as source, _opened_folder(folder) as root:
         for subfolder in _subfolders(members) - set(os.listdir(root)):
             os.mkdir(subfolder, dir_fd=root)
-        for target in bar:
+        for target, (name, offset, size) in bar:
             file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666, dir_fd=root)
             try:
-                _copy(source, members[target], file)
+                while size:
+                    source.seek(offset)
+                    data = source.read(size if size < PIECE else PIECE)
+                    if not data:
+                        raise VitdemoError(f"{tar}: became shorter while {name} was read; run the same command again")
+                    written = os.write(file, data)
+                    offset, size = offset + written, size - written
             finally:
                 os.close(file)
 
@@ -115,15 +120,3 @@ def _opened_folder(folder: Path) -> Iterator[int]:
         raise
     finally:
         os.close(root)
-
-
-def _copy(tar: BufferedReader, member: Member, file: int) -> None:
-    tar.seek(member.offset)
-    left = member.size
-    while left:
-        data = tar.read(min(left, PIECE))
-        if not data:
-            raise VitdemoError(f"{tar.name}: became shorter while {member.name} was read; run the same command again")
-        left -= len(data)
-        while data:  # once, but where the disk has no room for all
-            data = data[os.write(file, data) :]

@@ -206,8 +206,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         formats = {name: "{:.1%}".format for name in ("top1", "ci95_low", "ci95_high")}
-        formats |= {"p_corrected": lambda p: "" if np.isnan(p) else f"{p:.1g}", "took_s": "{:.1f}".format}
+        formats |= {"p_corrected": "{:.1g}".format, "took_s": "{:.1f}".format}
         table = self.table[["hypothesis", "correct", *formats, "gained", "lost"]]
         not_tested = [f"not tested: {h.name}: {h.not_tested}" for h in self.hypotheses if h.correct is None]
-        lines = [self.verdict, table.to_string(index=False, formatters=formats), *not_tested]
+        lines = [self.verdict, table.to_string(index=False, formatters=formats, na_rep=""), *not_tested]
         return "\n".join([*lines, f"{self.images} images, {self.took_s:.1f} s in all"])

@@ -86,7 +86,7 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
     ax.invert_yaxis()
     if published:
         ax.axvline(published.top1 * 100, color="black", linestyle="--", label=f"published: {published.top1:.1%}")
-        ax.legend(loc="lower right", fontsize=8)
-    title = f"explained by: {diagnosis.named}" if diagnosis.named else "no hypothesis explains a loss"
-    ax.set(xlabel=f"top-1 in % of {diagnosis.images} images (line: 95 % interval)", xlim=(0, 100), title=title)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    ax.set(xlabel=f"top-1 in % of {diagnosis.images} images (line: 95 % interval)", xlim=(0, 100))
+    ax.set_title(f"explains the loss: {diagnosis.named}" if diagnosis.named else "no loss explained", loc="left")
     return figure

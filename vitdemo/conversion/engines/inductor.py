@@ -2,13 +2,12 @@
 
 import copy
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import fx
@@ -20,9 +19,10 @@ from vitdemo.conversion.engines.eager import DTYPES, PRECISION_OF
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import FLOP_FORMULAS, Model, ModelInfo
 from vitdemo.errors import VitdemoError
-from vitdemo.paths import cache_root
+from vitdemo.paths import PART, cache_root
 
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
+TWIN = ".twin.pt2"  # after the artifact's name, as nothing is added to an artifact once it is built
 
 OPTIONS = {
     "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
@@ -32,9 +32,7 @@ OPTIONS = {
 
 # What freezing makes of convolutions and linear layers; torch has no formulas for these.
 MKLDNN_FLOPS = {
-    torch.ops.mkldnn._convolution_pointwise: lambda x, w, *_, out_val: conv_flop_count(
-        x.shape, w.shape, out_val.shape
-    ),
+    torch.ops.mkldnn._convolution_pointwise: lambda x, w, *_, out_val: conv_flop_count(x.shape, w.shape, out_val.shape),
     torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
 }
 
@@ -74,14 +72,14 @@ class InductorEngine(CompiledEngine):
         return logits
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a twin, compiled with the same options from the same weights when it is first asked for.
+        """Of a twin, compiled with the same options from the same weights when one is first asked for, and kept.
 
         A package cannot be opened, and what it fuses is never written to memory: the twin writes each of these
         layers, so that fewer operations of it are fused.
         """
         self._check(x)
         torch.set_num_threads(self.threads)
-        logits, *taken = self._twin([x.contiguous()])
+        logits, *taken = self._run_twin([x.contiguous()])
         return dict(zip((*self._facts["taps"], "logits"), (*taken, logits), strict=True))
 
     @property
@@ -95,12 +93,17 @@ class InductorEngine(CompiledEngine):
         return self._facts["precision_ran"]
 
     @cached_property
-    def _twin(self):
-        print(f"compiling a twin of {self._folder.name} to look into its layers", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=self._folder.parent, prefix="twin-") as scratch:
+    def _run_twin(self):
+        twin = self._folder.with_name(self._folder.name + TWIN)
+        with suppress(RuntimeError):  # not there, or damaged
+            return _load(twin)
+        _require_compiler()
+        print(f"compiling a twin of {self._folder.name} to look into its layers, once", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=twin.parent, suffix=PART) as scratch:
             package = Path(scratch) / PACKAGE
             _compile(torch.export.load(self._folder / TAPPED), package)
-            return _load(package)
+            package.rename(twin)
+        return _load(twin)
 
 
 def _require_compiler() -> None:
@@ -122,16 +125,22 @@ def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
     """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.utils import fresh_cache
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     flops: Counter[str] = Counter()
     options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
-    # Which instructions the compiler knows takes ten seconds to find out, so that alone is kept.
-    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache_root() / "inductor")):
+    # Which of the CPU's instructions the compiler knows takes long to find out, so that alone of its work is kept.
+    with temporary_cache_dir(str(cache_root() / "inductor")):
         pick_vec_isa()
     # Freezing is for inference, which torch tells from gradients being off.
-    with tempfile.TemporaryDirectory(dir=package.parent) as scratch, fresh_cache(dir=scratch), torch.no_grad():
-        aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+    with tempfile.TemporaryDirectory(dir=package.parent) as scratch, temporary_cache_dir(scratch), torch.no_grad():
+        try:
+            aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+        except RuntimeError as error:
+            if "CppCompileError" not in str(error):
+                raise
+            reason = next((line for line in str(error).splitlines() if "error:" in line), "it gives no reason")
+            raise VitdemoError(f"inductor engine: the C++ compiler failed ({reason}); name another in CXX") from None
     return flops
 
 
@@ -157,11 +166,12 @@ def _at_batch_1(count: int | torch.SymInt) -> int:
 
 
 def _shares(flops: Counter[str], expected: int) -> dict[str, float]:
-    """``flops`` as shares of ``expected``; what is missing is "unknown"."""
-    total = max(expected, sum(flops.values()))
-    shares = {PRECISION_OF.get(dtype, dtype): count / total for dtype, count in flops.items()}
-    missing = 1 - sum(shares.values())
-    return shares | ({"unknown": missing} if missing > 1e-9 else {})
+    """``flops`` as shares; what is missing of ``expected`` is "unknown"."""
+    counts = dict(flops)
+    if (missing := expected - flops.total()) > 0:
+        counts["unknown"] = missing
+    total = sum(counts.values())
+    return {PRECISION_OF.get(name, name): count / total for name, count in counts.items()}
 
 
 def _load(package: Path):
