@@ -99,6 +99,10 @@ def _evaluate(args) -> int:
     options = dict(device_batch_size=args.device_batch_size, limit=args.limit, out=args.out, resume=args.resume)
     try:
         evaluation = evaluate(engine, data, **options)
+        beside = compare_published(evaluation)
+        print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
+        if beside.verdict == "below":
+            print(diagnose(engine, model, data))
     except EngineFailure as failure:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
@@ -107,10 +111,6 @@ def _evaluate(args) -> int:
             f"vitdemo: stopped; what was done is in {args.out}, the same command with --resume goes on", file=sys.stderr
         )
         return 130
-    beside = compare_published(evaluation)
-    print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
-    if beside.verdict == "below":
-        print(diagnose(engine, model, data))
     return 0
 
 

@@ -18,6 +18,7 @@ def examine() -> tuple[list[str], bool]:
     sections = {
         "machine": _machine,
         "packages": _packages,
+        "engines": _engines,
         "bundled data": _data,
         "pretrained weights": _hub,
         "notebooks": _notebooks,
@@ -60,6 +61,19 @@ def _packages() -> list[str]:
         else:
             found = f"found {version}" if version else "not installed"
             lines.append(f"missing  {requirement}, {found}: install again as the README says")
+    return lines
+
+
+def _engines() -> list[str]:
+    from vitdemo.conversion.engines.contract import find_engines
+
+    lines = []
+    for name, engine in find_engines().items():
+        try:
+            engine.check_requirements()
+            lines.append(f"ok       {name}: {', '.join(engine.precisions)}")
+        except VitdemoError as error:
+            lines.append(f"skipped  {error}")
     return lines
 
 

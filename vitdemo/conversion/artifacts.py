@@ -199,8 +199,8 @@ def _engine_class(engine: str, precision: str) -> type[Engine]:
     cls = engines[engine]
     if precision not in cls.precisions:
         raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
-    if missing := [name for name in cls.packages if not installed_version(name)]:
-        raise VitdemoError(f"engine {engine!r}: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
+    if cls.packages:  # loading needs them too; what only building needs, such as a compiler, build asks for
+        cls.check_requirements()
     return cls
 
 

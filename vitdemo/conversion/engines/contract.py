@@ -12,6 +12,7 @@ import torch
 
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import installed_version
 
 
 class EngineFailure(RuntimeError):
@@ -47,6 +48,12 @@ class Engine(ABC):
         self.card: dict = {}
         self.load_s: float | None = None
         self._worker: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def check_requirements(cls) -> None:
+        """Raise VitdemoError, saying what to install, where this machine lacks what building the engine needs."""
+        if missing := [name for name in cls.packages if not installed_version(name)]:
+            raise VitdemoError(f"{cls.name} engine: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
     @abstractmethod
     def _infer(self, x: torch.Tensor) -> torch.Tensor:

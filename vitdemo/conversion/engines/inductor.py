@@ -47,10 +47,25 @@ class InductorEngine(CompiledEngine):
     precisions = ("bf16",)
 
     @classmethod
+    def check_requirements(cls) -> None:
+        """Raises VitdemoError where torch finds no C++ compiler, before the long work."""
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, OSError):
+            raise VitdemoError(
+                f"inductor engine: needs a C++ compiler, and {config.cpp.cxx[-1]} does not run; install g++ (with apt) "
+                "or cxx-compiler (with conda), or name yours in the environment variable CXX"
+            ) from None
+
+    @classmethod
     def build(
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
-        _require_compiler()
+        cls.check_requirements()
         dtype = DTYPES[precision]
         # .to() would change the caller's model in place
         cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
@@ -97,28 +112,13 @@ class InductorEngine(CompiledEngine):
         twin = self._folder.with_name(self._folder.name + TWIN)
         with suppress(RuntimeError):  # not there, or damaged
             return _load(twin)
-        _require_compiler()
+        cls.check_requirements()
         print(f"compiling a twin of {self._folder.name} to look into its layers, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=twin.parent, suffix=PART) as scratch:
             package = Path(scratch) / PACKAGE
             _compile(torch.export.load(self._folder / TAPPED), package)
             package.rename(twin)
         return _load(twin)
-
-
-def _require_compiler() -> None:
-    """Raises VitdemoError where torch finds no C++ compiler, before the long work."""
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, OSError):
-        raise VitdemoError(
-            f"inductor engine: needs a C++ compiler, and {config.cpp.cxx[-1]} does not run; install g++ (with apt) or "
-            "cxx-compiler (with conda), or name yours in the environment variable CXX"
-        ) from None
 
 
 def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
