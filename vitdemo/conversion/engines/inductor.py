@@ -112,7 +112,7 @@ class InductorEngine(CompiledEngine):
         twin = self._folder.with_name(self._folder.name + TWIN)
         with suppress(RuntimeError):  # not there, or damaged
             return _load(twin)
-        cls.check_requirements()
+        self.check_requirements()
         print(f"compiling a twin of {self._folder.name} to look into its layers, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=twin.parent, suffix=PART) as scratch:
             package = Path(scratch) / PACKAGE
