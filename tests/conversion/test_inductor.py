@@ -40,6 +40,8 @@ class HalfStubborn(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16)
         self.fc, self.head = nn.Linear(1024, 32), nn.Linear(32, 1000)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
 
     def forward(self, x):
         x = self.fc(torch.relu(self.norm(self.conv(x))).flatten(1)).float()

@@ -44,7 +44,7 @@ class ImageNetSplit:
 
     Attributes: ``path`` (the tar, or the folder with a folder a class), ``source`` ("tar" or "folder"),
     ``classes`` (wnids, lexicographic), ``class_names`` (synonyms in one string), and for each sample
-    ``files``, ``sizes`` in bytes, ``labels``.
+    ``files``, ``sizes`` in bytes, ``labels``, ``offsets`` in the tar in bytes (0 in a folder).
     Threads may read from one object at once; it can be pickled to a process that sees the same path.
     Raises VitdemoError when there is no data set, or an unfinished or damaged one.
     """
