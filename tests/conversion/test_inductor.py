@@ -113,24 +113,19 @@ def test_precision_ran(engine, half_stubborn, half_stubborn_engine):
     assert ran["fp32"] > 0.2
 
 
-def test_layers_of_any_module(half_stubborn, half_stubborn_engine, places, monkeypatch):
+def test_layers_of_any_module(half_stubborn, half_stubborn_engine):
     x = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found, expected = half_stubborn_engine.layers(x), convert(half_stubborn, "eager", "fp32").layers(x)
     assert list(found) == list(expected) == ["conv", "norm", "fc", "logits"]
     assert all(1e-5 < relative_l2(found[name], expected[name]) < 2e-2 for name in expected)
     assert relative_l2(found["logits"], half_stubborn_engine(x)) < 1e-2
 
-    monkeypatch.setenv("VITDEMO_CACHE", str(places["VITDEMO_CACHE"]))
-    monkeypatch.setattr("vitdemo.conversion.engines.inductor._compile", None)  # the twin is compiled once
-    again = convert(half_stubborn, "inductor", "bf16").layers(x)
-    assert all(torch.equal(again[name], found[name]) for name in found)
-
 
 def test_nothing_else_is_left(half_stubborn_engine, places):
     artifacts = places["VITDEMO_CACHE"] / "artifacts"
     (artifact,) = (path for path in artifacts.iterdir() if path.is_dir())
     assert {path.name for path in artifact.iterdir()} == {"model.pt2", "tapped.pt2", "facts.json", "card.json"}
-    assert {path.suffix for path in artifacts.iterdir()} - {".pt2"} == {"", ".lock"}
+    assert {path.suffix for path in artifacts.iterdir()} == {"", ".lock"}
     assert list(places["TORCHINDUCTOR_CACHE_DIR"].iterdir()) == []
     # A package is unpacked to be loaded, and that goes when the engine does.
     assert all(path.name.startswith("aotinductor_") for path in places["TMPDIR"].iterdir())
@@ -174,7 +169,6 @@ def test_without_a_compiler(engine, crops, tmp_path):
     assert [path for path in empty.rglob("*") if path.is_dir()] == [empty / "artifacts"]
 
 
-@pytest.mark.soak
 def test_layers_of_a_vision_transformer(engine, eager, crops):
     found, expected = engine.layers(crops), eager.layers(crops)
     assert list(found) == list(expected)

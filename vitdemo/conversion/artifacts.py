@@ -7,7 +7,6 @@ name and renamed, so that a folder of the right name is whole. ``card.json`` in 
 import hashlib
 import inspect
 import json
-import platform
 import re
 import shutil
 import sys
@@ -88,7 +87,7 @@ class Recipe:
             "builder": _sha256(inspect.getsource(inspect.getmodule(self.cls)).encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
             "versions": {name: installed_version(name) for name in ("vitdemo", *packages)},
-            "instruction_set": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
         }
 
     @cached_property

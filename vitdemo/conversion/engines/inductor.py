@@ -2,10 +2,8 @@
 
 import copy
 import json
-import sys
 import tempfile
 from collections import Counter
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -19,15 +17,14 @@ from vitdemo.conversion.engines.eager import DTYPES, PRECISION_OF
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import FLOP_FORMULAS, Model, ModelInfo
 from vitdemo.errors import VitdemoError
-from vitdemo.paths import PART, cache_root
 
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
-TWIN = ".twin.pt2"  # after the artifact's name, as nothing is added to an artifact once it is built
 
 OPTIONS = {
     "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
     "cpp.dynamic_threads": True,  # how many threads run is the engine's, not the artifact's
     "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
+    "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
 }
 
 # What freezing makes of convolutions and linear layers; torch has no formulas for these.
@@ -40,7 +37,8 @@ MKLDNN_FLOPS = {
 class InductorEngine(CompiledEngine):
     """The module exported with any batch size, its weights frozen and laid out for oneDNN, compiled to machine code.
 
-    Runs on the CPU. Building needs a C++ compiler: g++, or the one that CXX names; loading needs none.
+    Runs on the CPU. Building needs a C++ compiler that knows the CPU's instructions: g++, or the one that CXX names;
+    loading needs none.
     """
 
     name = "inductor"
@@ -87,14 +85,15 @@ class InductorEngine(CompiledEngine):
         return logits
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a twin, compiled with the same options from the same weights when one is first asked for, and kept.
+        """Of a twin: the exported graph that the machine code was made of, run by torch, operation by operation.
 
-        A package cannot be opened, and what it fuses is never written to memory: the twin writes each of these
-        layers, so that fewer operations of it are fused.
+        A package cannot be opened, and what it fuses is never written to memory. So a mistake in the model shows in a
+        layer, and one that the compiler makes shows as a distance of the twin's logits from the engine's own.
         """
         self._check(x)
         torch.set_num_threads(self.threads)
-        logits, *taken = self._run_twin([x.contiguous()])
+        with torch.inference_mode():
+            logits, *taken = self._twin(x)
         return dict(zip((*self._facts["taps"], "logits"), (*taken, logits), strict=True))
 
     @property
@@ -108,30 +107,17 @@ class InductorEngine(CompiledEngine):
         return self._facts["precision_ran"]
 
     @cached_property
-    def _run_twin(self):
-        twin = self._folder.with_name(self._folder.name + TWIN)
-        with suppress(RuntimeError):  # not there, or damaged
-            return _load(twin)
-        self.check_requirements()
-        print(f"compiling a twin of {self._folder.name} to look into its layers, once", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=twin.parent, suffix=PART) as scratch:
-            package = Path(scratch) / PACKAGE
-            _compile(torch.export.load(self._folder / TAPPED), package)
-            package.rename(twin)
-        return _load(twin)
+    def _twin(self) -> torch.nn.Module:
+        return torch.export.load(self._folder / TAPPED).module()
 
 
 def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
     """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     flops: Counter[str] = Counter()
     options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
-    # Which of the CPU's instructions the compiler knows takes long to find out, so that alone of its work is kept.
-    with temporary_cache_dir(str(cache_root() / "inductor")):
-        pick_vec_isa()
     # Freezing is for inference, which torch tells from gradients being off.
     with tempfile.TemporaryDirectory(dir=package.parent) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
