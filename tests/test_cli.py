@@ -101,7 +101,7 @@ def test_engine_that_breaks_is_exit_code_1(capsys, monkeypatch, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "vitdemo.cli", "evaluate", "vit_shapes20", "--data", TAR, "--out", str(out)]
+    command = [sys.executable, "-m", "vitdemo", "evaluate", "vit_shapes20", "--data", TAR, "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (out.exists() and len(rows_of(out)) > 16):
             time.sleep(0.02)

@@ -24,7 +24,7 @@ class Undisturbed(NamedTuple):
 
 
 def command(archives: Path, out: Path) -> list:
-    return [sys.executable, "-m", "vitdemo.cli", "extract", "--unverified", "--archives", archives, "--out", out]
+    return [sys.executable, "-m", "vitdemo", "extract", "--unverified", "--archives", archives, "--out", out]
 
 
 def digests(out: Path) -> dict[str, str]:

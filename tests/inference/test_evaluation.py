@@ -273,7 +273,7 @@ def kill_and_resume(tmp_path, evaluation, kills: int, seed: int) -> None:
     """Kill ``vitdemo evaluate`` with SIGKILL at random moments after its folder appears, then let it finish."""
     out, moments = tmp_path / "out", random.Random(seed)
     data, options = str(data_path("shapes20")), ["--limit", "101", "--resume", "--out", str(out)]
-    command = [sys.executable, "-m", "vitdemo.cli", "evaluate", "vit_shapes20", "--data", data, *options]
+    command = [sys.executable, "-m", "vitdemo", "evaluate", "vit_shapes20", "--data", data, *options]
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and not out.exists():
