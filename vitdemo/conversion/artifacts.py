@@ -104,6 +104,8 @@ class Recipe:
             if folder.exists() and not force:
                 try:
                     return self._load(folder, threads)
+                except VitdemoError:  # what this machine lacks a new build would not put right
+                    raise
                 except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
                     reason = str(error).strip().split("\n")[0] or type(error).__name__
                     print(f"{folder}: cannot be used ({reason}); building it again", file=sys.stderr)

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from vitdemo.errors import VitdemoError, named_errors
 
-PART = ".part"  # the suffix of a folder that is not whole yet
 MEMBER_LIMIT = 1 << 21  # files in a tar; ImageNet's largest holds 1.28 million, an attack may hold billions
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from vitdemo.dataset.archives import PART, Member, md5
+from vitdemo.dataset.archives import Member, md5
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.imagenet import (
     ARCHIVE_MD5,
@@ -20,7 +20,7 @@ from vitdemo.dataset.imagenet_train import ImageNetTrain
 from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classes, read_record
 from vitdemo.dataset.unpacking import entries, extract_members
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.paths import remove_leftovers, replacing
+from vitdemo.paths import PART, remove_leftovers, replacing
 
 SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
 # the tar, its images, and the least and most of them a class [Russakovsky et al. 2015, table 2]

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.dataset.archives import PART
 from vitdemo.dataset.devkit import WNID
 from vitdemo.errors import VitdemoError
+from vitdemo.paths import PART
 
 FOLDERS = {"val": ("val", "validation"), "train": ("train",)}  # the first is ours and torchvision's
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}

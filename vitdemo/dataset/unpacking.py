@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.archives import PART, Member
+from vitdemo.dataset.archives import Member
 from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import PART
 
 BUFFER, PIECE = 1 << 18, 1 << 24  # bytes read at once: of many small members, and at the most of a large one
 
