@@ -226,7 +226,7 @@ def test_engine_that_fails_makes_the_run_invalid(vit_shapes20, shapes20, tmp_pat
 
 def test_interruption_keeps_what_is_done_and_no_thread(vit_shapes20, eager, shapes20, tmp_path):
     engine = Failing(vit_shapes20, "fp32", device="cpu", threads=eager.threads)
-    engine.fault = "interrupted"
+    engine.fault, engine.card = "interrupted", eager.card  # as the same engine, run again, would have
     with pytest.raises(KeyboardInterrupt):
         evaluate(engine, shapes20, limit=64, out=tmp_path / "out", progress=False)
     assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "engine"))]

@@ -12,8 +12,10 @@ import matplotlib
 import nbformat
 import pytest
 
+from vitdemo import ImageNetVal, data_path, diagnose
 from vitdemo.paths import REPOSITORY
 
+SHAPES20 = ImageNetVal(data_path("shapes20"))
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
@@ -80,7 +82,7 @@ BREAKS = {
             name("from_tar", lambda d: Reread(d)),
         ],
         [part("report", "rows", lambda report: report.rows.assign(error="", warning=""))],
-        [lambda names: names.update(healthy=names["diagnosis"])],
+        [lambda names: names.update(healthy=diagnose(names["convert"](names["patient"]), names["patient"], SHAPES20))],
     ],
     "02_convert": [
         [name("engines", lambda engines: engines | {"eager bf16": engines["eager fp32"]})],
