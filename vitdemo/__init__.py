@@ -25,6 +25,7 @@ _HOME = {
     "check_images": "dataset.checking",
     "ImageReport": "dataset.checking",
     "reference_crop": "dataset.images",
+    "fast_crop": "dataset.images",
     "folder_preview": "dataset.plots",
     "plot_class_histogram": "dataset.plots",
     "plot_crops": "dataset.plots",
@@ -46,8 +47,11 @@ _HOME = {
     "describe_machine": "measure.clock",
     "machine_record": "measure.clock",
     "percentiles_ms": "measure.clock",
+    "machine_roof": "measure.roof",
+    "linear_shapes": "measure.roof",
     "Evaluation": "inference.evaluation",
     "evaluate": "inference.evaluation",
+    "run_random_input": "inference.random_input",
     "wilson_interval": "inference.evaluation",
     "compare_published": "inference.published",
     "published_accuracy": "inference.published",
@@ -57,6 +61,7 @@ _HOME = {
     "plot_per_class": "inference.plots",
     "plot_predictions": "inference.plots",
     "plot_time": "inference.plots",
+    "plot_timeline": "inference.plots",
 }
 __all__ = list(_HOME)
 

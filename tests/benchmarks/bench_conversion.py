@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 
 from vitdemo import VitdemoError, convert, find_engines, load_model
 from vitdemo.conversion.artifacts import artifacts_root
-from vitdemo.conversion.engines.openvino import GRAPH, HINTS, import_silently, macs_by_precision
+from vitdemo.conversion.engines.openvino import GRAPH, HINTS, import_silently
 from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, now
+from vitdemo.measure.roof import SQUARE, Products, linear_shapes
 from vitdemo.paths import replacing
 
 MODEL = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
-TOKENS, WIDTH = 197, 768
 BATCHES = (1, 8)
 ROUNDS, TURN_S = 9, 1.5
 PACKAGES = ("openvino", "nncf", "onnxruntime")
@@ -99,48 +99,14 @@ def script_turns(arm: Arm) -> tuple[dict, Turn]:
 
 def roof_turns(arm: Arm) -> tuple[dict, Turn]:
     """Plain matrix products, the square ones and the model's own; of a turn the fastest is kept."""
+    model, products = load_model(MODEL, "random"), {}
 
     def turn(batch: int, seconds: float) -> list[float]:
-        sizes = [(n, n, n) for n in (1024, 2048, 4096)]
-        sizes += [(TOKENS * batch, WIDTH * k, WIDTH * n) for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))]
-        best = []
-        for size in sizes:
-            if size not in requests:
-                requests[size] = product(arm.precision, *size)
-            calls = timed(lambda _, request=requests[size]: request.infer(), None, seconds / len(sizes))
-            best.append(statistics.median(calls) / (2 * np.prod(size)))
-        return [min(best)]
+        if batch not in products:
+            products[batch] = Products(arm.precision, {*SQUARE, *linear_shapes(model, batch)})
+        return [1 / products[batch].best(seconds).flops_per_s]
 
-    requests: dict[tuple, object] = {}
     return {}, turn
-
-
-def product(precision: str, m: int, k: int, n: int):
-    """An OpenVINO request that multiplies an [m, k] matrix by constant [k, n] weights, in and out in ``precision``."""
-    openvino = import_silently("openvino")
-    from openvino import opset13 as ops
-
-    kind = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
-    random = np.random.default_rng(0)
-    x = ops.parameter([m, k], getattr(openvino.Type, kind))
-    weights = random.integers(-127, 128, (n, k), dtype=np.int8)
-    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
-        left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
-    else:
-        left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
-    y = ops.matmul(left, right, False, True)
-    if precision == "int8":
-        y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
-    graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
-    options = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.compile_model(graph, "CPU", options)
-    request = compiled.create_infer_request()
-    bits = request.get_input_tensor().data.view(np.uint8)
-    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
-    request.infer()
-    if set(macs_by_precision(compiled.get_runtime_model())) != {precision}:
-        raise RuntimeError(f"the {precision} product of the roof ran in another precision")
-    return request
 
 
 def pixels(batch: int) -> torch.Tensor:

@@ -13,7 +13,8 @@ from transformers import ViTImageProcessorPil
 
 from vitdemo import Preprocessing, VitdemoError, image_facts, reference_crop
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.images import UnreadableImage, prefetched_batches
+from vitdemo.dataset.images import INPUT_PATHS, UnreadableImage, fast_crop, prefetched_batches
+from vitdemo.measure.clock import now
 
 CENTER = Preprocessing((3, 224, 224), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SQUASH = Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -66,6 +67,84 @@ def test_squash_is_hugging_faces(jpegs):
         torch.testing.assert_close((reference_crop(jpeg, SQUASH) / 255 - 0.5) / 0.5, theirs, atol=1e-5, rtol=0)
 
 
+FAST = [
+    (CENTER, "center"),
+    (replace(CENTER, crop_pct=0.875, interpolation="bilinear"), "center, bilinear"),
+    (SQUASH, "squash"),
+    (replace(SQUASH, crop_pct=0.9, interpolation="bicubic"), "squash, bicubic"),
+    (replace(SQUASH, input_size=(3, 128, 256)), "squash, not square"),
+]
+
+
+@pytest.mark.parametrize("preprocessing", [p for p, _ in FAST], ids=[name for _, name in FAST])
+@pytest.mark.parametrize("source", ["shapes20", "photographs"])
+def test_fast_crop_is_the_reference_to_a_twentieth_of_a_level(source, preprocessing, jpegs, request):
+    if source == "photographs":
+        jpegs = [path.read_bytes() for path in request.getfixturevalue("photos")[::4]]
+    pairs = [(fast_crop(jpeg, preprocessing), reference_crop(jpeg, preprocessing)) for jpeg in jpegs]
+    pairs = [(fast, reference) for fast, reference in pairs if fast is not None]
+    assert len(pairs) >= 0.95 * len(jpegs)
+    differences = [(fast.float() - reference.float()).abs() for fast, reference in pairs]
+    assert all(fast.dtype == torch.uint8 and fast.shape == reference.shape for fast, reference in pairs)
+    assert torch.stack(differences).mean() <= 0.05
+    assert max(difference.mean() for difference in differences) < 0.5
+
+
+def test_decoded_pixels_are_pils(jpegs):
+    """At full size there is nothing to resize: what is left is the decoder."""
+    sizes = 0
+    for jpeg in jpegs:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            whole = Preprocessing((3, image.height, image.width), 1.0, "squash", "bilinear", (0, 0, 0), (1, 1, 1))
+        if (fast := fast_crop(jpeg, whole)) is not None:
+            assert torch.equal(fast, reference_crop(jpeg, whole))
+            sizes += 1
+    assert sizes > 20
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "PNG", "cut off", "empty", "not an image", "trailing bytes", "not square"])
+def test_what_the_fast_path_leaves_to_the_reference(kind):
+    array = np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(array).save(png, "PNG")
+    content = {
+        "CMYK": jpeg_of(array, "CMYK"),
+        "PNG": png.getvalue(),
+        "cut off": GOOD[: len(GOOD) // 2],
+        "empty": b"",
+        "not an image": b"<html>not found</html>" * 20,
+    }.get(kind, GOOD)
+    if kind == "trailing bytes":  # sound: both take it
+        assert torch.equal(fast_crop(GOOD + bytes(7), CENTER), fast_crop(GOOD, CENTER))
+    elif kind == "not square":
+        assert fast_crop(GOOD, replace(CENTER, input_size=(3, 128, 256))) is None
+    else:
+        assert fast_crop(content, CENTER) is None
+
+
+def test_an_enormous_image_is_left_to_pil_and_its_limits(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 90 - 1)
+    assert fast_crop(GOOD, CENTER) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # PIL's way to say: no limit
+    assert fast_crop(GOOD, CENTER) is not None
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.soak)])
+def test_mutated_files_are_read_or_refused_as_by_the_reference(count):
+    rng = np.random.default_rng(count)
+    taken = 0
+    for _ in range(count):
+        content = bytearray(GOOD)
+        for at in rng.integers(2, len(content), rng.choice([1, 3, 30])):
+            content[at] = rng.integers(256)
+        content = bytes(content[: rng.choice([len(content), rng.integers(len(content))])])
+        fast = fast_crop(content, CENTER)
+        taken += fast is not None
+        if fast is not None:
+            assert (fast.float() - reference_crop(content, CENTER).float()).abs().mean() < 1
+    assert taken < count
+
+
 def test_exif_rotation_is_ignored():
     array = np.zeros((40, 80, 3), np.uint8)
     array[:, :40] = 255  # white left half
@@ -110,17 +189,31 @@ def samples(count: int, bad: tuple[int, ...] = ()) -> list[Sample]:
     return [Sample(f"{i:03}.JPEG", jpeg(i), "n90000001", i) for i in range(count)]
 
 
+@pytest.mark.parametrize("input_path", INPUT_PATHS)
 @pytest.mark.parametrize("count, batch", [(1, 8), (8, 8), (9, 8), (23, 7), (20, 1), (5, 100)])
-def test_batches_hold_every_image_once_in_order(count, batch):
-    batches = list(prefetched_batches(samples(count), range(count), CENTER, batch))
+def test_batches_hold_every_image_once_in_order(count, batch, input_path):
+    batches = list(prefetched_batches(samples(count), range(count), CENTER, batch, input_path=input_path))
     assert [len(b.files) for b in batches] == [min(batch, count - s) for s in range(0, count, batch)]
     assert [label for b in batches for label in b.labels] == list(range(count))
     levels = torch.cat([b.pixels for b in batches]).float().mean((1, 2, 3))
     assert (levels - torch.arange(count) * 3).abs().max() <= 2  # each row's pixels are its own image's
 
 
-def test_unreadable_image_keeps_its_place():
-    (batch,) = prefetched_batches(samples(5, bad=(1,)), range(5), CENTER, 8)
+def test_fallbacks_and_seconds_are_counted():
+    data = samples(6, bad=(1,))
+    data[3] = data[3]._replace(jpeg=jpeg_of(np.full((30, 30, 3), 9, np.uint8), "CMYK"))
+    start = now()
+    (fast,) = prefetched_batches(data, range(6), CENTER, 8, input_path="fast")
+    (reference,) = prefetched_batches(data, range(6), CENTER, 8)
+    assert (fast.fallbacks, reference.fallbacks) == (2, 0)
+    assert fast.errors == reference.errors and torch.equal(fast.pixels, reference.pixels)
+    assert start < fast.began < fast.ended <= reference.began < reference.ended < now()
+    assert 0 < fast.decode_cpu_s < now() - start
+
+
+@pytest.mark.parametrize("input_path", INPUT_PATHS)
+def test_unreadable_image_keeps_its_place(input_path):
+    (batch,) = prefetched_batches(samples(5, bad=(1,)), range(5), CENTER, 8, input_path=input_path)
     assert [bool(error) for error in batch.errors] == [False, True, False, False, False]
     assert batch.pixels[1].eq(0).all() and batch.labels == list(range(5))
 

@@ -26,10 +26,12 @@ from vitdemo import (
     extract,
     plot_gallery,
     plot_predictions,
+    plot_timeline,
     wilson_interval,
 )
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.paths import data_path
 
 
@@ -48,7 +50,13 @@ class SomeSamples(list):
         self.files, self.fingerprint = [s.file for s in samples], str(hash(tuple(samples)))
 
 
-def test_predictions_are_those_of_a_plain_timm_loop(evaluation, shapes20, vit_shapes20):
+@pytest.fixture(scope="module")
+def by_reference(eager, shapes20):
+    return evaluate(eager, shapes20, limit=101, input_path="reference", progress=False)
+
+
+def test_predictions_are_those_of_a_plain_timm_loop(by_reference, shapes20, vit_shapes20):
+    evaluation = by_reference
     transform = create_transform(**vit_shapes20.info.preprocessing.to_dict(), is_training=False)
     images = [Image.open(io.BytesIO(shapes20[i].jpeg)).convert("RGB") for i in range(101)]
     with torch.no_grad():
@@ -60,6 +68,35 @@ def test_predictions_are_those_of_a_plain_timm_loop(evaluation, shapes20, vit_sh
     for k, name in ((1, "top1"), (5, "top5")):
         metric = MulticlassAccuracy(num_classes=20, top_k=k, average="micro")
         assert evaluation.metrics[name] == pytest.approx(metric(logits, labels).item())
+
+
+def test_the_fast_path_gives_the_references_answers(evaluation, by_reference):
+    assert (evaluation.metrics["input_path"], by_reference.metrics["input_path"]) == ("fast", "reference")
+    fast, reference = evaluation.rows, by_reference.rows
+    assert fast["predicted_1"].equals(reference["predicted_1"])
+    assert (fast["probability_1"] - reference["probability_1"]).abs().max() < 0.02
+    assert 0 <= evaluation.metrics["fallbacks"] < 5 and by_reference.metrics["fallbacks"] == 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fast_path_agrees_on_every_image(vit_shapes20, shapes20, precision):
+    engine = convert(vit_shapes20, "eager", precision)
+    fast, reference = (evaluate(engine, shapes20, input_path=path, progress=False).rows for path in INPUT_PATHS)
+    agreed = (fast["predicted_1"] == reference["predicted_1"]).sum()
+    print(f"{precision}: {agreed} of {len(fast)} answers agree")
+    assert agreed >= 0.999 * len(fast)
+
+
+def test_times_of_every_batch(evaluation):
+    times, m = evaluation.times, evaluation.metrics
+    assert times["images"].tolist() == [8] * 12 + [5]
+    assert (times["decode_began"] < times["decode_ended"]).all() and (times["submitted"] < times["finished"]).all()
+    assert (times["decode_ended"] < times["submitted"]).all() and times["finished"].is_monotonic_increasing
+    assert times["decode_began"].min() >= 0 and times["finished"].max() <= m["wall_s"]
+    assert 0 < m["decode_share"] and 0 < m["compute_share"] and m["decode_share"] + m["compute_share"] <= 1.05
+    figure = plot_timeline(evaluation, batches=5)
+    assert len(figure.axes[0].get_yticklabels()) == 5
 
 
 def test_every_image_is_counted_once_the_partial_batch_too(evaluation, shapes20):
@@ -253,6 +290,11 @@ def test_other_classes_are_refused(eager, shapes20, vit_shapes20):
 def test_numbers_below_one_are_refused(eager, shapes20, options):
     with pytest.raises(VitdemoError, match="at least 1"):
         evaluate(eager, shapes20, progress=False, **options)
+
+
+def test_an_unknown_input_path_is_refused(eager, shapes20):
+    with pytest.raises(VitdemoError, match="input_path 'quick': is not one of fast, reference"):
+        evaluate(eager, shapes20, input_path="quick", progress=False)
 
 
 def test_null_engine_scores_class_zero_only(shapes20, vit_shapes20):

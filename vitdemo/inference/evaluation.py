@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 
 import pandas as pd
 from scipy.stats import binomtest
@@ -10,19 +11,27 @@ from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, predict
+from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, BatchTimes, predict
 from vitdemo.inference.records import METRICS, appending, claim_run, csv_lines, finished_metrics, write_json
 from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
+
+SETTINGS_SHOWN = ("engine", "precision", "device", "threads", "device_batch_size", "input_path")
 
 
 @dataclass
 class Evaluation:
-    """rows: one an image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder."""
+    """What ``evaluate`` gives.
+
+    rows: one an image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder. times: a
+    row a batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
+    """
 
     rows: pd.DataFrame
     metrics: dict
     out: Path | None
+    times: pd.DataFrame
 
     def __str__(self) -> str:
         m = self.metrics
@@ -49,6 +58,7 @@ def evaluate(
     data: ImageNetVal,
     *,
     device_batch_size: int = 8,
+    input_path: str = "fast",
     limit: int | None = None,
     out: Path | str | None = None,
     resume: bool = False,
@@ -56,28 +66,30 @@ def evaluate(
 ) -> Evaluation:
     """Run ``engine`` over the first ``limit`` images of ``data`` (all by default) in ascending file order.
 
-    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong.
+    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. input_path:
+    "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the difference.
     With ``out``, the rows go to ``out/predictions.csv`` as they come, then ``metrics.json`` (see
     ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on where an
     interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure,
     after writing ``"valid": false``, when the engine breaks.
     """
-    _check_input(engine, data, device_batch_size, limit)
+    _check_input(engine, data, device_batch_size, input_path, limit)
     images = len(data) if limit is None else min(limit, len(data))
-    settings = _settings(engine, data, device_batch_size, images)
+    settings = _settings(engine, data, device_batch_size, input_path, images)
     out = Path(out) if out is not None else None
     with named_errors(out or data.path):
         earlier = claim_run(out, settings, data, resume) if out else []
         finished = finished_metrics(out) if out and len(earlier) == images else None
     if finished:
-        return Evaluation(_frame(earlier), finished, out)
-    rows, phases, latencies_s, start = list(earlier), Phases(), [], now()
+        return Evaluation(_frame(earlier), finished, out, _times_frame([], 0.0))
+    rows, phases, times = list(earlier), Phases(), []
+    start, cpu = now(), process_time()
     bar = tqdm(total=images, initial=len(rows), unit="image", disable=not progress, desc="evaluate")
     try:
         with named_errors(out or data.path), appending(out) as file, bar:
             todo = range(len(rows), images)
-            options = dict(device_batch_size=device_batch_size, workers=cores())
-            for batch_rows in predict(engine, data, todo, **options, phases=phases, latencies_s=latencies_s):
+            options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
+            for batch_rows in predict(engine, data, todo, **options, phases=phases, times=times):
                 with phases("write"):
                     rows += batch_rows
                     if file:
@@ -88,19 +100,25 @@ def evaluate(
         if out:
             write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(rows)})
         raise
-    wall_s = now() - start
+    wall_s, cpu_s = now() - start, process_time() - cpu
     if [row["file"] for row in rows] != data.files[:images]:
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
-    metrics = summarise(rows, settings, engine, len(rows) - len(earlier), wall_s, phases, latencies_s)
+    metrics = summarise(rows, settings, engine, times, phases, wall_s, cpu_s)
     metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
             write_json(out / METRICS, metrics)
-    return Evaluation(_frame(rows), metrics, out)
+    return Evaluation(_frame(rows), metrics, out, _times_frame(times, start))
 
 
 def summarise(
-    rows: list[dict], settings: dict, engine: Engine, session_images: int, wall_s: float, phases: Phases, latencies_s
+    rows: list[dict],
+    settings: dict,
+    engine: Engine,
+    times: list[BatchTimes],
+    phases: Phases,
+    wall_s: float,
+    cpu_s: float,
 ) -> dict:
     """The metrics of a run.
 
@@ -112,6 +130,10 @@ def summarise(
       row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
     - ``load_s``, ``compute_s``, ``write_s``: how long the loop waited for decoded batches, waited for the engine,
       and wrote rows. Decoding runs beside computing, so a small ``load_s`` means decoding was hidden, not free.
+    - ``decode_share``, ``compute_share``: the shares of the cores that decoding got, and all else (the engine, and
+      Python): CPU seconds, as the system counts them a thread, over ``wall_s`` x cores. What is missing to 1 was idle,
+      or other programs'.
+    - ``fallbacks``: images that the fast path left to the reference path, in this session.
     - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one.
     - ``peak_memory_bytes``: this process's largest resident size so far.
 
@@ -121,6 +143,8 @@ def summarise(
     images = len(rows)
     correct = sum(row["correct"] for row in rows)
     correct_top5 = sum(row["label"] in [row.get(name) for name in PREDICTED] for row in rows)
+    latencies_s = [batch.finished - batch.submitted for batch in times]
+    decode_cpu_s = sum(batch.decode_cpu_s for batch in times)
     means_something = engine.info.weights != "random" and engine.name != "null"
     accuracy = {
         "top1": correct / images,
@@ -132,17 +156,23 @@ def summarise(
         "valid": True,
         "model": engine.info.tag,
         "weights": engine.info.weights,
-        **{key: settings[key] for key in ("engine", "precision", "device", "threads", "device_batch_size")},
+        **{
+            key: settings[key]
+            for key in ("engine", "precision", "device", "threads", "device_batch_size", "input_path")
+        },
         "precision_ran": engine.precision_ran,
         "images": images,
         "correct": correct,
         "correct_top5": correct_top5,
         "errors": sum(bool(row["error"]) for row in rows),
         **(accuracy if means_something else dict.fromkeys(accuracy)),
-        "session_images": session_images,
+        "session_images": (session_images := sum(batch.images for batch in times)),
         "wall_s": wall_s,
         "images_per_s": session_images / wall_s if session_images else None,
         **{f"{name}_s": phases.seconds.get(name, 0.0) for name in ("load", "compute", "write")},
+        "decode_share": decode_cpu_s / (wall_s * cores()),
+        "compute_share": (cpu_s - decode_cpu_s) / (wall_s * cores()),
+        "fallbacks": sum(batch.fallbacks for batch in times),
         "first_batch_ms": round(latencies_s[0] * 1e3, 3) if latencies_s else None,
         "latency_ms": percentiles_ms(latencies_s[1:]),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -155,7 +185,9 @@ def wilson_interval(correct: int, images: int) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
-def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, limit: int | None) -> None:
+def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
+    if input_path not in INPUT_PATHS:
+        raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
     for name, value in (("device_batch_size", device_batch_size), ("limit", limit)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
@@ -170,7 +202,7 @@ def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, limi
         )
 
 
-def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images: int) -> dict:
+def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:
     """All that shapes the predictions: a run may be resumed only under the very same."""
     return {
         "model": engine.info.to_dict() | {"classes": len(engine.info.classes)},
@@ -183,7 +215,7 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, images:
         "artifact": engine.card.get("key"),
         "data_fingerprint": data.fingerprint,
         "versions": machine_record()["versions"],
-        "input_path": "reference",
+        "input_path": input_path,
     }
 
 
@@ -194,6 +226,12 @@ def _calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int
     sizes = {size for size, _ in files}  # only files of such a size need be read
     candidates = (i for i, size in enumerate(data.sizes[:images]) if size in sizes)
     return sum((data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files for i in candidates)
+
+
+def _times_frame(times: list[BatchTimes], start: float) -> pd.DataFrame:
+    frame = pd.DataFrame(times, columns=BatchTimes._fields)
+    moments = ["decode_began", "decode_ended", "submitted", "finished"]
+    return frame.assign(**(frame[moments] - start))
 
 
 def _frame(rows: list[dict]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,23 @@ PROBABILITY = [f"probability_{k}" for k in range(1, TOP + 1)]
 COLUMNS = ["file", "label", "wnid", *PREDICTED, *PROBABILITY, "correct", "error"]
 
 
+class BatchTimes(NamedTuple):
+    """What became of one batch when, in ``now()`` seconds.
+
+    decode_began, decode_ended: its first image's first byte and its last one's last pixel; others are decoded between.
+    submitted, finished: when the engine was given it and had its logits; others may be before it in the queue.
+    decode_cpu_s: CPU seconds of its decoding. fallbacks: images that the fast path left to the reference path.
+    """
+
+    images: int
+    decode_began: float
+    decode_ended: float
+    submitted: float
+    finished: float
+    decode_cpu_s: float
+    fallbacks: int
+
+
 @dataclass
 class InFlight:
     """A batch that the engine has been given, and when it was given and finished (``now()`` seconds)."""
@@ -30,6 +48,13 @@ class InFlight:
     def __post_init__(self):
         self.future.add_done_callback(lambda _: setattr(self, "finished", now()))
 
+    def times(self) -> BatchTimes:
+        """Once the future is done. It wakes its waiter just before it calls back: not called back means right now."""
+        batch = self.batch
+        decoding = batch.began, batch.ended
+        finished = self.finished or now()
+        return BatchTimes(len(batch.files), *decoding, self.submitted, finished, batch.decode_cpu_s, batch.fallbacks)
+
 
 def predict(
     engine: Engine,
@@ -37,26 +62,28 @@ def predict(
     indices: range,
     *,
     device_batch_size: int,
+    input_path: str,
     workers: int,
     phases: Phases,
-    latencies_s: list[float],
+    times: list[BatchTimes],
 ) -> Iterator[list[dict]]:
     """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, a list a batch, in order.
 
     Batches start at ``indices.start`` and are ``device_batch_size`` long, the last one as long as what is
-    left. Adds the seconds this thread waited to ``phases`` ("load" for decoded batches, "compute" for the
-    engine) and each batch's seconds from submission to logits to ``latencies_s``. Raises EngineFailure when
-    the engine raises or its logits are not finite float32[B, C].
+    left. ``input_path`` and ``workers``, threads that decode, as in ``prefetched_batches``. Adds the seconds this
+    thread waited to ``phases`` ("load" for decoded batches, "compute" for the engine) and a row a batch to ``times``.
+    Raises EngineFailure when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
-    batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, workers=workers)
+    batches = prefetched_batches(
+        data, indices, engine.info.preprocessing, device_batch_size, input_path=input_path, workers=workers
+    )
 
     def finish() -> tuple[Batch, torch.Tensor]:
         oldest = in_flight.popleft()
         with phases("compute"):
             logits = _logits(engine, oldest.batch, oldest.future)
-        # A future wakes its waiter just before it calls back: not called back yet means finished right now.
-        latencies_s.append((oldest.finished or now()) - oldest.submitted)
+        times.append(oldest.times())
         return oldest.batch, logits
 
     try:

@@ -57,6 +57,29 @@ def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
     return figure
 
 
+def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
+    """When each of some consecutive batches, from the middle of the run, was decoded and computed: where both bars of
+    a moment are filled, they overlap."""
+    times = evaluation.times
+    middle = max(len(times) // 2 - batches // 2, 0)
+    shown = times.iloc[middle : middle + batches]
+    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.22 * len(shown)), layout="constrained")
+    start = shown["decode_began"].min()
+    parts = {
+        "decoding": ("decode_began", "decode_ended", RIGHT, ""),
+        "waiting for the engine": ("decode_ended", "submitted", GREY, ""),
+        "engine (from submission to logits)": ("submitted", "finished", WRONG, "//"),
+    }
+    for label, (begin, end, color, hatch) in parts.items():
+        left, width = (shown[begin] - start) * 1e3, (shown[end] - shown[begin]) * 1e3
+        ax.barh(range(len(shown)), width, left=left, color=color, hatch=hatch, height=0.7, label=label)
+    ax.set_yticks(range(len(shown)), [f"batch {k}" for k in shown.index], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="milliseconds since the first of these batches began")
+    ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
 def plot_time(evaluation: Evaluation) -> Figure:
     """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest."""
     m = evaluation.metrics

@@ -32,7 +32,7 @@ class Engine(ABC):
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
     info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
     runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
-    shaped it. load_s: seconds ``convert`` took to make it ready, without building.
+    shaped it. load_s: seconds ``convert`` took to make it ready, without building. has_run: whether it was called yet.
     """
 
     name: ClassVar[str]
@@ -47,6 +47,7 @@ class Engine(ABC):
         self.threads = threads
         self.card: dict = {}
         self.load_s: float | None = None
+        self.has_run = False
         self._worker: ThreadPoolExecutor | None = None
 
     @classmethod
@@ -75,13 +76,15 @@ class Engine(ABC):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
         self._check(x)
+        self.has_run = True
         return self._infer(x)
 
     def submit(self, x: torch.Tensor) -> "Future[torch.Tensor]":
         """Start one batch and return at once; ``x`` must stay untouched until the future is done."""
         self._check(x)
+        self.has_run = True
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{self.name}")
+            self._worker = ThreadPoolExecutor(self.depth, thread_name_prefix=f"engine-{self.name}")
         return self._worker.submit(self._infer, x)
 
     def close(self) -> None:

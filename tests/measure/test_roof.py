@@ -1,0 +1,55 @@
+"""The roof: sane, kept, and above what a model reaches."""
+
+import json
+
+import pytest
+
+from vitdemo import Model, VitdemoError, linear_shapes, machine_roof
+from vitdemo.measure import roof as module
+from vitdemo.measure.clock import installed_version
+from vitdemo.paths import cache_root
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Quick products, in a cache of their own."""
+    monkeypatch.setattr(module, "SQUARE", ((256, 256, 256),))
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path))
+
+
+def test_a_roof_is_measured_once_and_kept(small):
+    first = machine_roof("fp32", [(64, 512, 128)])
+    assert 1e9 < first.flops_per_s < 1e15 and first.shape in ((256, 256, 256), (64, 512, 128))
+    assert first.runtime in ("torch", "openvino") and "fp32" in str(first)
+    assert machine_roof("fp32", [(64, 512, 128)]) == first
+    assert len(json.loads((cache_root() / "roof.json").read_text())) == 1
+    machine_roof("fp32")  # other shapes: another roof
+    assert len(json.loads((cache_root() / "roof.json").read_text())) == 2
+    assert machine_roof("fp32", [(64, 512, 128)], fresh=True).measured >= first.measured
+
+
+def test_a_damaged_file_is_measured_anew(small):
+    (cache_root() / "roof.json").write_text("{")
+    assert machine_roof("fp32").flops_per_s > 1e9
+
+
+@pytest.mark.skipif(installed_version("openvino") is None, reason="needs openvino")
+def test_int8_needs_openvino(small, monkeypatch):
+    assert machine_roof("int8").runtime == "openvino"
+    monkeypatch.setattr(module, "installed_version", lambda name: None)
+    with pytest.raises(VitdemoError, match="no roof in int8 here: install openvino"):
+        machine_roof("int8", fresh=True)
+
+
+def test_linear_shapes_are_the_models(vit_shapes20):
+    tokens, width = 197, 144
+    shapes = linear_shapes(vit_shapes20, batch=2)
+    assert shapes[:4] == [
+        (2 * tokens, width, 3 * width),
+        (2 * tokens, width, width),
+        (2 * tokens, width, 4 * width),
+        (2 * tokens, 4 * width, width),
+    ]
+    assert shapes[4:] == [(2, width, 20)]
+    assert isinstance(vit_shapes20, Model) and not vit_shapes20.module._forward_hooks

@@ -1,0 +1,80 @@
+"""The random-input test: what an engine could do if images cost nothing. Its answers are nobody's."""
+
+from collections import deque
+from itertools import cycle
+
+import torch
+
+from vitdemo.conversion.engines.contract import Engine
+from vitdemo.measure.clock import now, peak_memory_bytes, percentiles_ms
+
+INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
+WARM_UP = 0.2  # of the timed seconds
+
+
+def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: float = 5.0) -> dict:
+    """Time ``engine`` on random pixels that lie in memory, in batches of ``device_batch_size``.
+
+    - ``first_run_s``: ``load_s``, the seconds in which the engine was made ready, and its first call. None for an
+      engine that has run before, whose first call is past.
+    - ``second_run_s``: the call after. ``compile_s`` = first - second, as in the seeds' tables: loading and all that
+      a first call does once.
+    - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: steady, as many batches in flight as the
+      engine takes (``engine.depth``), for at least half of ``seconds`` and 10 batches.
+    - ``latency_ms``: single calls, one at a time, in the other half; 10 at least.
+    - ``peak_memory_bytes``: this process's largest resident size so far.
+
+    The accuracy is not measured.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (INPUTS, device_batch_size, *engine.info.preprocessing.input_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    cold = not engine.has_run
+    first_s, second_s = (_call_s(engine, x) for x in pixels[:2])
+    first_run_s = (engine.load_s or 0.0) + first_s if cold else None
+    for x in _until(pixels, WARM_UP * seconds):
+        engine(x)
+    latencies_s = [_call_s(engine, x) for x in _until(pixels, seconds / 2, least=10)]
+    batches, inference_s = _in_flight(engine, pixels, seconds / 2)
+    return {
+        "device_batch_size": device_batch_size,
+        "first_run_s": first_run_s,
+        "second_run_s": second_s,
+        "compile_s": None if first_run_s is None else first_run_s - second_s,
+        "images": (images := batches * device_batch_size),
+        "inference_s": inference_s,
+        "images_per_s": images / inference_s,
+        "latency_ms": percentiles_ms(latencies_s),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _call_s(engine: Engine, x: torch.Tensor) -> float:
+    start = now()
+    engine(x)
+    return now() - start
+
+
+def _until(pixels: torch.Tensor, seconds: float, least: int = 1):
+    """The sets of pixels by turns, until the seconds are over and ``least`` were given."""
+    start = now()
+    for number, x in enumerate(cycle(pixels)):
+        if number >= least and now() - start >= seconds:
+            return
+        yield x
+
+
+def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float) -> tuple[int, float]:
+    """How many batches were done in how many seconds, from the first submission to the last logits."""
+    waiting, batches, start = deque(), 0, now()
+    try:
+        for x in _until(pixels, seconds, least=10):
+            waiting.append(engine.submit(x))
+            batches += 1
+            if len(waiting) == engine.depth:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+        return batches, now() - start
+    finally:
+        engine.close()
