@@ -12,6 +12,7 @@ from timm.data import create_transform
 from transformers import ViTImageProcessorPil
 
 from vitdemo import Preprocessing, VitdemoError, image_facts, reference_crop
+from vitdemo.dataset.headers import is_enormous
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import INPUT_PATHS, UnreadableImage, fast_crop, prefetched_batches
 from vitdemo.measure.clock import now
@@ -120,6 +121,40 @@ def test_what_the_fast_path_leaves_to_the_reference(kind):
         assert fast_crop(GOOD, replace(CENTER, input_size=(3, 128, 256))) is None
     else:
         assert fast_crop(content, CENTER) is None
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG of 1000 x 1000 px whose last scan comes again and again."""
+    jpeg = jpeg_of(np.full((1000, 1000), 77, np.uint8), progressive=True)
+    scan = jpeg[jpeg.rfind(b"\xff\xc4", 0, jpeg.rfind(b"\xff\xda")) : -2]
+    return jpeg[:-2] + scan * scans + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+    "jpeg, preprocessing, reason",
+    [
+        (jpeg_of(np.zeros((1, 65_500), np.uint8)), CENTER, "resized it would have 4,0"),
+        (jpeg_of(np.zeros((65_500, 1), np.uint8)), replace(CENTER, input_size=(3, 128, 256)), "resized it would have"),
+        (many_scans(4000), SQUASH, "1000 x 1000 pixels would take gigabytes or minutes"),
+    ],
+    ids=["a line", "a line, not square", "scans without end"],
+)
+def test_what_would_take_gigabytes_or_minutes_is_refused(jpeg, preprocessing, reason):
+    start = now()
+    assert fast_crop(jpeg, preprocessing) is None
+    with pytest.raises(UnreadableImage, match=f"^not decoded: .*{reason}"):
+        reference_crop(jpeg, preprocessing)
+    assert now() - start < 1
+
+
+def test_a_line_that_is_not_kept_in_its_ratio_is_taken():
+    line = jpeg_of(np.zeros((1, 65_500), np.uint8))
+    assert torch.equal(fast_crop(line, SQUASH), reference_crop(line, SQUASH))
+
+
+def test_scans_are_counted_in_a_jpeg_only():
+    assert is_enormous(1000, 1000, b"\xff\xd8" + b"\xff\xda" * 50_000)
+    assert not is_enormous(1000, 1000, b"\x89PNG" + b"\xff\xda" * 50_000)
 
 
 def test_an_enormous_image_is_left_to_pil_and_its_limits(monkeypatch):

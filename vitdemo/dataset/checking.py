@@ -21,7 +21,16 @@ import pandas as pd
 import simplejpeg
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.headers import PIL_ALONE, UNREADABLE, Header, one_line, open_image, plain_header, read_header
+from vitdemo.dataset.headers import (
+    PIL_ALONE,
+    UNREADABLE,
+    is_enormous,
+    not_decoded,
+    one_line,
+    open_image,
+    plain_header,
+    read_header,
+)
 from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, machine_record, now
@@ -31,8 +40,6 @@ IMAGES, SUMMARY = "images.csv", "images.json"
 FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "wnid", "bytes", *FACTS, "sha256"]
 
-ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
-ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
 UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # in TurboJPEG's message
 CHUNK = 16  # images a task: one alone takes hardly longer than to hand it to a thread
 SHOWN = 10  # damaged files that a report's text names
@@ -157,8 +164,8 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     except Exception as error:  # PIL raises a dozen types, and each means: this is no image
         return 0, 0, UNREADABLE, "", one_line(error), ""
     facts = header[:4]
-    if _is_enormous(header, jpeg):
-        return *facts, f"not decoded: {header.width} x {header.height} pixels would take gigabytes or minutes", ""
+    if is_enormous(header.width, header.height, jpeg):
+        return *facts, not_decoded(header.width, header.height), ""
     complaint = _complaint(jpeg)
     if not complaint:
         return *facts, "", ""
@@ -168,15 +175,6 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
         return *facts, "", f"{header.format}, not JPEG"
     # TurboJPEG cannot decode CMYK with subsampled C, M and Y, which others write; otherwise no sound file is like that.
     return *facts, "", "" if header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in complaint else complaint
-
-
-def _is_enormous(header: Header, jpeg: bytes) -> bool:
-    """Whether decoding would take gigabytes or minutes: each scan of a progressive JPEG goes over the whole image,
-    and a scan that changes nothing takes 11 bytes. Counting them takes time, so it is done where there may be many."""
-    pixels = header.width * header.height
-    if pixels * len(jpeg) < 11 * ENORMOUS_WORK:
-        return pixels > ENORMOUS
-    return pixels > ENORMOUS or pixels * jpeg.count(b"\xff\xda") > ENORMOUS_WORK
 
 
 def _complaint(jpeg: bytes) -> str:

@@ -15,6 +15,9 @@ from vitdemo.dataset.imagenet import Sample
 UNREADABLE = "unreadable"
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and starts Ghostscript for one of them
 
+ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
+ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
+
 # PIL's only word on broken EXIF is a Python warning, and those can be caught for the whole process only.
 PIL_ALONE = threading.Lock()
 
@@ -83,6 +86,20 @@ def one_line(error: Exception) -> str:
     """A decoder's reason in one line, the same in every run: without the address of the buffer that PIL read from."""
     reason = " ".join(str(error).split("<_io")[0].split()) or "no reason given"
     return f"{type(error).__name__}: {reason}"
+
+
+def is_enormous(width: int, height: int, jpeg: bytes) -> bool:
+    """Whether decoding would take gigabytes or minutes: each scan of a progressive JPEG goes over the whole image,
+    and a scan that changes nothing takes 11 bytes. Counting them takes time, so it is done where there may be many."""
+    pixels = width * height
+    if pixels * len(jpeg) < 11 * ENORMOUS_WORK or jpeg[:2] != bytes([0xFF, SOI]):
+        return pixels > ENORMOUS
+    return pixels > ENORMOUS or pixels * jpeg.count(bytes([0xFF, SOS])) > ENORMOUS_WORK
+
+
+def not_decoded(width: int, height: int) -> str:
+    """The reason to give for an image that ``is_enormous``."""
+    return f"not decoded: {width} x {height} pixels would take gigabytes or minutes"
 
 
 def plain_header(jpeg: bytes) -> Header | None:

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from vitdemo.dataset.headers import one_line
+from vitdemo.dataset.headers import ENORMOUS, is_enormous, not_decoded, one_line
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import now
@@ -73,11 +73,15 @@ def _timm_transform(preprocessing: Preprocessing):
 def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """Decode with PIL and apply timm's evaluation transform: uint8[3, H, W], always RGB.
 
-    EXIF orientation is ignored, as in timm. Raises UnreadableImage.
+    EXIF orientation is ignored, as in timm. Raises UnreadableImage, for an enormous image too.
     """
     try:
         with Image.open(io.BytesIO(jpeg)) as image:
+            if refusal := _refusal(*image.size, jpeg, preprocessing):
+                raise UnreadableImage(refusal)
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
+    except UnreadableImage:
+        raise
     except Exception as error:  # decoders raise a dozen types, and each means: this file cannot be read
         raise UnreadableImage(one_line(error)) from error
 
@@ -87,13 +91,14 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
 
     TurboJPEG decodes to the very pixels that PIL does, and torch resizes them as the bytes they are, which rounds
     here and there to the next level. Left to the reference: what is no JPEG in grey or colour, what the decoder has
-    a word to say about, more pixels than PIL takes without a warning, and a center crop that is not square.
+    a word to say about, more pixels than PIL takes without a warning, what is enormous, and a center crop that is not
+    square.
     """
     if preprocessing.crop_mode == "center" and len(set(preprocessing.input_size[1:])) != 1:
         return None
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or _refusal(width, height, jpeg, preprocessing):
             return None
         decoded = simplejpeg.decode_jpeg(jpeg)
     except ValueError:
@@ -105,8 +110,25 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
 
 def _resized_size(preprocessing: Preprocessing) -> list[int]:
     """What torchvision's ``resize`` takes: both sides for "squash", the shorter one for "center"."""
-    sides = [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
+    sides = _resized_sides(preprocessing)
     return sides if preprocessing.crop_mode == "squash" else sides[:1]
+
+
+def _resized_sides(preprocessing: Preprocessing) -> list[int]:
+    """Height and width that an image is resized to, or, for "center", is to cover."""
+    return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
+
+
+def _refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
+    """Why an image must not be decoded or resized, "" when it may: a few bytes can ask for gigabytes or minutes."""
+    if is_enormous(width, height, jpeg):
+        return not_decoded(width, height)
+    to_height, to_width = _resized_sides(preprocessing)
+    if preprocessing.crop_mode == "center":
+        scale = max(to_height / height, to_width / width)
+        to_height, to_width = round(height * scale), round(width * scale)
+    pixels = to_height * to_width
+    return f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
 
 
 @dataclass
