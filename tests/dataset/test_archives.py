@@ -95,6 +95,16 @@ def test_a_wiped_header_is_not_taken_for_the_end(tar):
         index_tar(tar)
 
 
+def test_a_place_that_was_reserved_for_the_rest_is_not_taken_for_the_end(tar):
+    whole = tar.read_bytes()
+    tar.write_bytes(whole + bytes((1 << 20) - 1024))  # a generous padding
+    assert len(index_tar(tar)) == 3
+    tar.write_bytes(whole[: 2 * 2048])
+    os.truncate(tar, 8 << 20)
+    with refused(tar, "truncated after 'b.bin'"):
+        index_tar(tar)
+
+
 def test_what_is_no_tar_is_refused(tmp_path):
     path = tmp_path / "text.tar"
     path.write_text("<html>404 not found</html>" * 100)

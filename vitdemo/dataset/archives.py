@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 
 from vitdemo.errors import VitdemoError, named_errors
 
+PADDING_LIMIT = 1 << 20  # bytes of zeros at the end of a tar; tar's default is 10 KiB at the most
 MEMBER_LIMIT = 1 << 21  # files in a tar; ImageNet's largest holds 1.28 million, an attack may hold billions
+IMAGE_LIMIT = 1 << 28  # bytes of an image, which is read whole; far above any of ImageNet's
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REGULAR_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -72,7 +74,12 @@ def walk_headers(pread: Callable[[int, int], bytes], size: int, path: Path | str
             )
         yield header, data
         offset = data + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    if pread(1 << 20, offset).strip(b"\0"):  # a header wiped by damage looks like the end, but data follow it
+    if size - offset > PADDING_LIMIT:
+        raise VitdemoError(
+            f"{path}: truncated after {last}: {size - offset} bytes follow its last member, as of a download that "
+            "has its place on the disk but not its end; get the archive again"
+        )
+    if pread(PADDING_LIMIT, offset).strip(b"\0"):  # a header wiped by damage looks like the end, but data follow it
         raise VitdemoError(f"{path}: damaged after {last}: data follow the end of the archive; get the archive again")
 
 
