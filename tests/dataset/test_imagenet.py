@@ -1,4 +1,5 @@
 import csv
+import errno
 import gzip
 import hashlib
 import json
@@ -20,6 +21,9 @@ from tests.dataset.test_archives import as_nobody, refused, tree
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.extraction import _check_official, extract
 from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetVal
+from vitdemo.dataset.images import INPUT_PATHS, Preprocessing, prefetched_batches
+
+CROP = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def md5_of(path: Path) -> str:
@@ -176,6 +180,46 @@ def test_a_file_that_changes_under_the_reader_is_an_error(archives, tmp_path):
         data[1]
 
 
+@pytest.mark.parametrize("source", ["tar", "folder"])
+@pytest.mark.parametrize("input_path", INPUT_PATHS)
+def test_a_file_that_the_disk_does_not_give_is_a_row_with_its_error(
+    archives, tmp_path, monkeypatch, source, input_path
+):
+    data = ImageNetVal(archives.tar) if source == "tar" else extract_unverified(archives.folder, tmp_path / "out")
+    whole, broken = {"tar": os.pread, "folder": Path.read_bytes}[source], OSError(errno.EIO, "Input/output error")
+
+    def failing(place, *rest):
+        if data.offsets[3] in rest or data.files[3] in str(place):
+            raise broken
+        return whole(place, *rest)
+
+    monkeypatch.setattr(*{"tar": (os, "pread"), "folder": (Path, "read_bytes")}[source], failing)
+    (batch,) = prefetched_batches(data, range(12), CROP, 16, input_path=input_path)
+    assert [index for index, error in enumerate(batch.errors) if error] == [3]
+    assert "Input/output error" in batch.errors[3] and not batch.pixels[3].any()
+    assert (batch.files, batch.labels) == (data.files, data.labels)
+    assert batch.wnids == [data.classes[label] for label in data.labels]
+
+
+def test_a_file_that_changes_under_an_evaluation_ends_it(archives, tmp_path):
+    data = extract_unverified(archives.folder, tmp_path / "out")
+    victim = data.path / data.classes[data.labels[3]] / data.files[3]
+    victim.write_bytes(b"short")
+    with refused(data.files[3], "changed"):
+        list(prefetched_batches(data, range(12), CROP, 16))
+    victim.unlink()
+    with refused(data.files[3], "no such file"):
+        list(prefetched_batches(data, range(12), CROP, 16))
+
+
+def test_a_file_larger_than_any_image_is_refused_unread(archives, tmp_path):
+    folder = build_tree(tmp_path / "val", ["n90000001"])
+    large = next(folder.rglob("*.JPEG"))
+    os.truncate(large, (1 << 28) + 1)  # a file of holes
+    with refused(large.name, "larger than 256 MiB"):
+        ImageNetVal(tmp_path)
+
+
 @pytest.mark.parametrize("split", ["val", "validation"])
 def test_a_subset_of_imagenets_classes_is_not_renumbered(tmp_path, split):
     from torchvision.datasets import ImageFolder
@@ -258,7 +302,14 @@ def test_what_is_no_data_set_is_refused(archives, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["label,wnid\n0,n90000001\n", "", "label,wnid,name\n1,n90000001,x\n0,n90000002,y\n"]
+    "content",
+    [
+        "label,wnid\n0,n90000001\n",
+        "",
+        "label,wnid,name\n1,n90000001,x\n0,n90000002,y\n",
+        "label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1",
+        "label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1,n90000002,2",
+    ],
 )
 def test_a_bad_classes_csv_is_refused(tmp_path, content):
     build_tree(tmp_path / "val", ["n90000001"])

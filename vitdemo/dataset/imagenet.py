@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.dataset.archives import MEMBER_LIMIT, index_tar
+from vitdemo.dataset.archives import IMAGE_LIMIT, MEMBER_LIMIT, index_tar
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.trees import AGAIN, FOLDERS, Item, expected, find_tree, index_tree, read_record
 from vitdemo.errors import VitdemoError, named_errors
@@ -37,6 +37,14 @@ class Sample(NamedTuple):
     jpeg: bytes
     wnid: str
     label: int
+
+
+class UnreadableFile(VitdemoError):
+    """One image's file that the disk does not give, where the others may be sound; ``sample`` is it without bytes."""
+
+    def __init__(self, reason: str, sample: Sample | None = None):
+        super().__init__(reason)
+        self.sample = sample
 
 
 class ImageNetSplit:
@@ -77,6 +85,10 @@ class ImageNetSplit:
         for file, wnid, size, offset in items:
             if len(self.files) == MEMBER_LIMIT:
                 raise VitdemoError(f"{self.path}: more than {MEMBER_LIMIT:,} images, from {file!r} on; refused")
+            if size > IMAGE_LIMIT:
+                raise VitdemoError(
+                    f"{self.path}: {file!r} is larger than {IMAGE_LIMIT >> 20} MiB, and no image is; take it out"
+                )
             self.files.append(file)
             self.sizes.append(size)
             self.labels.append(label[wnid])
@@ -118,11 +130,16 @@ class ImageNetSplit:
     def __getitem__(self, i: int) -> Sample:
         file, label = self.files[i], self.labels[i]
         wnid = self.classes[label]
-        with named_errors(self.path):
-            if self.source == "tar":  # pread: no file position that threads could share
-                jpeg = os.pread(self._fd, self.sizes[i], self.offsets[i])
-            else:
-                jpeg = (self.path / wnid / file).read_bytes()
+        try:
+            with named_errors(self.path):
+                if self.source == "tar":  # pread: no file position that threads could share
+                    jpeg = os.pread(self._fd, self.sizes[i], self.offsets[i])
+                else:
+                    jpeg = (self.path / wnid / file).read_bytes()
+        except VitdemoError as error:
+            if isinstance(error.__context__, FileNotFoundError):  # gone since it was indexed
+                raise
+            raise UnreadableFile(str(error), Sample(file, b"", wnid, label)) from None
         if len(jpeg) != self.sizes[i]:
             raise VitdemoError(f"{self.path}: {file} changed since it was indexed; open the data set again")
         return Sample(file, jpeg, wnid, label)

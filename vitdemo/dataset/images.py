@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
 from vitdemo.dataset.headers import ENORMOUS, is_enormous, not_decoded, one_line
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.imagenet import Sample, UnreadableFile
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import now
 
@@ -169,16 +169,27 @@ def _load_into(
     pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
 ) -> Loaded:
     began, cpu = now(), time.thread_time()
-    sample, error = data[index], ""
-    crop = fast_crop(sample.jpeg, preprocessing) if input_path == "fast" else None
-    fell_back = crop is None and input_path == "fast"
     try:
-        pixels.copy_(reference_crop(sample.jpeg, preprocessing) if crop is None else crop)
-    except UnreadableImage as unreadable:
+        sample = data[index]
+    except UnreadableFile as unreadable:
         pixels.zero_()
-        error = str(unreadable)
+        sample, error, fell_back = unreadable.sample, str(unreadable), False
+    else:
+        error, fell_back = _crop_into(pixels, sample.jpeg, preprocessing, input_path)
     cpu_s = time.thread_time() - cpu
     return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, now(), cpu_s)
+
+
+def _crop_into(pixels: torch.Tensor, jpeg: bytes, preprocessing: Preprocessing, input_path: str) -> tuple[str, bool]:
+    """Why there is no crop, "" when there is; and whether the fast path left it to the reference."""
+    crop = fast_crop(jpeg, preprocessing) if input_path == "fast" else None
+    fell_back = crop is None and input_path == "fast"
+    try:
+        pixels.copy_(reference_crop(jpeg, preprocessing) if crop is None else crop)
+    except UnreadableImage as unreadable:
+        pixels.zero_()
+        return str(unreadable), fell_back
+    return "", fell_back
 
 
 def prefetched_batches(

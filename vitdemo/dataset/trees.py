@@ -121,6 +121,8 @@ def read_classes(path: Path) -> dict[str, str]:
     with open(path, encoding="utf-8", newline="") as file:
         try:
             rows = [(int(row["label"]), row["wnid"], row["name"]) for row in csv.DictReader(file)]
+            if any(None in row for row in rows):  # the file ends within a line
+                rows = []
         except (KeyError, TypeError, ValueError, csv.Error):
             rows = []
     wnids = [wnid for _, wnid, _ in rows]
