@@ -1,11 +1,13 @@
 """The images that int8 engines are calibrated on."""
 
 import hashlib
+import os
 
 import pytest
 import torch
 
-from vitdemo import ImageNetVal, VitdemoError, calibration_for, data_path, load_model, reference_crop
+from tests.dataset.conftest import Archives, TrainArchives, tar_member
+from vitdemo import ImageNetVal, VitdemoError, calibration_for, data_path, extract, load_model, reference_crop
 from vitdemo.conversion.calibration import IMAGES
 from vitdemo.dataset.archives import index_tar
 
@@ -28,6 +30,34 @@ def test_a_larger_set_is_thinned_evenly(vit_shapes20, shapes20):
     digests = [hashlib.sha256(shapes20[i * len(shapes20) // IMAGES].jpeg).hexdigest() for i in (0, 100, 255)]
     assert [by_path.files[k][1] for k in (0, 100, 255)] == digests
     assert calibration_for(vit_shapes20, ImageNetVal(data_path("shapes20"))).fingerprint == by_path.fingerprint
+
+
+@pytest.mark.parametrize("source", ["tar", "folder with the tar", "extracted", "both extracted"])
+def test_a_train_set_is_taken_where_there_is_no_val_set(vit_shapes20, tmp_path, monkeypatch, source):
+    monkeypatch.setattr("vitdemo.conversion.calibration.IMAGES", 4)
+    train = TrainArchives(tmp_path / "train_archives")
+    extracted = tmp_path / "extracted"
+    path = {"tar": train.tar, "folder with the tar": train.folder}.get(source, extracted)
+    images = {name: jpeg for of_class in train.images.values() for name, jpeg in of_class.items()}
+    if "extracted" in source:
+        extract(train.folder, extracted, split="train", unverified=True, progress=False)
+    if source == "both extracted":
+        val = Archives(tmp_path / "val_archives")
+        extract(val.folder, extracted, unverified=True, progress=False)
+        images = val.images
+    jpegs = [images[name] for name in sorted(images)]
+    found = calibration_for(vit_shapes20, path).files
+    assert found == tuple(
+        (len(j), hashlib.sha256(j).hexdigest()) for j in (jpegs[i * len(jpegs) // 4] for i in range(4))
+    )
+
+
+def test_a_member_larger_than_any_image_is_refused_unread(vit_shapes20, tmp_path):
+    tar = tmp_path / "some.tar"
+    tar.write_bytes(tar_member("large.jpg", size=1 << 29))
+    os.truncate(tar, 512 + (1 << 29) + 1024)  # a file of holes
+    with pytest.raises(VitdemoError, match="'large.jpg' is larger than 256 MiB"):
+        calibration_for(vit_shapes20, tar)
 
 
 def test_random_weights_take_random_pixels_the_same_each_time():

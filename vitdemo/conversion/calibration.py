@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from vitdemo.conversion.models import Model
-from vitdemo.dataset.archives import index_tar
+from vitdemo.dataset.archives import IMAGE_LIMIT, index_tar
 from vitdemo.dataset.imagenet import ImageNetVal, Sample
+from vitdemo.dataset.imagenet_train import ImageNetTrain
 from vitdemo.dataset.images import Preprocessing, UnreadableImage, reference_crop
+from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import data_path
 
@@ -44,8 +46,9 @@ class Calibration:
 def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
     """Up to 256 images for ``model``, spread evenly over what is given.
 
-    given: a data set, its path, a plain tar of JPEGs, or pixels, uint8[N, 3, H, W]. None takes the bundled ones for
-    vit_shapes20 and random pixels for random weights. Raises VitdemoError when there are none, or none that fit.
+    given: a data set, its path (a val set's, or a train set's with no val set beside it), a plain tar of JPEGs, or
+    pixels, uint8[N, 3, H, W]. None takes the bundled ones for vit_shapes20 and random pixels for random weights.
+    Raises VitdemoError when there are none, or none that fit.
     """
     info = model.info
     if given is None:
@@ -88,14 +91,29 @@ def _from_files(jpegs: Iterator[bytes], source: str, preprocessing: Preprocessin
 
 def _jpegs_at(path: Path) -> Iterator[bytes]:
     """The images of a data set, or of a plain tar of JPEGs that has no labels and needs none."""
-    if path.is_file() and not path.name.endswith("_img_val.tar"):
-        members = sorted(member for member in index_tar(path) if member.name.lower().endswith((".jpeg", ".jpg")))
-        with named_errors(path), open(path, "rb") as file:
-            for i in _evenly(len(members)):
-                file.seek(members[i].offset)
-                yield file.read(members[i].size)
+    if path.is_file() and not path.name.endswith(("_img_val.tar", "_img_train.tar")):
+        yield from _jpegs_in(path)
     else:
-        yield from _spread(ImageNetVal(path))
+        with named_errors(path):
+            split = ImageNetTrain if _holds_only_train(path) else ImageNetVal
+        yield from _spread(split(path))
+
+
+def _jpegs_in(tar: Path) -> Iterator[bytes]:
+    members = sorted(member for member in index_tar(tar) if member.name.lower().endswith((".jpeg", ".jpg")))
+    with named_errors(tar), open(tar, "rb") as file:
+        for i in _evenly(len(members)):
+            if members[i].size > IMAGE_LIMIT:
+                raise VitdemoError(f"{tar}: {members[i].name!r} is larger than {IMAGE_LIMIT >> 20} MiB; take it out")
+            file.seek(members[i].offset)
+            yield file.read(members[i].size)
+
+
+def _holds_only_train(path: Path) -> bool:
+    def holds(split):
+        return any((path / name).is_dir() for name in FOLDERS[split]) or any(path.glob(f"*_img_{split}.tar"))
+
+    return path.name.endswith("_img_train.tar") or (holds("train") and not holds("val"))
 
 
 def _spread(data: Sequence[Sample]) -> Iterator[bytes]:
