@@ -522,6 +522,16 @@ def test_what_finder_leaves_in_every_folder_is_no_foreign_content(archives, tmp_
     assert len(extract_unverified(archives.folder, tmp_path / "out")) == len(archives.images)
 
 
+def test_a_devkit_may_lie_beside_val(archives, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(archives.devkit, out)
+    extract_unverified(archives.folder, out)
+    shutil.copy(archives.devkit, out / "ILSVRC2012_devkit_t12.tar.gz")
+    (out / "meta.bin").write_bytes(b"torchvision's")
+    assert len(extract_unverified(archives.folder, out)) == len(archives.images)
+
+
 def test_an_extraction_of_other_archives_is_refused_and_left_as_it_is(archives, tmp_path):
     other = Archives(tmp_path / "other")
     write_tar(other.tar, {name: jpeg + b" " for name, jpeg in other.images.items()})

@@ -3,12 +3,14 @@
 import csv
 import json
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 from vitdemo.dataset.archives import Member, md5
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.imagenet import (
     ARCHIVE_MD5,
+    DEVKITS,
     OFFICIAL_TRAIN,
     OFFICIAL_VAL,
     ImageNetSplit,
@@ -23,6 +25,7 @@ from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART, remove_leftovers, replacing
 
 SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
+TORCHVISIONS_DEVKIT = "meta.bin"
 # the tar, its images, and the least and most of them a class [Russakovsky et al. 2015, table 2]
 OFFICIAL = {"val": (OFFICIAL_VAL, 50_000, 50, 50), "train": (OFFICIAL_TRAIN, 1_281_167, 732, 1300)}
 
@@ -109,7 +112,7 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
     """Make ``out`` the place of this extraction; VitdemoError when it holds anything but this or another split."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, CLASSES, *RECORDS.values())
-    names = {entry.name for entry in entries(out)}
+    names = {entry.name for entry in entries(out) if not _belongs_beside(entry.name)}
     folders = {name for split in SPLITS for name in (split, split + PART, check_folder(out, split).name)}
     foreign = names - {CLASSES, *folders, *RECORDS.values()}
     if foreign:
@@ -126,6 +129,11 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
         )
     with replacing(out / RECORDS[source.split]) as file:
         json.dump(record, file, indent=2)
+
+
+def _belongs_beside(name: str) -> bool:
+    """Whether a file may lie beside the splits: a devkit, which a diagnosis asks for there, or torchvision's of it."""
+    return fnmatch(name, DEVKITS) or name == TORCHVISIONS_DEVKIT
 
 
 def _write_classes(out: Path, source: ImageNetSplit, devkit: Path | None) -> None:

@@ -16,6 +16,8 @@ from vitdemo.errors import VitdemoError, named_errors
 
 OFFICIAL_VAL, OFFICIAL_TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"
 
+DEVKITS = "*devkit*.tar.gz"
+
 ARCHIVE_MD5 = {
     # ImageNet's own [pytorch/vision torchvision/datasets/imagenet.py]
     OFFICIAL_VAL: "29b22e2961454d5413ddabcf34fc5622",

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from vitdemo.dataset.devkit import Devkit, read_devkit
-from vitdemo.dataset.imagenet import OFFICIAL_VAL, ImageNetVal, devkit_of
-from vitdemo.errors import VitdemoError
+from vitdemo.dataset.imagenet import DEVKITS, OFFICIAL_VAL, ImageNetVal, devkit_of
+from vitdemo.errors import VitdemoError, named_errors
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,22 @@ def read_numbering(data: ImageNetVal) -> Numbering:
     """From the devkit beside a tar or beside ``val/``; the IDs alone also from ``classes.csv`` beside ``val/``."""
     path = Path(data.path)
     try:
-        devkit = read_devkit(devkit_of(path if path.is_file() else path.parent / OFFICIAL_VAL))
+        devkit = read_devkit(devkit_of(path) if path.is_file() else _devkit_in(path.parent))
     except VitdemoError as error:
         return Numbering(_ids(_ids_of_extraction(path.parent), data.classes), None, f"it needs the devkit: {error}")
     ids = _ids({synset.wnid: synset.id for synset in devkit.synsets}, data.classes)
     if ids is None:
         return Numbering(None, None, "it needs the devkit, and the one here is of other classes")
     return Numbering(ids, _truth(devkit))
+
+
+def _devkit_in(root: Path) -> Path:
+    """The devkit beside ``val/``, of whatever name; ILSVRC2012's before others. Raises VitdemoError without one."""
+    with named_errors(root):
+        others = sorted(root.glob(DEVKITS))
+    if len(others) != 1:  # none, or several, of which ILSVRC2012's may be one
+        return devkit_of(root / OFFICIAL_VAL)
+    return others[0]
 
 
 def _ids_of_extraction(root: Path) -> dict[str, int]:
