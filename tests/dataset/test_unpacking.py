@@ -1,8 +1,11 @@
 """Writing to a folder: whole or not at all, whatever interrupts it."""
 
+import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -115,6 +118,59 @@ def test_ctrl_c_leaves_a_state_that_can_be_resumed(full_archives, tmp_path):
     written = extract_members(full_archives.tar, targets, tmp_path / "out", progress=False)
     assert written in (4000 - done, 4001 - done)  # the file in hand may have been half written
     assert len(tree(tmp_path / "out")) == 4000
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from vitdemo.dataset.archives import index_tar
+from vitdemo.dataset import unpacking
+tar, out = sys.argv[1:]
+write = unpacking._write
+def slow(*args):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    write(*args)
+unpacking._write = slow
+unpacking.extract_members(tar, {f"x/{m.name}": m for m in index_tar(tar)}, Path(out), progress=False)
+"""
+
+
+@pytest.mark.parametrize("state", ["new", "to be repaired"])
+def test_of_two_extractions_at_once_the_second_is_refused(tar, targets, tmp_path, state):
+    out = tmp_path / "out"
+    if state != "new":
+        extract_members(tar, targets, out, progress=False)
+        (out / "x/b.bin").unlink()
+    command = [sys.executable, "-c", HOLDING, str(tar), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "writing\n"
+        before = tree(tmp_path / "out.part")
+        with refused(out, "another extraction to it runs"):
+            extract_members(tar, targets, out, progress=False)
+        assert tree(tmp_path / "out.part") == before and not out.exists()
+        first.communicate("go on\n")
+    assert first.returncode == 0 and tree(out) == EXPECTED
+    assert extract_members(tar, targets, out, progress=False) == 0
+
+
+def test_an_extraction_that_ended_between_opening_and_locking_is_noticed(tar, targets, tmp_path, monkeypatch):
+    partial, out = tmp_path / "out.part", tmp_path / "out"
+    partial.mkdir()
+    monkeypatch.setattr("vitdemo.dataset.unpacking._lock", lambda root: partial.rename(out))
+    with refused(partial, "another extraction"):
+        extract_members(tar, targets, out, progress=False)
+    assert tree(out) == {}
+
+
+def test_where_folders_cannot_be_locked_nothing_is(tar, targets, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # what NFS says of a folder
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert extract_members(tar, targets, tmp_path / "a", progress=False) == 3
+    monkeypatch.setattr("vitdemo.dataset.unpacking.fcntl", None)
+    assert extract_members(tar, targets, tmp_path / "b", progress=False) == 3
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_noticed(tar, targets, tmp_path):

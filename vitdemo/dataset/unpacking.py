@@ -20,6 +20,11 @@ from vitdemo.dataset.archives import Member
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 BUFFER, PIECE = 1 << 18, 1 << 24  # bytes read at once: of many small members, and at the most of a large one
 
 
@@ -31,22 +36,27 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
     next one, which keeps the files of the right size and writes the others again; so is a ``folder`` that has
     lost files since. The tar is only read.
 
-    Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets or when
-    the disk has too little room.
+    Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets, when the
+    disk has too little room, and while another process extracts to the folder.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + PART)
     with named_errors(folder):
-        if folder.exists() and partial.exists():
-            raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
-        missing = _missing(folder if folder.exists() else partial, targets)
-        if folder.exists() and not missing:
-            return 0
-        _check_room(folder.parent, missing)
-        if folder.exists():
-            folder.rename(partial)
-        _write(tar, missing, partial, progress)
-        partial.rename(folder)
+        place = folder if folder.exists() else partial
+        if not place.exists():
+            _check_room(folder.parent, targets)
+            partial.mkdir(exist_ok=True)
+        with _locked(place):
+            if folder.exists() and partial.exists():
+                raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
+            missing = _missing(place, targets)
+            if folder.exists() and not missing:
+                return 0
+            _check_room(folder.parent, missing)
+            if folder.exists():
+                folder.rename(partial)
+            _write(tar, missing, partial, progress)
+            partial.rename(folder)
     return len(missing)
 
 
@@ -57,8 +67,6 @@ def entries(folder: Path) -> list[os.DirEntry]:
 
 def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
     """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
-    if not folder.exists():
-        return targets
     missing = dict(targets)
     subfolders = _subfolders(targets)
     for subfolder in entries(folder):
@@ -90,7 +98,6 @@ def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: 
 
     Each goes under its own name at once, relative to the open folder, which spares the system to walk its path.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     in_order = sorted(members.items(), key=lambda item: item[1].offset)
     bar = tqdm(in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress)
     with open(tar, "rb", buffering=BUFFER) as source, _opened_folder(folder) as root:
@@ -108,6 +115,31 @@ def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: 
                     offset, size = offset + written, size - written
             finally:
                 os.close(file)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other extractions out of a folder. The lock goes with it to its new name, and with the process."""
+    root = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(root) or not folder.exists() or not os.path.samestat(os.fstat(root), os.stat(folder)):
+            raise VitdemoError(f"{folder}: another extraction to it runs; wait for its end, or give another folder")
+        yield
+    finally:
+        os.close(root)
+
+
+def _lock(root: int) -> bool:
+    """Whether nobody else holds the open folder; True also where there are no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network's file system may lock no folders
+        pass
+    return True
 
 
 @contextmanager
