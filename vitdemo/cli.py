@@ -60,12 +60,17 @@ def _convert(args) -> int:
 
 def _verify(args) -> int:
     from vitdemo.conversion.artifacts import convert
+    from vitdemo.conversion.engines.contract import EngineFailure
     from vitdemo.conversion.models import load_model
     from vitdemo.conversion.verification import verify
 
     model = load_model(args.model, args.weights)
     engine = convert(model, args.engine, args.precision, calibration=args.calibration)
-    report = verify(engine, model, args.data, images=args.images)
+    try:
+        report = verify(engine, model, args.data, images=args.images)
+    except EngineFailure as failure:
+        print(f"vitdemo: {failure}", file=sys.stderr)
+        return 1
     print(report)
     return 0 if report.ok else 1
 
@@ -79,7 +84,7 @@ def _cache(args) -> int:
     table = cached_artifacts()
     print(f"{artifacts_root()}: {len(table)} artifacts, {table['bytes'].sum() / 1e6:.1f} MB")
     if len(table):
-        table["key"] = table["key"].str[:16]
+        table["key"] = table["key"].astype("string").str[:16]
         print(table.to_string(index=False, formatters={"build_s": "{:.1f}".format}))
     return 0
 
@@ -99,10 +104,6 @@ def _evaluate(args) -> int:
     options = dict(device_batch_size=args.device_batch_size, limit=args.limit, out=args.out, resume=args.resume)
     try:
         evaluation = evaluate(engine, data, **options)
-        beside = compare_published(evaluation)
-        print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
-        if beside.verdict == "below":
-            print(diagnose(engine, model, data))
     except EngineFailure as failure:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
@@ -111,6 +112,10 @@ def _evaluate(args) -> int:
             f"vitdemo: stopped; what was done is in {args.out}, the same command with --resume goes on", file=sys.stderr
         )
         return 130
+    beside = compare_published(evaluation)
+    print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
+    if beside.verdict == "below":
+        print(diagnose(engine, model, data))
     return 0
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from vitdemo import CompiledEngine, Model, VitdemoError, cached_artifacts, clear_cache, convert, reference_crop
-from vitdemo.conversion.artifacts import CARD, Recipe
+from vitdemo.conversion.artifacts import CARD, VERIFIED, Recipe
 from vitdemo.conversion.graph import export_graph
 from vitdemo.paths import PART
 
@@ -103,7 +104,7 @@ def with_preprocessing(model: Model, **changes) -> Model:
 
 
 def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
-    reweighted = Model.from_module(nn.Sequential(*tiny.module), tiny.info.preprocessing, name="tiny")
+    reweighted = Model.from_module(nn.Sequential(*copy.deepcopy(tiny.module)), tiny.info.preprocessing, name="tiny")
     with torch.no_grad():
         reweighted.module[0].weight.mul_(1.001)
     others = {
@@ -117,6 +118,42 @@ def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
     }
     keys = {name: other.key for name, other in others.items()} | {"none": recipe(tiny).key}
     assert len(set(keys.values())) == len(keys), keys
+
+
+TYPED = """
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 224 * 224, 20)
+    def forward(self, x):
+        return self.fc(x.flatten(1)) * {factor}
+"""
+
+
+def test_a_class_typed_into_a_notebook_is_known_by_its_code(vit_shapes20):
+    keys = []
+    for factor in (2, 2, 3):
+        names = {"nn": nn, "__name__": "__main__"}
+        exec(TYPED.format(factor=factor), names)
+        torch.manual_seed(0)
+        keys.append(recipe(Model.from_module(names["Scaled"](), vit_shapes20.info.preprocessing, name="typed")).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_values_that_no_state_dict_holds_are_in_the_key(tiny):
+    changes = {"list": [1, 2], "dict": {"a": 1}, "_private": 2.5, "tensor": torch.ones(2), "other": torch.zeros(2)}
+    keys = {recipe(changed(tiny, lambda m, k=k, v=v: setattr(m[1], k.strip("0"), v))).key for k, v in changes.items()}
+    assert len(keys | {recipe(tiny).key}) == len(changes) + 1
+
+
+def test_weights_changed_behind_the_hash_make_another_artifact(tiny):
+    model = Model(copy.deepcopy(tiny.module), tiny.info)
+    before = convert(model)
+    with torch.no_grad():
+        model.module[0].weight.mul_(2)
+    after = convert(model)
+    assert before.card["key"] == convert(tiny).card["key"] != after.card["key"]
+    assert after.info.weights_sha256 != before.info.weights_sha256 == tiny.info.weights_sha256
 
 
 def test_keys_are_the_same_in_another_process_and_for_any_threads(vit_shapes20):
@@ -248,4 +285,24 @@ def test_table_of_the_cache_and_clearing_it(tiny, cache):
     assert row["bytes"] == (folder / "graph.pt2").stat().st_size
     assert (row["engine"], row["precision"], row["key"]) == ("exported", "fp32", engine.card["key"])
     assert "unreadable: foreign" in set(table["model"])
-    assert clear_cache() > row["bytes"] and not cache.exists()
+    assert clear_cache() > row["bytes"] and {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
+def test_clearing_leaves_what_is_being_built(tiny, cache):
+    recipe(tiny).cached(1, force=False)
+    (folder,) = folders(cache)
+    (cache / "other.part").mkdir()
+    with FileLock(f"{folder}.lock"):
+        assert clear_cache() == 0 and folders(cache) == [folder]
+    assert clear_cache() > 10_000 and folders(cache) == []
+
+
+def test_a_report_does_not_outlive_what_it_verified(tiny, cache):
+    recipe(tiny).cached(1, force=False)
+    (folder,) = folders(cache)
+    report = Path(f"{folder}{VERIFIED}")
+    report.write_text("{}")
+    recipe(tiny).cached(1, force=False)
+    assert report.exists()
+    recipe(tiny).cached(1, force=True)
+    assert not report.exists()

@@ -43,7 +43,7 @@ def test_int8_needs_openvino(small, monkeypatch):
 
 
 def test_linear_shapes_are_the_models(vit_shapes20):
-    tokens, width = 197, 144
+    tokens, width = 197, 128
     shapes = linear_shapes(vit_shapes20, batch=2)
     assert shapes[:4] == [
         (2 * tokens, width, 3 * width),

@@ -11,25 +11,31 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import CodeType
 
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 
+from vitdemo.conversion import graph
 from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model
+from vitdemo.conversion.weights import weights_sha256
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, now
 from vitdemo.paths import PART, cache_root
 
 CARD = "card.json"
+VERIFIED = ".verified.json"  # after the artifact's name, as nothing is added to an artifact once it is built
+OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
 CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
 
 
@@ -54,7 +60,9 @@ def convert(
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
-    recipe = Recipe(model, cls, precision, _resolve_device(device), images)
+    # What the module holds now: it may have been changed since somebody hashed it.
+    model = Model(model.module, replace(model.info, weights_sha256=weights_sha256(model.module)))
+    recipe = Recipe(model, cls, precision, _resolve_device(device, cls), images)
     if issubclass(cls, CompiledEngine):
         with named_errors(artifacts_root()):
             return recipe.cached(threads or cores(), force)
@@ -84,7 +92,7 @@ class Recipe:
             "device": self.device,
             "model": self.model.info.to_dict(),
             "architecture": _architecture(self.model.module),
-            "builder": _sha256(inspect.getsource(inspect.getmodule(self.cls)).encode()),
+            "builder": _sha256("".join(map(inspect.getsource, (inspect.getmodule(self.cls), graph))).encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
             "versions": {name: installed_version(name) for name in ("vitdemo", *packages)},
             "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
@@ -127,6 +135,7 @@ class Recipe:
             card["calibration"] = self.calibration and self.calibration.to_dict()
             (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
             partial.rename(folder)
         except (VitdemoError, OSError):
             raise
@@ -172,25 +181,37 @@ def cached_artifacts() -> pd.DataFrame:
     """What is in the cache, a row an artifact: model, weights, engine, precision, bytes, build_s, built, key."""
     rows = []
     for path in sorted(artifacts_root().glob(f"*/{CARD}")):
+        if path.parent.name.endswith(PART):  # being built
+            continue
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
             size = sum(file["bytes"] for file in card["files"].values())
             row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
             rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
-        except (OSError, ValueError, KeyError, TypeError):
-            size = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            size = _bytes_below(path.parent)
             rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
     return pd.DataFrame(rows, columns=CARD_COLUMNS)
 
 
 def clear_cache() -> int:
-    """Remove every artifact; the bytes that became free. An engine that is loaded goes on running."""
+    """Remove every artifact but one that is being built just now; the bytes that became free.
+
+    An engine that is loaded goes on running, but may no longer show its layers.
+    """
+    freed = 0
     with named_errors(artifacts_root()):
-        files = [path for path in artifacts_root().rglob("*") if path.is_file()]
-        freed = sum(path.stat().st_size for path in files)
-        if artifacts_root().exists():
-            shutil.rmtree(artifacts_root())
-    return freed
+        for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
+            whole = str(folder).removesuffix(PART)
+            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
+                freed += _bytes_below(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(f"{whole}{VERIFIED}").unlink(missing_ok=True)
+    return freed  # the lock files stay, as somebody may be waiting for one
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _engine_class(engine: str, precision: str) -> type[Engine]:
@@ -209,13 +230,15 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _resolve_device(device: str) -> str:
+def _resolve_device(device: str, cls: type[Engine]) -> str:
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
     if device not in ("cpu", "cuda"):
         raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
+    if not cls.runs_on(device):
+        raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
     return device
 
 
@@ -226,20 +249,48 @@ def _architecture(module: nn.Module) -> str:
     GELU are in no state dict.
     """
     digest = hashlib.sha256(repr(module).encode())
-    for cls in sorted({type(part) for part in module.modules()}, key=lambda cls: (cls.__module__, cls.__qualname__)):
+    own = {cls for part in module.modules() for cls in type(part).__mro__ if issubclass(cls, nn.Module)}
+    for cls in sorted(own - {nn.Module}, key=lambda cls: (cls.__module__, cls.__qualname__)):
         digest.update(f"{cls.__module__}.{cls.__qualname__}\n{_source(cls)}".encode())
     for name, part in module.named_modules():
-        plain = {key: value for key, value in vars(part).items() if isinstance(value, (int, float, str, tuple))}
-        calls = {key: _source(value) for key, value in vars(part).items() if inspect.isroutine(value)}
-        digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())}\n".encode())
+        held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
+        plain = {key: value for key, value in held.items() if _is_plain(value)}
+        calls = {key: _source(value) for key, value in held.items() if inspect.isroutine(value)}
+        tensors = {key: _sha256(value.numpy(force=True).tobytes()) for key, value in held.items() if _is_tensor(value)}
+        digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())} {sorted(tensors.items())}\n".encode())
     return digest.hexdigest()
 
 
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16  # which numpy does not know
+
+
 def _source(thing) -> str:
+    """The source of a class or a function; of one that has none, as a class typed into a notebook, its code."""
     try:
         return inspect.getsource(thing)
-    except (OSError, TypeError):  # built in, or typed into an interpreter: its name is all there is
-        return getattr(thing, "__qualname__", type(thing).__qualname__)
+    except (OSError, TypeError):
+        name = getattr(thing, "__qualname__", type(thing).__qualname__)
+        held = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
+        return name + "".join(_code(value.__code__) for value in held if inspect.isfunction(value))
+
+
+def _code(code: CodeType) -> str:
+    """A function's bytecode, names and constants, those of the functions in it included."""
+    constants = [_code(value) if isinstance(value, CodeType) else _repr(value) for value in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _repr(value: object) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
 
 
 def _files(folder: Path) -> dict[str, dict]:

@@ -1,5 +1,7 @@
 """The graph that every engine runs, uint8 pixels -> normalised floats -> the model -> logits, and views into it."""
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import VisionTransformer
 from torch import nn
@@ -39,8 +41,7 @@ class Normalised(nn.Module):
         taken: dict[str, torch.Tensor] = {}
 
         def take(name: str, output: torch.Tensor | tuple) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            taken[name] = first.clone()  # as a ReLU that works in place would change what was taken
+            taken[name] = _first(output).clone()  # as a ReLU that works in place would change what was taken
 
         hooks = [
             self.module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: take(name, output))
@@ -54,17 +55,54 @@ class Normalised(nn.Module):
         return logits.float(), *(taken[name].float() for name in self.taps)
 
 
-def tap_points(module: nn.Module) -> tuple[str, ...]:
+def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
     """The submodules whose outputs are compared, from input to output; the logits follow as the last point.
 
     Of timm's VisionTransformer: the patch embedding, each block's attention and MLP before they are added to the
-    residual stream, each block, and the last norm. Of any other module its children that have parameters, but for
-    the last one, which gives the logits.
+    residual stream, each block, and the last norm. Of any other module its children that have parameters, those of a
+    list or a dict of modules one by one, but for the last one, which gives the logits. Only what gives a tensor when
+    a black image runs through counts: some parts of a model are for training alone.
     """
     if isinstance(module, VisionTransformer):
         blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
-        return ("patch_embed", *blocks, "norm")
-    return tuple(name for name, child in module.named_children() if next(child.parameters(), None) is not None)[:-1]
+        return _that_run(module, ["patch_embed", *blocks, "norm"], input_size)
+    children = [name for name, child in _children(module) if next(child.parameters(), None) is not None]
+    return _that_run(module, children, input_size)[:-1]
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # which nobody calls
+            yield from ((f"{name}.{key}", part) for key, part in child.named_children())
+        else:
+            yield name, child
+
+
+def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, int]) -> tuple[str, ...]:
+    known = dict(module.named_modules())
+    ran: dict[str, None] = {}
+
+    def note(name: str, output: object) -> None:
+        if isinstance(_first(output), torch.Tensor):
+            ran[name] = None
+
+    hooks = [
+        known[name].register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name in names
+        if name in known
+    ]
+    like = next(module.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            module(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(name for name in names if name in ran)
+
+
+def _first(output: object) -> object:
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def export_graph(model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] = ()) -> ExportedProgram:

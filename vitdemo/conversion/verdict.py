@@ -58,7 +58,8 @@ def loosened(start: float, floor: float) -> float:
 class Report:
     """What ``verify`` found.
 
-    engine, precision: the candidate's. info: its model's. artifact: ``card["key"]``, the hash of how it was made.
+    engine, precision: the candidate's. info: its model's. reference_sha256: of the reference's weights.
+    artifact: ``card["key"]``, the hash of how it was made.
     overall: a row a kind of images, real and random, with what ``compare_logits`` gives. layers: from input to output,
     the logits last, a row a layer and kind: relative_l2, floor, tolerance. floors: how far other ways to compute the
     same lie from the reference, a row a way, kind and layer. twin_l2: relative L2 of the logits that came with the
@@ -70,6 +71,7 @@ class Report:
     engine: str
     precision: str
     info: ModelInfo
+    reference_sha256: str
     artifact: str | None
     overall: pd.DataFrame
     layers: pd.DataFrame
@@ -162,6 +164,7 @@ def make_report(
         engine=engine.name,
         precision=engine.precision,
         info=engine.info,
+        reference_sha256=model.weights_sha256,
         artifact=engine.card.get("key"),
         overall=pd.DataFrame([{"kind": kind, **compare_logits(*sides)} for kind, sides in logits.items()]),
         layers=_layers(comparisons, floors, TOLERANCES[engine.precision].layer_l2),

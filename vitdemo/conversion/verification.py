@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from vitdemo.conversion.artifacts import CARD, artifacts_root
+from vitdemo.conversion.artifacts import CARD, VERIFIED, artifacts_root
 from vitdemo.conversion.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.conversion.engines.eager import EagerEngine
@@ -202,6 +202,6 @@ def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
 def _keep(report: Report, engine: Engine) -> None:
     """Write the report beside the engine's folder in the cache, if it has one."""
     for card in artifacts_root().glob(f"*-{engine.card.get('key', '')[:16]}/{CARD}"):
-        path = card.parent.with_name(f"{card.parent.name}.verified.json")
+        path = card.parent.with_name(card.parent.name + VERIFIED)
         with named_errors(path), replacing(path) as file:
             json.dump(report.to_dict(), file, indent=2)

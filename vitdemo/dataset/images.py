@@ -97,8 +97,12 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
     if preprocessing.crop_mode == "center" and len(set(preprocessing.input_size[1:])) != 1:
         return None
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf) or _refusal(width, height, jpeg, preprocessing):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        if colours not in ("Gray", "YCbCr", "RGB"):
+            return None
+        if colours in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        if _refusal(width, height, jpeg, preprocessing):
             return None
         decoded = simplejpeg.decode_jpeg(jpeg)
     except ValueError:

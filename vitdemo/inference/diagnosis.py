@@ -47,12 +47,13 @@ def diagnose(
     than that of the wnids; labels that are not the devkit's, as those of a flat folder; the other mean and std; red
     and blue swapped; the other crop mode; a conversion that loses something. Orders and labels need no new answers of
     the engine, they are counted anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference
-    of ``model`` and held against that reference unchanged, as the engine is too.
+    of ``model`` and held against that reference unchanged, as the engine is too. All images are decoded on the
+    reference path.
 
     A loss may have two causes: put right the one that is named, then diagnose again. Raises VitdemoError for bad input
     and for answers that mean nothing (random weights, the null engine), EngineFailure when the engine breaks.
     """
-    _check_input(engine, model, data, images)
+    _check_input(engine, model, data, images, device_batch_size)
     start, sample, runs = now(), Spread(data, images), planned_runs(engine, model)
     unreadable = answer(runs, sample, device_batch_size, progress)
     answers, labels, numbering = np.array(runs[0].answers), np.array(sample.labels), read_numbering(data)
@@ -68,9 +69,10 @@ def diagnose(
     return Diagnosis(as_it_is, hypotheses, published, unreadable, flat, now() - start)
 
 
-def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int) -> None:
-    if not isinstance(images, int) or images < 1:
-        raise VitdemoError(f"images {images!r}: must be a whole number of at least 1")
+def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
+    for name, value in (("images", images), ("device_batch_size", device_batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
     if engine.info != model.info:
         raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
     if model.info.weights == "random" or engine.name == "null":

@@ -124,7 +124,8 @@ def compare_published(evaluation: Evaluation) -> Comparison:
     published, reason = published_for(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
     if published is None:
         return Comparison("not published", f"published top-1: {reason}")
-    text = f"published top-1 {published.top1:.1%} on {published.data_set} ({published.source})"
+    own = "" if m["weights"] == "pretrained" else f"; of the published weights, these are from {m['weights']}"
+    text = f"published top-1 {published.top1:.1%} on {published.data_set} ({published.source}{own})"
     if m["top1"] is None:
         return Comparison("not measured", f"{text}: not measured here", published)
     (low, high), points = m["top1_ci95"], (m["top1"] - published.top1) * 100

@@ -6,6 +6,7 @@ from itertools import cycle
 import torch
 
 from vitdemo.conversion.engines.contract import Engine
+from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import now, peak_memory_bytes, percentiles_ms
 
 INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
@@ -24,8 +25,10 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
     - ``latency_ms``: single calls, one at a time, in the other half; 10 at least.
     - ``peak_memory_bytes``: this process's largest resident size so far.
 
-    The accuracy is not measured.
+    The accuracy is not measured. Raises VitdemoError for a device_batch_size below 1.
     """
+    if not isinstance(device_batch_size, int) or device_batch_size < 1:
+        raise VitdemoError(f"device_batch_size {device_batch_size!r}: must be a whole number of at least 1")
     generator = torch.Generator().manual_seed(0)
     shape = (INPUTS, device_batch_size, *engine.info.preprocessing.input_size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

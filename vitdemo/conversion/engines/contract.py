@@ -32,7 +32,8 @@ class Engine(ABC):
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
     info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
     runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
-    shaped it. load_s: seconds ``convert`` took to make it ready, without building. has_run: whether it was called yet.
+    shaped it. load_s: seconds it took to read the artifact, check it and make it ready to run. has_run: whether it was
+    called yet.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,11 @@ class Engine(ABC):
         """Raise VitdemoError, saying what to install, where this machine lacks what building the engine needs."""
         if missing := [name for name in cls.packages if not installed_version(name)]:
             raise VitdemoError(f"{cls.name} engine: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
+
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        """Whether the engine computes on ``device``, "cpu" or "cuda", given a machine that has one."""
+        return device == "cpu"
 
     @abstractmethod
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +101,8 @@ class Engine(ABC):
 
     def _check(self, x: torch.Tensor) -> None:
         size = self.info.preprocessing.input_size
+        if not isinstance(x, torch.Tensor):
+            raise VitdemoError(f"{self.name} engine: a batch is a torch tensor, not {type(x).__name__}")
         if x.dtype != torch.uint8 or x.device.type != "cpu" or x.ndim != 4 or len(x) == 0 or x.shape[1:] != size:
             raise VitdemoError(
                 f"{self.name} engine: a batch is uint8[B >= 1, {', '.join(map(str, size))}] on the CPU, "
@@ -112,7 +120,11 @@ class CompiledEngine(Engine):
 
     @abstractmethod
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
-        """Load what ``build`` wrote into ``folder``; any exception means that it is damaged and is built again."""
+        """Load what ``build`` wrote into ``folder``.
+
+        Raises VitdemoError for what this machine lacks; any other exception means that the artifact is damaged, and it
+        is built again.
+        """
         super().__init__(info, precision, device=device, threads=threads)
 
     @classmethod

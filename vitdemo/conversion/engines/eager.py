@@ -27,6 +27,10 @@ class EagerEngine(Engine):
             module = copy.deepcopy(module).to(device, dtype)
         self._module = Normalised(module, self.info.preprocessing, dtype).eval().to(device)
 
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        return True
+
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
@@ -35,17 +39,22 @@ class EagerEngine(Engine):
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self._check(x)
         torch.set_num_threads(self.threads)
-        graph = self._module
-        taps = tap_points(graph.module)
-        tapped = Normalised(graph.module, self.info.preprocessing, graph.dtype, taps).to(self.device)
         with torch.inference_mode():
-            logits, *taken = tapped(x.to(self.device))
-        return {name: tensor.cpu() for name, tensor in zip((*taps, "logits"), (*taken, logits), strict=True)}
+            logits, *taken = self._tapped(x.to(self.device))
+        names = (*self._tapped.taps, "logits")
+        return {name: tensor.cpu() for name, tensor in zip(names, (*taken, logits), strict=True)}
+
+    @cached_property
+    def _tapped(self) -> Normalised:
+        graph, preprocessing = self._module, self.info.preprocessing
+        taps = tap_points(graph.module, preprocessing.input_size)
+        return Normalised(graph.module, preprocessing, graph.dtype, taps).eval().to(self.device)
 
     @cached_property
     def precision_ran(self) -> dict[str, float]:
         """Read off the operations that torch really ran on one black image, by the dtype of their operands."""
         x = torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8, device=self.device)
+        self.has_run = True
         with torch.no_grad(), FlopsByPrecision() as counter:
             self._module(x)
         total = sum(counter.flops.values())

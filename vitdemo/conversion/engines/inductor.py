@@ -67,7 +67,7 @@ class InductorEngine(CompiledEngine):
         dtype = DTYPES[precision]
         # .to() would change the caller's model in place
         cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
-        taps = tap_points(cast.module)
+        taps = tap_points(cast.module, model.info.preprocessing.input_size)
         torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
         flops = _compile(export_graph(cast, dtype=dtype), folder / PACKAGE)
         facts = {"taps": taps, "precision_ran": _shares(flops, model.info.flops_per_image)}

@@ -51,6 +51,14 @@ class ONNXEngine(CompiledEngine):
         self.providers = self._session.get_providers()
         require_provider(device, self.providers)
 
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        if device == "cpu":
+            return True
+        import onnxruntime
+
+        return not ON_CUDA.isdisjoint(onnxruntime.get_available_providers())
+
     def _open(self, graph: Path | bytes, *, profile: Path | None = None):
         """A session over a graph's file, or its bytes where its weights are the artifact's.
 
@@ -106,9 +114,6 @@ class ONNXEngine(CompiledEngine):
     def build(
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
-        import onnxruntime
-
-        require_provider(device, onnxruntime.get_available_providers())
         if precision == "int8":
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 taps = export(model, Path(scratch) / GRAPH)
@@ -135,7 +140,7 @@ def require_provider(device: str, there: Iterable[str]) -> None:
 
 def export(model: Model, path: Path) -> dict[str, str]:
     """Write the graph, any batch, to ``path``; the names of its values at the tap points, in their order."""
-    taps = tap_points(model.module)
+    taps = tap_points(model.module, model.info.preprocessing.input_size)
     program = torch.onnx.export(
         export_graph(model, taps=taps), dynamo=True, verbose=False, input_names=["x"], output_names=["logits", *taps]
     )

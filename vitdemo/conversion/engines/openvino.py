@@ -82,7 +82,7 @@ class OpenVINOEngine(CompiledEngine):
     @cached_property
     def precision_ran(self) -> dict[str, float]:
         """Read off the runtime's own graph, as it was fused and rounded when it ran one black image."""
-        self._infer(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8))
+        self(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8))
         macs = macs_by_precision(self._compiled.get_runtime_model())
         total = self.info.flops_per_image / 2
         if macs.total() < 0.99 * total:  # there is a kind of node that is not counted
@@ -94,7 +94,7 @@ class OpenVINOEngine(CompiledEngine):
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
         openvino = import_silently("openvino")
-        taps = tap_points(model.module)
+        taps = tap_points(model.module, model.info.preprocessing.input_size)
         graph = openvino.convert_model(export_graph(model, taps=taps))
         _, *tapped = graph.get_results()
         nodes = {}
