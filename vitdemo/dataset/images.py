@@ -100,7 +100,7 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
         if colours not in ("Gray", "YCbCr", "RGB"):
             return None
-        if colours in ("CMYK", "YCCK") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
         if _refusal(width, height, jpeg, preprocessing):
             return None
