@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,6 @@ from vitdemo.conversion import graph
 from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model
-from vitdemo.conversion.weights import weights_sha256
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, now
@@ -60,8 +59,7 @@ def convert(
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
-    # What the module holds now: it may have been changed since somebody hashed it.
-    model = Model(model.module, replace(model.info, weights_sha256=weights_sha256(model.module)))
+    model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
     recipe = Recipe(model, cls, precision, _resolve_device(device, cls), images)
     if issubclass(cls, CompiledEngine):
         with named_errors(artifacts_root()):

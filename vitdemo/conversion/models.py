@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -52,11 +52,14 @@ class ModelInfo:
 
 
 class Model:
-    """A torch module that takes normalised float32[B, 3, H, W] and gives logits [B, C], and its ModelInfo."""
+    """A torch module that takes normalised float32[B, 3, H, W] and gives logits [B, C], and its ModelInfo.
+
+    ``info.weights_sha256`` is that of the weights that the module has now, whatever it was before.
+    """
 
     def __init__(self, module: nn.Module, info: ModelInfo):
         self.module = module.eval().requires_grad_(False)
-        self.info = info
+        self.info = replace(info, weights_sha256=weights_sha256(module))
 
     @classmethod
     def from_module(
@@ -82,7 +85,7 @@ class Model:
         info = ModelInfo(
             tag=name,
             weights=weights,
-            weights_sha256=weights_sha256(module),
+            weights_sha256="",  # Model fills it in
             preprocessing=preprocessing,
             classes=None if classes is None else tuple(classes),
             flops_per_image=flops,
