@@ -67,7 +67,7 @@ def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str
         blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
         return _that_run(module, ["patch_embed", *blocks, "norm"], input_size)
     children = [name for name, child in _children(module) if next(child.parameters(), None) is not None]
-    return _that_run(module, children, input_size)[:-1]
+    return _that_run(module, children[:-1], input_size)
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
