@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -163,11 +164,21 @@ class Recipe:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         if card["key"] != self.key:
             raise ValueError("its card is that of another artifact")
-        if card["files"] != _files(folder):
-            raise ValueError("its files are not those that were built")
-        ready = self.cls(folder, self.model.info, self.precision, device=self.device, threads=threads)
+        if {name: file["bytes"] for name, file in card["files"].items()} != _sizes(folder):
+            raise ValueError("its files have not the sizes of those that were built")
+        with ThreadPoolExecutor(1) as pool:  # reading every byte takes as long as getting ready to run
+            files = pool.submit(_files, folder)
+            if self.cls.machine_code:
+                _check_files(card, files.result())
+            ready = self.cls(folder, self.model.info, self.precision, device=self.device, threads=threads)
+            _check_files(card, files.result())
         ready.card, ready.load_s = card, now() - start
         return ready
+
+
+def _check_files(card: dict, files: dict) -> None:
+    if card["files"] != files:
+        raise ValueError("its files are not those that were built")
 
 
 def artifacts_root() -> Path:
@@ -291,13 +302,18 @@ def _repr(value: object) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of an artifact, the card left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+
+
 def _files(folder: Path) -> dict[str, dict]:
     """Size in bytes and sha256 of every file of an artifact, the card left out."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    for name, size in _sizes(folder).items():
+        with open(folder / name, "rb") as file:
+            found[name] = {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     return found
 
 

@@ -43,6 +43,7 @@ class InductorEngine(CompiledEngine):
 
     name = "inductor"
     precisions = ("bf16",)
+    machine_code = True
 
     @classmethod
     def check_requirements(cls) -> None:
