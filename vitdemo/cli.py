@@ -76,7 +76,7 @@ def _verify(args) -> int:
 
 
 def _cache(args) -> int:
-    from vitdemo.conversion.artifacts import artifacts_root, cached_artifacts, clear_cache
+    from vitdemo.conversion.cache import artifacts_root, cached_artifacts, clear_cache
 
     if args.clear:
         print(f"{artifacts_root()}: {clear_cache() / 1e6:.1f} MB removed")
@@ -95,15 +95,24 @@ def _evaluate(args) -> int:
     from vitdemo.conversion.models import load_model
     from vitdemo.dataset.imagenet import ImageNetVal
     from vitdemo.inference.diagnosis import diagnose
-    from vitdemo.inference.evaluation import evaluate
     from vitdemo.inference.published import compare_published
-    from vitdemo.measure.clock import describe_machine, machine_record
+    from vitdemo.inference.validation import (
+        agreement,
+        describe_row,
+        evaluate_beside_reference,
+        flagperf_row,
+        roof_of,
+        write_row,
+    )
+    from vitdemo.measure.clock import describe_machine, machine_record, now
 
+    start = now()
     data, model = ImageNetVal(args.data), load_model(args.model, args.weights)
     engine = convert(model, args.engine, args.precision, calibration=args.calibration)
     options = dict(device_batch_size=args.device_batch_size, limit=args.limit, out=args.out, resume=args.resume)
+    options |= dict(repeat=args.repeat, skip_validation=args.skip_validation)
     try:
-        evaluation = evaluate(engine, data, **options)
+        runs, reference = evaluate_beside_reference(engine, model, data, **options)
     except EngineFailure as failure:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
@@ -112,8 +121,15 @@ def _evaluate(args) -> int:
             f"vitdemo: stopped; what was done is in {args.out}, the same command with --resume goes on", file=sys.stderr
         )
         return 130
+    e2e_s, evaluation = now() - start, runs[0]
+    print(*runs, sep="\n")
+    if reference not in (None, evaluation):
+        print(f"{agreement(evaluation, reference)}\nreference: {reference}")
+    row = flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof_of(engine, model, args.device_batch_size))
+    write_row(row, evaluation.out)
+    print("FlagPerf row:", describe_row(row))
     beside = compare_published(evaluation)
-    print(f"{evaluation}\n{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
+    print(f"{beside}\nmachine: {describe_machine(machine_record())}\nresults: {evaluation.out}")
     if beside.verdict == "below":
         print(diagnose(engine, model, data))
     return 0
@@ -184,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--calibration", metavar="PATH", help=calibration_help)
     evaluate.add_argument("--device-batch-size", type=int, default=8, metavar="B")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    evaluate.add_argument("--repeat", type=int, default=1, metavar="N", help="run the engine N times")
+    skip_help = "leave out the reference's run, eager fp32, over the same images"
+    evaluate.add_argument("--skip-validation", action="store_true", help=skip_help)
     evaluate.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="a new folder for the results")
     return parser

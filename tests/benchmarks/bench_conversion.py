@@ -29,8 +29,9 @@ from scipy.stats import binom
 from tqdm.auto import tqdm
 
 from vitdemo import VitdemoError, convert, find_engines, load_model
-from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.openvino import GRAPH, HINTS, import_silently
+from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, now
 from vitdemo.measure.roof import SQUARE, Products, linear_shapes
 from vitdemo.paths import replacing
@@ -353,4 +354,5 @@ if __name__ == "__main__":
     rows, noise = measure(arguments.rounds, arguments.turn_s)
     with replacing(arguments.out) as file:
         rows.to_csv(file, index=False)
+    write_json(arguments.out.with_suffix(".machine.json"), machine_record() | {"noise": noise})
     print(describe(rows, noise))

@@ -50,15 +50,15 @@ def small_jpeg(rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def make_archives(folder: Path) -> Path:
+def make_archives(folder: Path, images: int = IMAGES) -> Path:
     """A val tar with its devkit; returns the tar."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     jpegs = [small_jpeg(rng) for _ in range(97)]
-    truth = [1 + i % CLASSES for i in range(IMAGES)]
+    truth = [1 + i % CLASSES for i in range(images)]
     random.Random(0).shuffle(truth)
     write_devkit(folder / "bench_devkit_t12.tar.gz", {f"n{90_000_000 + i}": 1 + i for i in range(CLASSES)}, truth)
-    return write_tar(folder / "bench_img_val.tar", {val_name(1 + i): jpegs[i % 97] for i in range(IMAGES)})
+    return write_tar(folder / "bench_img_val.tar", {val_name(1 + i): jpegs[i % 97] for i in range(images)})
 
 
 def extraction_arms(tar: Path) -> dict[str, Callable[[Path], object]]:

@@ -4,18 +4,25 @@ All variants live in one process and take turns in rounds; a ratio is the median
 smallest and the largest. The baseline is the loop of every tutorial: timm's model in eager fp32, a DataLoader with two
 workers and the default collate, timm's PIL transform. Run it as
 
-    python -m tests.benchmarks.bench_single_device [--photos FOLDER]
+    python -m tests.benchmarks.bench_single_device --out FILE.csv [--photos FOLDER]
 
-where FOLDER has JPEGs, whose decoding is timed; ViT-B/16 runs on them with random weights, so without an accuracy.
+where FOLDER has JPEGs, whose decoding is timed; ViT-B/16 runs on them with random weights, so without an accuracy. The
+last part is memory, not time: the null engine over a tar of 1,000 and of 50,000 images, each in a process of its own.
 """
 
 import argparse
 import io
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
+import pytest
 import simplejpeg
 import torch
 from PIL import Image
@@ -24,21 +31,74 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 from tqdm.auto import tqdm
 
-from vitdemo import ImageNetVal, convert, data_path, load_model
+from tests.benchmarks.bench_extraction import make_archives
+from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
 from vitdemo.conversion.engines.contract import Engine
-from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import Preprocessing, prefetched_batches
 from vitdemo.inference.loop import predict
 from vitdemo.inference.random_input import run_random_input
+from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import Phases, cores, describe_machine, machine_record, now
-from vitdemo.paths import REPOSITORY
+from vitdemo.paths import REPOSITORY, replacing
 
 ROUNDS, BATCH, THREADS = 9, 8, 2
 BIG = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 PHOTOS = REPOSITORY.parent / "shared" / "photos"
 
-Rates = dict[str, list[float]]  # variant -> images/s, a value a round
+
+@dataclass
+class Turns:
+    """What became of a variant: images/s, a value a round, and how many of how many answers were right, if any."""
+
+    rates: list[float] = field(default_factory=list)
+    correct: int | None = None
+    images: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+
+@dataclass
+class Part:
+    """A part of the table: variants by name, and lines (what, a value a round, the target it is held to)."""
+
+    title: str
+    variants: dict[str, Turns]
+    lines: list[tuple[str, list[float], float | None]]
+
+    def __str__(self) -> str:
+        shown = [self.title]
+        for name, turns in self.variants.items():
+            accuracy = "" if turns.correct is None else f", top-1 {turns.correct}/{turns.images}"
+            low, high = min(turns.rates), max(turns.rates)
+            shown.append(f"  {name:40} {turns.median:8.1f} images/s ({low:.1f} to {high:.1f}){accuracy}")
+        for what, values, target in self.lines:
+            low, high = min(values), max(values)
+            verdict = (
+                "" if target is None else f", target {target}: {'missed' if self.missed(values, target) else 'met'}"
+            )
+            shown.append(f"  {what}: {statistics.median(values):.3f} ({low:.3f} to {high:.3f}){verdict}")
+        return "\n".join(shown)
+
+    @staticmethod
+    def missed(values: list[float], target: float | None) -> bool:
+        return target is not None and statistics.median(values) < target
+
+    def rows(self) -> list[dict]:
+        """One a variant (in images/s) and one a line (a ratio)."""
+        measured = [
+            dict(what=name, unit="images/s", values=turns.rates, correct=turns.correct, images=turns.images)
+            for name, turns in self.variants.items()
+        ]
+        measured += [dict(what=what, unit="ratio", values=values, target=target) for what, values, target in self.lines]
+        rows = []
+        for row in measured:
+            values = row.pop("values")
+            spread = dict(median=statistics.median(values), low=min(values), high=max(values), rounds=len(values))
+            rows.append({"part": self.title, **row, **spread})
+        return rows
 
 
 class Images(Dataset):
@@ -87,132 +147,224 @@ def input_variants(samples: list[Sample], preprocessing: Preprocessing) -> dict[
     }
 
 
-def whole_way(engine: Engine, samples: list[Sample], input_path: str = "fast") -> None:
+def whole_way(engine: Engine, samples: list[Sample], input_path: str = "fast") -> int:
+    """From files to rows; how many are right."""
     options = dict(device_batch_size=BATCH, input_path=input_path, workers=cores(), phases=Phases(), times=[])
-    for _ in predict(engine, samples, range(len(samples)), **options):
-        pass
+    rows = predict(engine, samples, range(len(samples)), **options)
+    return sum(row["correct"] for batch in rows for row in batch)
 
 
-def baseline(model: Model, samples: list[Sample]) -> None:
-    """What a user would write."""
+def baseline(model: Model, samples: list[Sample]) -> int:
+    """What a user would write; how many are right."""
     correct = 0
     loader = DataLoader(Images(samples, model.info.preprocessing), BATCH, num_workers=2)
     with torch.inference_mode():
         for images, labels in loader:
             correct += (model.module(images).argmax(1) == labels).sum().item()
+    return correct
 
 
-def take_turns(variants: dict[str, Callable[[], object]], images: int, rounds: int) -> Rates:
-    """Images/s; a variant may give its own rate. The round before them warms up and is not kept."""
-    rates: Rates = {name: [] for name in variants}
+Variant = Callable[[], float | int | None]  # its own images/s, or how many answers were right, or nothing
+
+
+def take_turns(variants: dict[str, Variant], images: int, rounds: int, *, scored: bool) -> dict[str, Turns]:
+    """Every variant once a round; the round before them warms up and is not kept."""
+    found = {name: Turns() for name in variants}
     for number in tqdm(range(rounds + 1), desc="rounds"):
         for name, run in list(variants.items())[:: -1 if number % 2 else 1]:
             start = now()
-            own = run()
-            rates[name].append(own if isinstance(own, float) else images / (now() - start))
-    return {name: values[1:] for name, values in rates.items()}
+            answer = run()
+            rate = answer if isinstance(answer, float) else images / (now() - start)
+            if number:
+                found[name].rates.append(rate)
+            if scored and isinstance(answer, int):
+                found[name].correct, found[name].images = answer, images
+    return found
 
 
-def ratio(rates: Rates, name: str, other: str) -> list[float]:
-    return [ours / theirs for ours, theirs in zip(rates[name], rates[other], strict=True)]
+def ratio(found: dict[str, Turns], name: str, other: str) -> list[float]:
+    """Round by round."""
+    return [ours / theirs for ours, theirs in zip(found[name].rates, found[other].rates, strict=True)]
 
 
-def line(what: str, values: list[float], target: float | None = None) -> str:
-    verdict = (
-        "" if target is None else f", target {target}: {'met' if statistics.median(values) >= target else 'MISSED'}"
-    )
-    return f"  {what}: {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f}){verdict}"
-
-
-def table(rates: Rates) -> str:
-    return "\n".join(
-        f"  {name:34} {statistics.median(values):8.1f} images/s ({min(values):.1f} to {max(values):.1f})"
-        for name, values in rates.items()
-    )
-
-
-def input_path(samples: list[Sample], rounds: int) -> str:
+def input_path(samples: list[Sample], rounds: int) -> Part:
     preprocessing = load_model("vit_shapes20").info.preprocessing
-    rates = take_turns(input_variants(samples, preprocessing), len(samples), rounds)
-    fastest_timm = {
-        "timm": [max(pair) for pair in zip(*(v for k, v in rates.items() if k.startswith("timm")), strict=True)]
-    }
-    return "\n".join(
+    found = take_turns(input_variants(samples, preprocessing), len(samples), rounds, scored=False)
+    timms = [turns.rates for name, turns in found.items() if name.startswith("timm")]
+    found_with_best = found | {"timm": Turns([max(rates) for rates in zip(*timms, strict=True)])}
+    return Part(
+        f"input path alone, {len(samples)} photographs to 224 x 224, {THREADS} threads or workers",
+        found,
         [
-            f"input path alone, {len(samples)} photographs to 224, {THREADS} threads or workers",
-            table(rates),
-            line("fast path / timm's better one", ratio(rates | fastest_timm, "fast path", "timm"), 3),
-            line("fast path / bare loop", ratio(rates, "fast path", "bare decode and resize"), 0.95),
-        ]
+            ("fast path / timm's better one", ratio(found_with_best, "fast path", "timm"), 3),
+            ("fast path / bare loop", ratio(found, "fast path", "bare decode and resize"), 0.95),
+        ],
     )
 
 
-def engine_variants(model: Model, samples: list[Sample], engines: list[tuple[str, str]]) -> dict[str, Callable]:
+def engine_variants(model: Model, samples: list[Sample], engines: list[tuple[str, str]]) -> dict[str, Variant]:
+    """For each engine: from files; random input with as many batches in flight as it takes; one call at a time."""
     variants = {}
     for name, precision in engines:
         engine = convert(model, name, precision)
+        alone = RandomInput(engine)
         variants[f"{name} {precision}, files"] = lambda engine=engine: whole_way(engine, samples)
-        variants[f"{name} {precision}, random input"] = lambda engine=engine: run_random_input(
-            engine, device_batch_size=BATCH, seconds=4
-        )["images_per_s"]
+        variants[f"{name} {precision}, random input"] = alone.in_flight
+        variants[f"{name} {precision}, one call at a time"] = alone.single
     return variants
 
 
-def small_model(samples: list[Sample], rounds: int) -> str:
+class RandomInput:
+    """The two rates of one random-input run, as two variants."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.last = engine, None
+
+    def in_flight(self) -> float:
+        self.last = run_random_input(self.engine, device_batch_size=BATCH, seconds=4)
+        return self.last["images_per_s"]
+
+    def single(self) -> float:
+        """By the mean call; of the run that the other variant made, or else one of its own."""
+        run = self.last or run_random_input(self.engine, device_batch_size=BATCH, seconds=4)
+        self.last = None
+        return BATCH * 1e3 / run["latency_ms"]["mean"]
+
+
+def overlap(found: dict[str, Turns], engine: str) -> tuple[str, list[float], None]:
+    alone = ratio(found, f"{engine}, random input", f"{engine}, one call at a time")
+    return (f"{engine}, random input: in flight / one call at a time", alone, None)
+
+
+def small_model(samples: list[Sample], rounds: int) -> Part:
     model = load_model("vit_shapes20")
     preprocessing = model.info.preprocessing
     null = convert(model, "null", "none")
     engines = [("openvino", "bf16"), ("openvino", "int8")]
     variants = engine_variants(model, samples, engines)
-    variants |= {
-        "decoding alone": lambda: input_variants(samples, preprocessing)["fast path"](),
-        "null engine, files": lambda: whole_way(null, samples),
-        "baseline": lambda: baseline(model, samples),
-    }
-    rates = take_turns(variants, len(samples), rounds)
-    lines = [f"vit_shapes20, {len(samples)} bundled images", table(rates)]
-    for name, precision in engines:
-        files, alone = f"{name} {precision}, files", f"{name} {precision}, random input"
-        bound = {"bound": [1 / (1 / d + 1 / e) for d, e in zip(rates["decoding alone"], rates[alone], strict=True)]}
-        lines.append(line(f"{files} / one after the other", ratio(rates | bound, files, "bound"), 0.85))
-        lines.append(line(f"{files} / baseline", ratio(rates, files, "baseline"), 3))
-    return "\n".join(lines)
+    variants["decoding alone"] = input_variants(samples, preprocessing)["fast path"]
+    variants["null engine, files: the harness alone"] = lambda: float(null_rate(null, samples))
+    variants["baseline"] = lambda: baseline(model, samples)
+    found = take_turns(variants, len(samples), rounds, scored=True)
+    lines = []
+    for name in ("openvino bf16", "openvino int8"):
+        files, alone = f"{name}, files", f"{name}, random input"
+        decoding = found["decoding alone"].rates
+        bound = [1 / (1 / d + 1 / e) for d, e in zip(decoding, found[alone].rates, strict=True)]
+        lines.append(
+            (f"{files} / decoding, then computing", ratio(found | {"bound": Turns(bound)}, files, "bound"), 0.85)
+        )
+        lines.append((f"{files} / baseline, mixed precision", ratio(found, files, "baseline"), 3))
+        lines.append(overlap(found, name))
+    return Part(f"vit_shapes20, {len(samples)} bundled images", found, lines)
 
 
-def big_model(samples: list[Sample], rounds: int) -> str:
+def null_rate(null: Engine, samples: list[Sample]) -> float:
+    """Images/s; what it answers is nobody's."""
+    start = now()
+    whole_way(null, samples)
+    return len(samples) / (now() - start)
+
+
+def big_model(samples: list[Sample], rounds: int) -> Part:
     model = load_model(BIG, "random")
     variants = engine_variants(model, samples, [("openvino", "bf16"), ("openvino", "int8")])
-    variants["baseline"] = lambda: baseline(model, samples[: len(samples) // 4])
-    rates = take_turns(variants, len(samples), rounds)
-    rates["baseline"] = [rate / 4 for rate in rates["baseline"]]  # of a quarter of the images
-    int8 = "openvino int8, files"
-    return "\n".join(
+    quarter = samples[: len(samples) // 4]
+
+    def baseline_of_a_quarter() -> float:
+        start = now()
+        baseline(model, quarter)
+        return len(quarter) / (now() - start)
+
+    variants["baseline, a quarter of the images"] = baseline_of_a_quarter
+    found = take_turns(variants, len(samples), rounds, scored=False)
+    int8, bf16, user = "openvino int8, files", "openvino bf16, files", "baseline, a quarter of the images"
+    return Part(
+        f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs",
+        found,
         [
-            f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs",
-            table(rates),
-            line("int8, files / random input", ratio(rates, int8, "openvino int8, random input"), 0.94),
-            line("int8, files / baseline, mixed precision", ratio(rates, int8, "baseline"), 6),
-            line("bf16, files / baseline, mixed precision", ratio(rates, "openvino bf16, files", "baseline"), 3.5),
-        ]
+            ("openvino int8, files / random input", ratio(found, int8, "openvino int8, random input"), 0.94),
+            ("openvino int8, files / baseline, mixed precision", ratio(found, int8, user), 6),
+            ("openvino bf16, files / baseline, mixed precision", ratio(found, bf16, user), 3.5),
+            overlap(found, "openvino int8"),
+            overlap(found, "openvino bf16"),
+        ],
     )
 
 
+SIZES = (1_000, 50_000)
+
+
+def peak_memory(tar: Path) -> int:
+    """Bytes: this process's peak after the null engine went over ``tar``."""
+    data = ImageNetVal(tar)
+    preprocessing = load_model("vit_shapes20").info.preprocessing
+    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    module = pooled.append(torch.nn.Linear(3, len(data.classes)))
+    model = Model.from_module(module, preprocessing, name="nothing", classes=data.classes)
+    run = evaluate(convert(model, "null", "none"), data, out=tar.parent / "run", progress=False)
+    assert run.metrics["images"] == len(data)
+    return run.metrics["peak_memory_bytes"]
+
+
+def memory() -> dict[int, int]:
+    """Peak bytes by the number of tar members."""
+    code = "import sys; from pathlib import Path; from tests.benchmarks.bench_single_device import peak_memory\n"
+    code += "print(peak_memory(Path(sys.argv[1])))"
+    found = {}
+    for images in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            tar = make_archives(Path(folder) / "archives", images)
+            done = subprocess.run([sys.executable, "-c", code, tar], capture_output=True, text=True, check=True)
+            found[images] = int(done.stdout.split()[-1])
+    return found
+
+
+def describe_memory(peaks: dict[int, int]) -> str:
+    few, many = (peaks[images] / 2**20 for images in SIZES)
+    return f"peak memory: {few:.0f} MiB for {SIZES[0]:,} images, {many:.0f} MiB for {SIZES[1]:,}: {many / few:.3f}"
+
+
 def photographs(folder: Path) -> list[Sample]:
-    """In memory, as random labels of shapes20: nobody scores them."""
+    """In memory, all of label 0: nobody scores them."""
     return [Sample(path.name, path.read_bytes(), "", 0) for path in sorted(folder.glob("*.JPEG"))]
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_with_the_data_set():
+    peaks = memory()
+    print(describe_memory(peaks))
+    assert peaks[SIZES[1]] <= 1.05 * peaks[SIZES[0]]
+
+
+@pytest.mark.soak
+def test_the_fast_path_against_timms_and_a_bare_loop(photos):
+    part = input_path(photographs(photos[0].parent), ROUNDS)
+    print(part)
+    assert not [what for what, values, target in part.lines if part.missed(values, target)]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photos", type=Path, default=PHOTOS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--part", choices=("input", "small", "big"), action="append")
+    parser.add_argument("--part", choices=("input", "small", "big", "memory"), action="append")
+    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    parts = arguments.part or ["input", "small", "big"]
+    wanted = arguments.part or ["input", "small", "big", "memory"]
     print(describe_machine(machine_record()))
-    if "input" in parts:
-        print(input_path(photographs(arguments.photos), arguments.rounds))
-    if "small" in parts:
-        print(small_model(list(ImageNetVal(data_path("shapes20"))), arguments.rounds))
-    if "big" in parts:
-        print(big_model(photographs(arguments.photos), arguments.rounds))
+    measures = {
+        "input": lambda: input_path(photographs(arguments.photos), arguments.rounds),
+        "small": lambda: small_model(list(ImageNetVal(data_path("shapes20"))), arguments.rounds),
+        "big": lambda: big_model(photographs(arguments.photos), arguments.rounds),
+    }
+    parts = []
+    for name in wanted:
+        if name in measures:
+            parts.append(measures[name]())
+            print(parts[-1], flush=True)
+    if "memory" in wanted:
+        print(describe_memory(memory()))
+    with replacing(arguments.out) as file:
+        pd.DataFrame([row for part in parts for row in part.rows()]).to_csv(file, index=False)
+    write_json(arguments.out.with_suffix(".machine.json"), machine_record())

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from vitdemo import Model, VitdemoError, convert, load_model, reference_crop
-from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
 
 

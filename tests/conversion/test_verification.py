@@ -22,7 +22,7 @@ from vitdemo import (
     load_model,
     reference_crop,
 )
-from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.calibration import calibration_for
 from vitdemo.conversion.comparison import LayerErrors, compare_answers, compare_logits
 from vitdemo.conversion.engines.eager import EagerEngine

@@ -32,6 +32,7 @@ from vitdemo import (
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import INPUT_PATHS
+from vitdemo.inference.evaluation import covered_s
 from vitdemo.paths import data_path
 
 
@@ -119,8 +120,15 @@ def test_files_say_what_the_result_says(evaluation):
 
 def test_wall_time_contains_its_parts(evaluation):
     m = evaluation.metrics
-    assert 0 < m["load_s"] + m["compute_s"] + m["write_s"] <= m["wall_s"]
+    assert 0 < m["decode_wait_s"] + m["compute_wait_s"] + m["postprocess_s"] <= m["wall_s"]
     assert m["images_per_s"] == pytest.approx(101 / m["wall_s"])
+    assert m["compute_wait_s"] <= m["inference_s"] <= m["wall_s"]
+    assert m["build_s"] is None and m["load_s"] > 0
+
+
+def test_overlapping_time_is_covered_once():
+    assert covered_s([]) == 0.0
+    assert covered_s([(0.0, 2.0), (1.0, 1.5), (1.0, 3.0), (5.0, 6.0)]) == 4.0
 
 
 def test_summary_line_has_accuracy_beside_speed(evaluation, vit_shapes20, shapes20):
@@ -324,7 +332,12 @@ def kill_and_resume(tmp_path, evaluation, kills: int, seed: int) -> None:
             process.kill()
     subprocess.run(command, check=True, capture_output=True)
     assert (out / "predictions.csv").read_bytes() == (evaluation.out / "predictions.csv").read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.csv", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "flagperf.csv",
+        "metrics.json",
+        "predictions.csv",
+        "run.json",
+    ]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["valid"] and metrics["correct"] == evaluation.metrics["correct"]
 

@@ -102,7 +102,7 @@ BREAKS = {
         ],
         [
             name("same", lambda same: same // 2),
-            metric("half", precision_ran={"fp32": 1.0}),
+            metric("other", precision_ran={"fp32": 1.0}),
         ],
     ],
 }

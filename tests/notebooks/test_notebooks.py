@@ -37,7 +37,7 @@ def test_notebook_runs_and_leaves_its_artefacts(report, path):
     assert figures, "no figure was drawn"
 
 
-@pytest.mark.parametrize("name, folder", [("00_tour", "evaluation"), ("03_single_device", "bf16")])
+@pytest.mark.parametrize("name, folder", [("00_tour", "evaluation"), ("03_single_device", "candidate")])
 def test_evaluations_in_notebooks_count_every_image(report, name, folder):
     out = report.index.parent / name / folder
     metrics = json.loads((out / "metrics.json").read_text())

@@ -10,33 +10,27 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from types import CodeType
 
-import pandas as pd
 import torch
-from filelock import FileLock, Timeout
-from torch import nn
+from filelock import FileLock
 
 from vitdemo.conversion import graph
+from vitdemo.conversion.architecture import architecture_sha256
+from vitdemo.conversion.cache import CARD, VERIFIED, artifacts_root
 from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
-from vitdemo.conversion.models import Model
+from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, now
-from vitdemo.paths import PART, cache_root
-
-CARD = "card.json"
-VERIFIED = ".verified.json"  # after the artifact's name, as nothing is added to an artifact once it is built
-OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
-CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
+from vitdemo.paths import PART
 
 
 def convert(
@@ -61,14 +55,7 @@ def convert(
         raise VitdemoError(f"threads {threads}: must be at least 1")
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
     model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
-    recipe = Recipe(model, cls, precision, _resolve_device(device, cls), images)
-    if issubclass(cls, CompiledEngine):
-        with named_errors(artifacts_root()):
-            return recipe.cached(threads or cores(), force)
-    start = now()
-    ready = cls(model, precision, device=recipe.device, threads=threads or cores())
-    ready.card, ready.load_s = {"key": recipe.key, **recipe.ingredients}, now() - start
-    return ready
+    return Recipe(model, cls, precision, _resolve_device(device, cls), images).engine(threads or cores(), force)
 
 
 @dataclass(frozen=True)
@@ -84,17 +71,15 @@ class Recipe:
     @cached_property
     def ingredients(self) -> dict:
         """Everything that shapes the artifact, as JSON can hold it."""
-        packages = ("torch", "torchvision", "timm", *self.cls.packages)
         return {
             "engine": self.cls.name,
             "precision": self.precision,
             "device": self.device,
             "model": self.model.info.to_dict(),
-            "architecture": _architecture(self.model.module),
+            "architecture": architecture_sha256(self.model.module),
             "builder": _sha256("".join(map(inspect.getsource, (inspect.getmodule(self.cls), graph))).encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
-            "versions": {name: installed_version(name) for name in ("vitdemo", *packages)},
-            "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
+            **built_for(self.cls),
         }
 
     @cached_property
@@ -102,22 +87,43 @@ class Recipe:
         """sha256 of the ingredients."""
         return _sha256(json.dumps(self.ingredients, sort_keys=True).encode())
 
+    def engine(self, threads: int, force: bool = False) -> Engine:
+        """The engine, from the cache if it is one that is built."""
+        if issubclass(self.cls, CompiledEngine):
+            with named_errors(artifacts_root()):
+                ready = self.cached(threads, force)
+        else:
+            start = now()
+            ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
+            ready.card, ready.load_s = {"key": self.key, **self.ingredients}, now() - start
+        ready.recipe = self
+        return ready
+
+    def ticket(self) -> "Ticket":
+        """What another process needs to get the same engine."""
+        what = self.cls, self.precision, self.device, self.model.info
+        return Ticket(self.folder_name, self.key, *what, built_for(self.cls))
+
+    @property
+    def folder_name(self) -> str:
+        name = re.sub(r"[^\w.]+", "_", self.model.info.tag)
+        return f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
+
     def cached(self, threads: int, force: bool) -> Engine:
         """The engine from the cache, where it is built first if it is not there or ``force`` is given."""
-        name = re.sub(r"[^\w.]+", "_", self.model.info.tag)
-        folder = artifacts_root() / f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
+        folder = artifacts_root() / self.folder_name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
             if folder.exists() and not force:
                 try:
-                    return self._load(folder, threads)
+                    return self.ticket().load(folder, threads)
                 except VitdemoError:  # what this machine lacks a new build would not put right
                     raise
                 except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
                     reason = str(error).strip().split("\n")[0] or type(error).__name__
                     print(f"{folder}: cannot be used ({reason}); building it again", file=sys.stderr)
             self._build(folder)
-            return self._load(folder, threads)
+            return self.ticket().load(folder, threads)
 
     def _build(self, folder: Path) -> None:
         partial = folder.with_name(folder.name + PART)
@@ -158,7 +164,31 @@ class Recipe:
                 "or set VITDEMO_CACHE to another folder"
             )
 
-    def _load(self, folder: Path, threads: int) -> Engine:
+
+@dataclass(frozen=True)
+class Ticket:
+    """What another process, perhaps on another machine, needs to get an engine: where it lies in a cache, and whose.
+
+    built_for: the versions and the instruction set that the artifact holds for.
+    """
+
+    folder_name: str
+    key: str
+    cls: type[Engine]
+    precision: str
+    device: str
+    info: ModelInfo
+    built_for: dict
+
+    def open(self, recipe: Callable[[], Recipe], threads: int) -> Engine:
+        """The engine from this machine's cache; built from ``recipe`` where it has none, or is another machine."""
+        folder = artifacts_root() / self.folder_name
+        if folder.exists() and self.built_for == built_for(self.cls):
+            with FileLock(f"{folder}.lock"), suppress(Exception):  # what is wrong the next line puts right, or says
+                return self.load(folder, threads)
+        return replace(recipe()).engine(threads)  # a copy forgets the key that it has elsewhere
+
+    def load(self, folder: Path, threads: int) -> Engine:
         """Raises anything when the artifact is damaged or another one."""
         start = now()
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -170,57 +200,24 @@ class Recipe:
             files = pool.submit(_files, folder)
             if self.cls.machine_code:
                 _check_files(card, files.result())
-            ready = self.cls(folder, self.model.info, self.precision, device=self.device, threads=threads)
+            ready = self.cls(folder, self.info, self.precision, device=self.device, threads=threads)
             _check_files(card, files.result())
         ready.card, ready.load_s = card, now() - start
         return ready
 
 
+def built_for(cls: type[Engine]) -> dict:
+    """The versions and the CPU's instructions here that an artifact of ``cls`` depends on."""
+    packages = ("vitdemo", "torch", "torchvision", "timm", *cls.packages)
+    return {
+        "versions": {name: installed_version(name) for name in packages},
+        "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
+    }
+
+
 def _check_files(card: dict, files: dict) -> None:
     if card["files"] != files:
         raise ValueError("its files are not those that were built")
-
-
-def artifacts_root() -> Path:
-    """The folder of the artifacts."""
-    return cache_root() / "artifacts"
-
-
-def cached_artifacts() -> pd.DataFrame:
-    """What is in the cache, a row an artifact: model, weights, engine, precision, bytes, build_s, built, key."""
-    rows = []
-    for path in sorted(artifacts_root().glob(f"*/{CARD}")):
-        if path.parent.name.endswith(PART):  # being built
-            continue
-        try:
-            card = json.loads(path.read_text(encoding="utf-8"))
-            size = sum(file["bytes"] for file in card["files"].values())
-            row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
-            rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            size = _bytes_below(path.parent)
-            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
-    return pd.DataFrame(rows, columns=CARD_COLUMNS)
-
-
-def clear_cache() -> int:
-    """Remove every artifact but one that is being built just now; the bytes that became free.
-
-    An engine that is loaded goes on running, but may no longer show its layers.
-    """
-    freed = 0
-    with named_errors(artifacts_root()):
-        for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
-            whole = str(folder).removesuffix(PART)
-            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
-                freed += _bytes_below(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                Path(f"{whole}{VERIFIED}").unlink(missing_ok=True)
-    return freed  # the lock files stay, as somebody may be waiting for one
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _engine_class(engine: str, precision: str) -> type[Engine]:
@@ -249,57 +246,6 @@ def _resolve_device(device: str, cls: type[Engine]) -> str:
     if not cls.runs_on(device):
         raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
     return device
-
-
-def _architecture(module: nn.Module) -> str:
-    """sha256 of what a module computes with its weights.
-
-    That is its repr, its classes' source, and the plain values its parts hold: a LayerNorm's eps and the kind of a
-    GELU are in no state dict.
-    """
-    digest = hashlib.sha256(repr(module).encode())
-    own = {cls for part in module.modules() for cls in type(part).__mro__ if issubclass(cls, nn.Module)}
-    for cls in sorted(own - {nn.Module}, key=lambda cls: (cls.__module__, cls.__qualname__)):
-        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{_source(cls)}".encode())
-    for name, part in module.named_modules():
-        held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
-        plain = {key: value for key, value in held.items() if _is_plain(value)}
-        calls = {key: _source(value) for key, value in held.items() if inspect.isroutine(value)}
-        tensors = {key: _sha256(value.numpy(force=True).tobytes()) for key, value in held.items() if _is_tensor(value)}
-        digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())} {sorted(tensors.items())}\n".encode())
-    return digest.hexdigest()
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (int, float, str))
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16  # which numpy does not know
-
-
-def _source(thing) -> str:
-    """The source of a class or a function; of one that has none, as a class typed into a notebook, its code."""
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        held = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
-        return name + "".join(_code(value.__code__) for value in held if inspect.isfunction(value))
-
-
-def _code(code: CodeType) -> str:
-    """A function's bytecode, names and constants, those of the functions in it included."""
-    constants = [_code(value) if isinstance(value, CodeType) else _repr(value) for value in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _repr(value: object) -> str:
-    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
 
 
 def _sizes(folder: Path) -> dict[str, int]:

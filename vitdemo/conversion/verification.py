@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from vitdemo.conversion.artifacts import CARD, VERIFIED, artifacts_root
+from vitdemo.conversion.cache import CARD, VERIFIED, artifacts_root
 from vitdemo.conversion.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.conversion.engines.eager import EagerEngine

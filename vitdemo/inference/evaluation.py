@@ -1,6 +1,8 @@
 """evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
 
 import hashlib
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -13,8 +15,16 @@ from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, BatchTimes, predict
-from vitdemo.inference.records import METRICS, appending, claim_run, csv_lines, finished_metrics, write_json
+from vitdemo.inference.loop import PREDICTED, BatchTimes, predict
+from vitdemo.inference.records import (
+    METRICS,
+    appending,
+    claim_run,
+    csv_lines,
+    finished_metrics,
+    rows_frame,
+    write_json,
+)
 from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
 
 SETTINGS_SHOWN = ("engine", "precision", "device", "threads", "device_batch_size", "input_path")
@@ -78,41 +88,42 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = Path(out) if out is not None else None
     with named_errors(out or data.path):
-        earlier = claim_run(out, settings, data, resume) if out else []
-        finished = finished_metrics(out) if out and len(earlier) == images else None
+        lines = claim_run(out, settings, data, resume) if out else []
+        finished = finished_metrics(out) if out and len(lines) == images else None
     if finished:
-        return Evaluation(_frame(earlier), finished, out, _times_frame([], 0.0))
-    rows, phases, times = list(earlier), Phases(), []
+        return Evaluation(rows_frame(lines), finished, out, _times_frame([], 0.0))
+    phases, times = Phases(), []
     start, cpu = now(), process_time()
-    bar = tqdm(total=images, initial=len(rows), unit="image", disable=not progress, desc="evaluate")
+    bar = tqdm(total=images, initial=len(lines), unit="image", disable=not progress, desc="evaluate")
     try:
         with named_errors(out or data.path), appending(out) as file, bar:
-            todo = range(len(rows), images)
+            todo = range(len(lines), images)
             options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
             for batch_rows in predict(engine, data, todo, **options, phases=phases, times=times):
-                with phases("write"):
-                    rows += batch_rows
+                with phases("postprocess"):
+                    lines += (batch_lines := csv_lines(batch_rows))
                     if file:
-                        file.write(csv_lines(batch_rows))
+                        file.writelines(batch_lines)
                         file.flush()
                     bar.update(len(batch_rows))
     except EngineFailure as failure:
         if out:
-            write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(rows)})
+            write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(lines)})
         raise
     wall_s, cpu_s = now() - start, process_time() - cpu
-    if [row["file"] for row in rows] != data.files[:images]:
+    rows = rows_frame(lines)
+    if rows["file"].tolist() != data.files[:images]:
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
     metrics = summarise(rows, settings, engine, times, phases, wall_s, cpu_s)
     metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
             write_json(out / METRICS, metrics)
-    return Evaluation(_frame(rows), metrics, out, _times_frame(times, start))
+    return Evaluation(rows, metrics, out, _times_frame(times, start))
 
 
 def summarise(
-    rows: list[dict],
+    rows: pd.DataFrame,
     settings: dict,
     engine: Engine,
     times: list[BatchTimes],
@@ -128,8 +139,14 @@ def summarise(
       answers mean nothing.
     - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
       row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
-    - ``load_s``, ``compute_s``, ``write_s``: how long the loop waited for decoded batches, waited for the engine,
-      and wrote rows. Decoding runs beside computing, so a small ``load_s`` means decoding was hidden, not free.
+    - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
+      for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
+      decoding was hidden, not free.
+    - ``inference_s``: how long the engine had a batch to work on, from submission to logits, what overlaps counted
+      once.
+    - ``flops_per_image``: 2 x the multiply-accumulates of the model, for an MFU.
+    - ``build_s``, ``load_s``: how long it took to build the engine's artifact, whenever that was (None where nothing
+      is built), and to make it ready to run. In neither ``wall_s`` nor ``images_per_s``.
     - ``decode_share``, ``compute_share``: the shares of the cores that decoding got, and all else (the engine, and
       Python): CPU seconds, as the system counts them a thread, over ``wall_s`` x cores. What is missing to 1 was idle,
       or other programs'.
@@ -141,8 +158,8 @@ def summarise(
     it was not calibrated or nobody knows the files.
     """
     images = len(rows)
-    correct = sum(row["correct"] for row in rows)
-    correct_top5 = sum(row["label"] in [row.get(name) for name in PREDICTED] for row in rows)
+    correct = int(rows["correct"].sum())
+    correct_top5 = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
     latencies_s = [batch.finished - batch.submitted for batch in times]
     decode_cpu_s = sum(batch.decode_cpu_s for batch in times)
     means_something = engine.info.weights != "random" and engine.name != "null"
@@ -164,12 +181,16 @@ def summarise(
         "images": images,
         "correct": correct,
         "correct_top5": correct_top5,
-        "errors": sum(bool(row["error"]) for row in rows),
+        "errors": int(rows["error"].ne("").sum()),
         **(accuracy if means_something else dict.fromkeys(accuracy)),
         "session_images": (session_images := sum(batch.images for batch in times)),
         "wall_s": wall_s,
         "images_per_s": session_images / wall_s if session_images else None,
-        **{f"{name}_s": phases.seconds.get(name, 0.0) for name in ("load", "compute", "write")},
+        **{f"{name}_s": phases.seconds.get(name, 0.0) for name in ("decode_wait", "compute_wait", "postprocess")},
+        "flops_per_image": engine.info.flops_per_image,
+        "inference_s": covered_s((batch.submitted, batch.finished) for batch in times),
+        "build_s": engine.card.get("build_s"),
+        "load_s": engine.load_s,
         "decode_share": decode_cpu_s / (wall_s * cores()),
         "compute_share": (cpu_s - decode_cpu_s) / (wall_s * cores()),
         "fallbacks": sum(batch.fallbacks for batch in times),
@@ -177,6 +198,15 @@ def summarise(
         "latency_ms": percentiles_ms(latencies_s[1:]),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Seconds that at least one interval covers; ``intervals``: (begin, end) in seconds, by ascending begin."""
+    covered, reached = 0.0, -math.inf
+    for begin, end in intervals:
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
 
 
 def wilson_interval(correct: int, images: int) -> list[float]:
@@ -232,8 +262,3 @@ def _times_frame(times: list[BatchTimes], start: float) -> pd.DataFrame:
     frame = pd.DataFrame(times, columns=BatchTimes._fields)
     moments = ["decode_began", "decode_ended", "submitted", "finished"]
     return frame.assign(**(frame[moments] - start))
-
-
-def _frame(rows: list[dict]) -> pd.DataFrame:
-    frame = pd.DataFrame(rows, columns=COLUMNS)
-    return frame.astype({name: "Int64" for name in PREDICTED} | {name: "float64" for name in PROBABILITY})

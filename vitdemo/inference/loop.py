@@ -70,8 +70,9 @@ def predict(
     """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, a list a batch, in order.
 
     Batches start at ``indices.start`` and are ``device_batch_size`` long, the last one as long as what is
-    left. ``input_path`` and ``workers``, threads that decode, as in ``prefetched_batches``. Adds the seconds this
-    thread waited to ``phases`` ("load" for decoded batches, "compute" for the engine) and a row a batch to ``times``.
+    left. ``input_path`` and ``workers``, threads that decode, as in ``prefetched_batches``. Adds to ``phases`` the
+    seconds this thread waited for decoded batches ("decode_wait") and for the engine ("compute_wait") and made rows
+    ("postprocess"), and a row a batch to ``times``.
     Raises EngineFailure when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
@@ -81,14 +82,14 @@ def predict(
 
     def finish() -> tuple[Batch, torch.Tensor]:
         oldest = in_flight.popleft()
-        with phases("compute"):
+        with phases("compute_wait"):
             logits = _logits(engine, oldest.batch, oldest.future)
         times.append(oldest.times())
         return oldest.batch, logits
 
     try:
         while True:
-            with phases("load"):
+            with phases("decode_wait"):
                 batch = next(batches, None)
             # The engine gets its next batch before the last one's rows are made: it never waits for Python.
             done = finish() if in_flight and (batch is None or len(in_flight) == engine.depth) else None
@@ -96,7 +97,9 @@ def predict(
                 submitted = now()
                 in_flight.append(InFlight(batch, engine.submit(batch.pixels), submitted))
             if done:
-                yield _rows(*done)
+                with phases("postprocess"):
+                    rows = _rows(*done)
+                yield rows
             elif batch is None:
                 return
     finally:

@@ -83,7 +83,9 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
 def plot_time(evaluation: Evaluation) -> Figure:
     """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest."""
     m = evaluation.metrics
-    parts = {"waiting for images": m["load_s"], "waiting for the engine": m["compute_s"], "writing rows": m["write_s"]}
+    names = {"decode_wait_s": "waiting for images", "compute_wait_s": "waiting for the engine"}
+    names["postprocess_s"] = "making and writing rows"
+    parts = {name: m[key] for key, name in names.items()}
     parts["the rest"] = max(0.0, m["wall_s"] - sum(parts.values()))
     figure, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
     left = 0.0

@@ -1,33 +1,36 @@
-"""The folder of a run: predictions.csv, metrics.json and run.json, written so that a killed run can be resumed."""
+"""The files in a run's folder, written so that a killed run can be resumed."""
 
 import csv
 import io
 import json
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
+import pandas as pd
+
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
-from vitdemo.inference.loop import COLUMNS, PREDICTED
+from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY
 from vitdemo.measure.clock import machine_record
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
 
 PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
+FLAGPERF = "flagperf.csv"
+HEADER = ",".join(COLUMNS) + "\n"
 
 
-def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[dict]:
-    """Take ``out`` for a run of ``settings``; the rows that an interrupted run left there, in whole batches.
+def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
+    """Take ``out`` for a run of ``settings``; the lines that an interrupted run left there, of whole batches.
 
     Raises VitdemoError, and leaves ``out`` as it is, when it holds anything but such a run to resume.
     """
     settings = json.loads(json.dumps(settings))
     if out.is_dir():
-        remove_leftovers(out, RUN, PREDICTIONS, METRICS)
+        remove_leftovers(out, RUN, PREDICTIONS, METRICS, FLAGPERF)
     if not resume or not out.is_dir() or not any(out.iterdir()):
         claim_folder(out)
-        rows = []
+        lines = []
     else:
         try:
             before = dict(json.loads((out / RUN).read_text(encoding="utf-8"))["settings"])
@@ -37,15 +40,16 @@ def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> lis
         if different:
             what = ", ".join(different)
             raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
-        rows = _read_rows(out / PREDICTIONS, data)
-    if len(rows) < settings["images"]:
+        lines = _read_lines(out / PREDICTIONS, data)
+    if len(lines) < settings["images"]:
         # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
         batch = settings["device_batch_size"]
-        rows = rows[: len(rows) // batch * batch]
+        lines = lines[: len(lines) // batch * batch]
         (out / METRICS).unlink(missing_ok=True)  # of a run that broke
         write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-        _write_rows(out / PREDICTIONS, rows)
-    return rows
+        with replacing(out / PREDICTIONS) as file:
+            file.write(HEADER + "".join(lines))
+    return lines
 
 
 def finished_metrics(out: Path) -> dict | None:
@@ -57,18 +61,20 @@ def finished_metrics(out: Path) -> dict | None:
     return metrics if metrics.get("valid") else None
 
 
-def _read_rows(path: Path, data: ImageNetVal) -> list[dict]:
-    """The whole rows of an interrupted run; VitdemoError when they are not rows of ``data``, in order."""
+def _read_lines(path: Path, data: ImageNetVal) -> list[str]:
+    """The whole lines of an interrupted run; VitdemoError when they are not rows of ``data``, in order."""
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1]  # the last one may be torn by the interruption
-        rows = [_parsed(row) for row in csv.DictReader(io.StringIO(whole_lines))]
-    except (ValueError, KeyError, TypeError, csv.Error):
-        rows = None
-    expected = zip(data.files, data.labels, strict=True)
-    if rows is None or [(row["file"], row["label"]) for row in rows] != list(islice(expected, len(rows))):
+        whole = text[: text.rfind("\n") + 1]  # the last line may be torn by the interruption
+        header, *lines = io.StringIO(whole).readlines() or [HEADER]
+        rows = rows_frame(lines)
+        found = header, rows["file"].tolist(), rows["label"].tolist()
+        ours = found == (HEADER, data.files[: len(lines)], data.labels[: len(lines)])
+    except ValueError:  # no UTF-8, or no table of these columns
+        ours = False
+    if not ours:
         raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
-    return rows
+    return lines
 
 
 def appending(out: Path | None) -> AbstractContextManager[TextIO | None]:
@@ -76,22 +82,27 @@ def appending(out: Path | None) -> AbstractContextManager[TextIO | None]:
     return open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
 
 
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as file:
-        file.write(",".join(COLUMNS) + "\n" + csv_lines(rows))
-
-
-def csv_lines(rows: list[dict]) -> str:
-    """The rows as predictions.csv has them, without its header."""
+def csv_lines(rows: list[dict]) -> list[str]:
+    """The rows as predictions.csv has them, a line each."""
     text = io.StringIO()
     csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    text.seek(0)
+    return text.readlines()  # not splitlines, which knows more ends of lines than this file has
 
 
-def _parsed(row: dict) -> dict:
-    """A row of predictions.csv as ``predict`` made it."""
-    integers = {name: int(row[name]) for name in ("label", "correct", *PREDICTED) if row[name]}
-    return {name: value for name, value in row.items() if value or name == "error"} | integers
+def rows_frame(lines: list[str]) -> pd.DataFrame:
+    """The lines of predictions.csv as a table, a row an image. Raises ValueError where they are none."""
+    types = {"label": "int64", "correct": "int64"} | dict.fromkeys(PREDICTED, "Int64")
+    types |= dict.fromkeys(PROBABILITY, "float64") | dict.fromkeys(("file", "wnid", "error"), "object")
+    numbers = [*PREDICTED, *PROBABILITY]  # an unreadable image has none
+    return pd.read_csv(
+        io.StringIO("".join(lines)),
+        names=COLUMNS,
+        dtype=types,
+        na_values=dict.fromkeys(numbers, [""]),
+        keep_default_na=False,
+        index_col=False,
+    )
 
 
 def write_json(path: Path, content: dict) -> None:

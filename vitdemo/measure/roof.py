@@ -7,6 +7,7 @@ clock that a processor holds, and the share that other programs take, are in no 
 import hashlib
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -73,6 +74,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
         with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
             kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
         if fresh or key not in kept:
+            print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
             products = Products(precision, shapes)
             best = max((products.best(seconds=2) for _ in range(ROUNDS)), key=lambda roof: roof.flops_per_s)
             kept[key] = best

@@ -32,8 +32,8 @@ class Engine(ABC):
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
     info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
     runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
-    shaped it. load_s: seconds it took to read the artifact, check it and make it ready to run. has_run: whether it was
-    called yet.
+    shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
+    artifact, check it and make it ready to run. has_run: whether it was called yet.
     """
 
     name: ClassVar[str]
@@ -47,6 +47,7 @@ class Engine(ABC):
         self.device = device
         self.threads = threads
         self.card: dict = {}
+        self.recipe = None
         self.load_s: float | None = None
         self.has_run = False
         self._worker: ThreadPoolExecutor | None = None

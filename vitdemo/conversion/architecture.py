@@ -1,0 +1,65 @@
+"""A fingerprint of what a module computes with its weights, which are fingerprinted apart."""
+
+import hashlib
+import inspect
+from types import CodeType
+
+import torch
+from torch import nn
+
+OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
+
+
+def architecture_sha256(module: nn.Module) -> str:
+    """sha256 of what a module computes with its weights.
+
+    That is its repr, its classes' source, and the plain values its parts hold: a LayerNorm's eps and the kind of a
+    GELU are in no state dict.
+    """
+    digest = hashlib.sha256(repr(module).encode())
+    own = {cls for part in module.modules() for cls in type(part).__mro__ if issubclass(cls, nn.Module)}
+    for cls in sorted(own - {nn.Module}, key=lambda cls: (cls.__module__, cls.__qualname__)):
+        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{_source(cls)}".encode())
+    for name, part in module.named_modules():
+        held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
+        plain = {key: value for key, value in held.items() if _is_plain(value)}
+        calls = {key: _source(value) for key, value in held.items() if inspect.isroutine(value)}
+        tensors = {key: _sha256(value) for key, value in held.items() if _is_tensor(value)}
+        digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())} {sorted(tensors.items())}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16  # which numpy does not know
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()
+
+
+def _source(thing) -> str:
+    """The source of a class or a function; of one that has none, as a class typed into a notebook, its code."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        name = getattr(thing, "__qualname__", type(thing).__qualname__)
+        held = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
+        return name + "".join(_code(value.__code__) for value in held if inspect.isfunction(value))
+
+
+def _code(code: CodeType) -> str:
+    """A function's bytecode, names and constants, those of the functions in it included."""
+    constants = [_code(value) if isinstance(value, CodeType) else _repr(value) for value in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _repr(value: object) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
