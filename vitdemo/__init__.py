@@ -56,7 +56,9 @@ _HOME = {
     "flagperf_row": "inference.validation",
     "roof_of": "inference.validation",
     "run_random_input": "inference.random_input",
-    "wilson_interval": "inference.evaluation",
+    "Replicas": "inference.replicas",
+    "stop_ray": "inference.cluster",
+    "wilson_interval": "inference.metrics",
     "compare_published": "inference.published",
     "published_accuracy": "inference.published",
     "diagnose": "inference.diagnosis",
@@ -66,6 +68,9 @@ _HOME = {
     "plot_predictions": "inference.plots",
     "plot_time": "inference.plots",
     "plot_timeline": "inference.plots",
+    "plot_split": "inference.plots",
+    "plot_replicas": "inference.plots",
+    "plot_scaling": "inference.plots",
 }
 __all__ = list(_HOME)
 

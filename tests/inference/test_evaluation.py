@@ -32,7 +32,7 @@ from vitdemo import (
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import INPUT_PATHS
-from vitdemo.inference.evaluation import covered_s
+from vitdemo.inference.metrics import covered_s
 from vitdemo.paths import data_path
 
 

@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -139,7 +139,8 @@ def _refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing)
 class Batch:
     """Consecutive samples, decoded. ``start`` is the first one's index in the data set.
 
-    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason.
+    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason. Once nobody
+    needs them any more, ``recycle()`` gives their memory to a batch to come.
     fallbacks: how many images of the fast path the reference path had to decode. began, ended: ``now()`` seconds, from
     the first image's first byte to the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
     """
@@ -154,6 +155,7 @@ class Batch:
     began: float
     ended: float
     decode_cpu_s: float
+    recycle: Callable[[], None]
 
 
 class Loaded(NamedTuple):
@@ -214,13 +216,14 @@ def prefetched_batches(
     """
     starts = iter(range(indices.start, indices.stop, device_batch_size))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting = deque()
+    waiting, buffers = deque(), []
 
     def begin(start):
         rows = range(start, min(start + device_batch_size, indices.stop))
-        pixels = torch.empty((len(rows), *preprocessing.input_size), dtype=torch.uint8)
-        futures = [pool.submit(_load_into, pixels[k], data, i, preprocessing, input_path) for k, i in enumerate(rows)]
-        return start, pixels, futures
+        shape = device_batch_size, *preprocessing.input_size
+        buffer = buffers.pop() if buffers else torch.empty(shape, dtype=torch.uint8)
+        futures = [pool.submit(_load_into, buffer[k], data, i, preprocessing, input_path) for k, i in enumerate(rows)]
+        return start, buffer[: len(rows)], futures, lambda: buffers.append(buffer)
 
     try:
         for start in starts:
@@ -233,7 +236,7 @@ def prefetched_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(start: int, pixels: torch.Tensor, futures: list) -> Batch:
+def _finished(start: int, pixels: torch.Tensor, futures: list, recycle: Callable[[], None]) -> Batch:
     loaded = [future.result() for future in futures]
     return Batch(
         start=start,
@@ -246,4 +249,5 @@ def _finished(start: int, pixels: torch.Tensor, futures: list) -> Batch:
         began=min(image.began for image in loaded),
         ended=max(image.ended for image in loaded),
         decode_cpu_s=sum(image.cpu_s for image in loaded),
+        recycle=recycle,
     )

@@ -11,7 +11,6 @@ from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
-from vitdemo.inference.evaluation import wilson_interval
 from vitdemo.inference.hypotheses import (
     EXTRACT,
     FLAT,
@@ -24,6 +23,7 @@ from vitdemo.inference.hypotheses import (
     planned_runs,
     preprocessing_hypotheses,
 )
+from vitdemo.inference.metrics import wilson_interval
 from vitdemo.inference.published import Published, published_for
 from vitdemo.inference.relabelling import read_numbering
 from vitdemo.measure.clock import now

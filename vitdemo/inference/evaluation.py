@@ -1,21 +1,23 @@
 """evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
 
 import hashlib
-import math
-from collections.abc import Iterable
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
 
 import pandas as pd
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.inference.loop import PREDICTED, BatchTimes, predict
+from vitdemo.inference.cluster import check_ray
+from vitdemo.inference.loop import BatchTimes, predict
+from vitdemo.inference.metrics import Session, summarise
 from vitdemo.inference.records import (
     METRICS,
     appending,
@@ -25,9 +27,9 @@ from vitdemo.inference.records import (
     rows_frame,
     write_json,
 )
-from vitdemo.measure.clock import Phases, cores, machine_record, now, peak_memory_bytes, percentiles_ms
-
-SETTINGS_SHOWN = ("engine", "precision", "device", "threads", "device_batch_size", "input_path")
+from vitdemo.inference.replicas import Replicas
+from vitdemo.inference.splits import SPLITS
+from vitdemo.measure.clock import cores, machine_record, now, percentiles_ms
 
 
 @dataclass
@@ -68,151 +70,109 @@ def evaluate(
     data: ImageNetVal,
     *,
     device_batch_size: int = 8,
+    replicas: int | Replicas | None = None,
+    split: str = "async",
     input_path: str = "fast",
     limit: int | None = None,
     out: Path | str | None = None,
     resume: bool = False,
+    ray_address: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Run ``engine`` over the first ``limit`` images of ``data`` (all by default) in ascending file order.
 
     Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. input_path:
     "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the difference.
+    replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or ``Replicas``
+    that were started before, of this engine and data. split: "async" or "sync", see ``AsyncSplit`` and ``SyncSplit``.
     With ``out``, the rows go to ``out/predictions.csv`` as they come, then ``metrics.json`` (see
     ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on where an
     interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure,
-    after writing ``"valid": false``, when the engine breaks.
+    after writing ``"valid": false``, when the engine breaks. With replicas the same images get the same rows; a replica
+    that dies or hangs is replaced, and what it did not bring back is done again.
     """
     _check_input(engine, data, device_batch_size, input_path, limit)
+    _check_replicas(engine, data, replicas, split, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = Path(out) if out is not None else None
     with named_errors(out or data.path):
-        lines = claim_run(out, settings, data, resume) if out else []
-        finished = finished_metrics(out) if out and len(lines) == images else None
+        kept = claim_run(out, settings, data, resume) if out else []
+        finished = finished_metrics(out) if out and len(kept) == images else None
+    text, done = io.BytesIO(), len(kept)  # a table of 50,000 rows would grow while it runs; their text is small
+    text.write("".join(kept).encode())
     if finished:
-        return Evaluation(rows_frame(lines), finished, out, _times_frame([], 0.0))
-    phases, times = Phases(), []
-    start, cpu = now(), process_time()
-    bar = tqdm(total=images, initial=len(lines), unit="image", disable=not progress, desc="evaluate")
-    try:
-        with named_errors(out or data.path), appending(out) as file, bar:
-            todo = range(len(lines), images)
-            options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
-            for batch_rows in predict(engine, data, todo, **options, phases=phases, times=times):
-                with phases("postprocess"):
-                    lines += (batch_lines := csv_lines(batch_rows))
-                    if file:
-                        file.writelines(batch_lines)
-                        file.flush()
-                    bar.update(len(batch_rows))
-    except EngineFailure as failure:
-        if out:
-            write_json(out / METRICS, {"valid": False, "error": str(failure), "images": len(lines)})
-        raise
-    wall_s, cpu_s = now() - start, process_time() - cpu
-    rows = rows_frame(lines)
+        return Evaluation(rows_frame(text.getvalue()), finished, out, _times_frame([], 0.0))
+    todo = range(done, images)
+    options = dict(device_batch_size=device_batch_size, input_path=input_path)
+    with ExitStack() as stack:
+        if isinstance(replicas, int):
+            replicas = stack.enter_context(Replicas(engine, data, replicas, ray_address=ray_address))
+        bar = tqdm(total=images, initial=done, unit="image", disable=not progress, desc="evaluate")
+        session = Session(engine.threads, cores())
+        if replicas:
+            source = _on_replicas(replicas, split, todo, session, bar, **options)
+        else:
+            source = _here(engine, data, todo, session, bar, **options)
+            stack.callback(engine.close)
+        stack.enter_context(closing(source))
+        try:
+            with named_errors(out or data.path), appending(out) as file, bar:
+                for lines in source:
+                    with session.phases("postprocess"):
+                        text.write("".join(lines).encode())
+                        done += len(lines)
+                        if file:
+                            file.writelines(lines)
+                            file.flush()
+        except EngineFailure as failure:
+            if out:
+                write_json(out / METRICS, {"valid": False, "error": str(failure), "images": done})
+            raise
+        session.end()
+    rows = rows_frame(text.getbuffer())
     if rows["file"].tolist() != data.files[:images]:
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
-    metrics = summarise(rows, settings, engine, times, phases, wall_s, cpu_s)
+    metrics = summarise(rows, settings, engine, session)
     metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
             write_json(out / METRICS, metrics)
-    return Evaluation(rows, metrics, out, _times_frame(times, start))
+    return Evaluation(rows, metrics, out, _times_frame(session.times, session.began))
 
 
-def summarise(
-    rows: pd.DataFrame,
-    settings: dict,
-    engine: Engine,
-    times: list[BatchTimes],
-    phases: Phases,
-    wall_s: float,
-    cpu_s: float,
-) -> dict:
-    """The metrics of a run.
-
-    - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
-      an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
-      Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
-      answers mean nothing.
-    - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
-      row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
-    - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
-      for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
-      decoding was hidden, not free.
-    - ``inference_s``: how long the engine had a batch to work on, from submission to logits, what overlaps counted
-      once.
-    - ``flops_per_image``: 2 x the multiply-accumulates of the model, for an MFU.
-    - ``build_s``, ``load_s``: how long it took to build the engine's artifact, whenever that was (None where nothing
-      is built), and to make it ready to run. In neither ``wall_s`` nor ``images_per_s``.
-    - ``decode_share``, ``compute_share``: the shares of the cores that decoding got, and all else (the engine, and
-      Python): CPU seconds, as the system counts them a thread, over ``wall_s`` x cores. What is missing to 1 was idle,
-      or other programs'.
-    - ``fallbacks``: images that the fast path left to the reference path, in this session.
-    - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one.
-    - ``peak_memory_bytes``: this process's largest resident size so far.
-
-    ``evaluate`` adds ``calibrated_on_scored``: how many of these very images the engine was calibrated on, None where
-    it was not calibrated or nobody knows the files.
-    """
-    images = len(rows)
-    correct = int(rows["correct"].sum())
-    correct_top5 = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
-    latencies_s = [batch.finished - batch.submitted for batch in times]
-    decode_cpu_s = sum(batch.decode_cpu_s for batch in times)
-    means_something = engine.info.weights != "random" and engine.name != "null"
-    accuracy = {
-        "top1": correct / images,
-        "top1_ci95": wilson_interval(correct, images),
-        "top5": correct_top5 / images,
-        "top5_ci95": wilson_interval(correct_top5, images),
-    }
-    return {
-        "valid": True,
-        "model": engine.info.tag,
-        "weights": engine.info.weights,
-        **{
-            key: settings[key]
-            for key in ("engine", "precision", "device", "threads", "device_batch_size", "input_path")
-        },
-        "precision_ran": engine.precision_ran,
-        "images": images,
-        "correct": correct,
-        "correct_top5": correct_top5,
-        "errors": int(rows["error"].ne("").sum()),
-        **(accuracy if means_something else dict.fromkeys(accuracy)),
-        "session_images": (session_images := sum(batch.images for batch in times)),
-        "wall_s": wall_s,
-        "images_per_s": session_images / wall_s if session_images else None,
-        **{f"{name}_s": phases.seconds.get(name, 0.0) for name in ("decode_wait", "compute_wait", "postprocess")},
-        "flops_per_image": engine.info.flops_per_image,
-        "inference_s": covered_s((batch.submitted, batch.finished) for batch in times),
-        "build_s": engine.card.get("build_s"),
-        "load_s": engine.load_s,
-        "decode_share": decode_cpu_s / (wall_s * cores()),
-        "compute_share": (cpu_s - decode_cpu_s) / (wall_s * cores()),
-        "fallbacks": sum(batch.fallbacks for batch in times),
-        "first_batch_ms": round(latencies_s[0] * 1e3, 3) if latencies_s else None,
-        "latency_ms": percentiles_ms(latencies_s[1:]),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+def _here(
+    engine: Engine, data: ImageNetVal, todo: range, session: Session, bar: tqdm, **options
+) -> Iterator[list[str]]:
+    """Lines of predictions.csv, a list a batch, in order, from this process."""
+    cpu = process_time()
+    options |= dict(workers=cores(), phases=session.phases, times=session.times)
+    with closing(predict(engine, data, todo, **options)) as batches:
+        for rows in batches:
+            with session.phases("postprocess"):
+                lines = csv_lines(rows)
+            bar.update(len(rows))
+            yield lines
+    session.cpu_s = process_time() - cpu
 
 
-def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds that at least one interval covers; ``intervals``: (begin, end) in seconds, by ascending begin."""
-    covered, reached = 0.0, -math.inf
-    for begin, end in intervals:
-        covered += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return covered
-
-
-def wilson_interval(correct: int, images: int) -> list[float]:
-    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
-    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]
+def _on_replicas(
+    replicas: Replicas, split: str, todo: range, session: Session, bar: tqdm, **options
+) -> Iterator[list[str]]:
+    """Lines of predictions.csv, a list a range, in order, although the ranges come back in any."""
+    plan = SPLITS[split](todo, options["device_batch_size"], len(replicas.slots))
+    session.threads, session.cores = replicas.threads, replicas.cores
+    waiting, following = {}, todo.start
+    with closing(replicas.run(todo, plan, **options)) as shards:
+        for shard in shards:
+            session.add(shard, len(replicas.slots))
+            bar.update(len(shard.indices))
+            waiting[shard.indices.start] = shard
+            while following in waiting:
+                shard = waiting.pop(following)
+                following = shard.indices.stop
+                yield shard.lines
+    session.replicas = replicas.summary(split, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
 
 
 def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
@@ -230,6 +190,21 @@ def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, inpu
             f"{data.path}: its {len(data.classes)} classes are not the {len(engine.info.classes)} that "
             f"{engine.info.tag} was made for, so no accuracy could be right; take the data set of that model"
         )
+
+
+def _check_replicas(
+    engine: Engine, data: ImageNetVal, replicas: int | Replicas | None, split: str, ray_address: str | None
+) -> None:
+    """Before anything is written or started."""
+    if split not in SPLITS:
+        raise VitdemoError(f"split {split!r}: is not one of {', '.join(SPLITS)}")
+    if isinstance(replicas, Replicas):
+        if replicas.engine is not engine or replicas.data.fingerprint != data.fingerprint:
+            raise VitdemoError("replicas: were started for another engine or other data")
+    elif replicas is not None:
+        if not isinstance(replicas, int) or replicas < 1:
+            raise VitdemoError(f"replicas {replicas!r}: must be a whole number of at least 1")
+        check_ray(ray_address)
 
 
 def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class BatchTimes(NamedTuple):
     decode_began, decode_ended: its first image's first byte and its last one's last pixel; others are decoded between.
     submitted, finished: when the engine was given it and had its logits; others may be before it in the queue.
     decode_cpu_s: CPU seconds of its decoding. fallbacks: images that the fast path left to the reference path.
+    replica: which one did it, 0 where there is none.
     """
 
     images: int
@@ -34,6 +35,7 @@ class BatchTimes(NamedTuple):
     finished: float
     decode_cpu_s: float
     fallbacks: int
+    replica: int = 0
 
 
 @dataclass
@@ -85,6 +87,7 @@ def predict(
         with phases("compute_wait"):
             logits = _logits(engine, oldest.batch, oldest.future)
         times.append(oldest.times())
+        oldest.batch.recycle()
         return oldest.batch, logits
 
     try:
@@ -103,8 +106,8 @@ def predict(
             elif batch is None:
                 return
     finally:
+        wait([batch.future for batch in in_flight])  # what the engine still reads must not change
         batches.close()
-        engine.close()
 
 
 def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:

@@ -9,9 +9,13 @@ from matplotlib.figure import Figure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.plots import picture_grid, short_names, thumbnail
 from vitdemo.inference.diagnosis import Diagnosis
-from vitdemo.inference.evaluation import Evaluation, wilson_interval
+from vitdemo.inference.evaluation import Evaluation
+from vitdemo.inference.metrics import wilson_interval
+from vitdemo.inference.splits import SyncSplit
+from vitdemo.inference.worker import Shard
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
+PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")
 
 
 def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
@@ -77,6 +81,62 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="milliseconds since the first of these batches began")
     ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def plot_split(images: int, device_batch_size: int, replicas: int) -> Figure:
+    """Which images each replica gets in each step of the synchronous split."""
+    split, step = SyncSplit(range(images), device_batch_size, replicas), 0
+    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
+    while shards := {k: indices for k in range(replicas) if (indices := split.take(k, 0.0))}:
+        for k, indices in shards.items():
+            share = len(indices) / device_batch_size  # the last, smaller one is drawn smaller
+            ax.barh(k, 0.94 * share, left=step - 0.47, height=0.8, color=PALETTE[k % len(PALETTE)], edgecolor="black")
+            label = f"{indices.start}–{indices.stop - 1}" if len(indices) > 1 else f"{indices.start}"
+            ax.text(step - 0.47 + 0.47 * share, k, label, ha="center", va="center", fontsize=8)
+            split.done(Shard(indices, [], [], {}, 0.0, 0.0, 0))
+        step += 1
+    ax.set_yticks(range(replicas), [f"replica {k}" for k in range(replicas)])
+    ax.invert_yaxis()
+    ax.set(xlabel="step (a global batch)", xticks=range(step), xlim=(-0.6, step - 0.4))
+    ax.set_title(f"{images} images, device_batch_size {device_batch_size}, {replicas} replicas", loc="left")
+    return figure
+
+
+def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
+    """When each replica's engine was at work, a panel a run; what is white is waiting."""
+    figure, axes = plt.subplots(
+        len(evaluations), figsize=(9, 1.6 * len(evaluations) + 0.5), layout="constrained", sharex=True, squeeze=False
+    )
+    for ax, (name, evaluation) in zip(axes[:, 0], evaluations.items(), strict=True):
+        for replica, times in evaluation.times.groupby("replica"):
+            spans = list(zip(times["submitted"], times["finished"] - times["submitted"], strict=True))
+            ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=PALETTE[replica % len(PALETTE)], edgecolor="white")
+        each = evaluation.metrics["replicas"]["each"]
+        ax.set_yticks(range(len(each)), [f"replica {k}: {slot['images']} images" for k, slot in enumerate(each)])
+        ax.invert_yaxis()
+        ax.set_title(f"{name}: {evaluation.metrics['wall_s']:.1f} s", loc="left", fontsize=10)
+    axes[-1, 0].set(xlabel="seconds since the run began")
+    return figure
+
+
+def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Figure:
+    """Images/s over the number of replicas: measured, and what the cores allow.
+
+    table: columns replicas, cores, images_per_s. one_process: images/s of one process with all cores. one_core: of one
+    replica on one core; the ideal is that times the cores in use.
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    x = table["replicas"]
+    ax.plot(
+        x, one_core * table["cores"], color=GREY, linestyle="--", marker="_", label="ideal: one core x cores in use"
+    )
+    ax.axhline(one_process, color=WRONG, linestyle=":", label="one process, all cores")
+    ax.plot(x, table["images_per_s"], color=RIGHT, marker="o", label="measured")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, [str(n) for n in x])
+    ax.set(xlabel="replicas", ylabel="images/s", ylim=(0, None))
+    ax.legend(fontsize=8)
     return figure
 
 

@@ -67,7 +67,7 @@ def _read_lines(path: Path, data: ImageNetVal) -> list[str]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # the last line may be torn by the interruption
         header, *lines = io.StringIO(whole).readlines() or [HEADER]
-        rows = rows_frame(lines)
+        rows = rows_frame("".join(lines).encode())
         found = header, rows["file"].tolist(), rows["label"].tolist()
         ours = found == (HEADER, data.files[: len(lines)], data.labels[: len(lines)])
     except ValueError:  # no UTF-8, or no table of these columns
@@ -90,13 +90,13 @@ def csv_lines(rows: list[dict]) -> list[str]:
     return text.readlines()  # not splitlines, which knows more ends of lines than this file has
 
 
-def rows_frame(lines: list[str]) -> pd.DataFrame:
-    """The lines of predictions.csv as a table, a row an image. Raises ValueError where they are none."""
+def rows_frame(text: bytes) -> pd.DataFrame:
+    """The lines of predictions.csv, without its header, as a table, a row an image. ValueError where they are none."""
     types = {"label": "int64", "correct": "int64"} | dict.fromkeys(PREDICTED, "Int64")
     types |= dict.fromkeys(PROBABILITY, "float64") | dict.fromkeys(("file", "wnid", "error"), "object")
     numbers = [*PREDICTED, *PROBABILITY]  # an unreadable image has none
     return pd.read_csv(
-        io.StringIO("".join(lines)),
+        io.BytesIO(text),
         names=COLUMNS,
         dtype=types,
         na_values=dict.fromkeys(numbers, [""]),

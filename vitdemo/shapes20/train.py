@@ -27,7 +27,7 @@ from timm.layers import PatchDropout, build_sincos2d_pos_embed
 from tqdm import tqdm
 
 from vitdemo.errors import VitdemoError
-from vitdemo.inference.evaluation import wilson_interval
+from vitdemo.inference.metrics import wilson_interval
 from vitdemo.paths import data_path, replacing
 from vitdemo.shapes20.classes import CLASSES
 from vitdemo.shapes20.scenes import SEED, TRAIN_PICTURES, bundled_labels, drawing_pool, picture

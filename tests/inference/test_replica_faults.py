@@ -1,0 +1,181 @@
+"""Replicas of their own for each test: other numbers, hanging ones, broken engines, bad input; nothing left running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+
+import psutil
+import pytest
+
+from tests.inference.on_replicas import assert_same_predictions, evaluate_while, predictions
+from vitdemo import EngineFailure, ImageNetVal, Replicas, VitdemoError, convert, data_path, evaluate
+from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.inference import cluster
+
+TAR = str(data_path("shapes20/shapes20_img_val.tar"))
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_other_numbers_of_replicas(vit_shapes20, shapes20, tmp_path, replicas, alone):
+    engine = convert(vit_shapes20, "eager", "fp32")
+    run = evaluate(engine, shapes20, limit=203, replicas=replicas, out=tmp_path / "out", progress=False)
+    assert_same_predictions(run, alone)
+    assert run.metrics["replicas"]["count"] == replicas
+
+
+def test_a_replica_that_hangs_is_replaced(one_thread, shapes20, alone, tmp_path):
+    with Replicas(one_thread, shapes20, 2, cores_each=1, deadline_s=4) as pool:
+        first = pool.pids[0]
+        run = evaluate_while(
+            pool, one_thread, shapes20, lambda: os.kill(first, signal.SIGSTOP), 0.1, limit=203, out=tmp_path / "out"
+        )
+        assert run.metrics["replicas"]["each"][0]["lost"] == 1 and pool.pids[0] != first
+    assert predictions(run) == predictions(alone)
+    assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE
+
+
+class BreaksAtTheThird(EagerEngine):
+    """An engine that raises on one batch, wherever it runs."""
+
+    def _infer(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            raise RuntimeError("device lost")
+        return super()._infer(x)
+
+
+class Suicidal(EagerEngine):
+    """Takes its process along."""
+
+    def _infer(self, x):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken(engine, cls):
+    """``engine``, whose replicas are of another class."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    other = cls(engine.recipe.model, "fp32", device="cpu", threads=1)
+    other.card, other.recipe = engine.card, replace(engine.recipe, cls=cls)
+    return other
+
+
+def test_an_engine_that_raises_makes_the_run_invalid(one_thread, shapes20, tmp_path):
+    engine = broken(one_thread, BreaksAtTheThird)
+    with pytest.raises(EngineFailure, match="device lost"):
+        evaluate(engine, shapes20, limit=203, replicas=2, out=tmp_path / "out", progress=False)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["valid"] is False and "device lost" in metrics["error"]
+
+
+def test_replicas_that_die_again_and_again_end_the_run(one_thread, shapes20, tmp_path):
+    engine = broken(one_thread, Suicidal)
+    with pytest.raises(VitdemoError, match="was lost 3 times, last while doing images 0 to 7") as caught:
+        evaluate(engine, shapes20, limit=64, replicas=1, out=tmp_path / "out", progress=False)
+    assert "\n" not in str(caught.value)
+    resumed = evaluate(one_thread, shapes20, limit=64, out=tmp_path / "out", resume=True, progress=False)
+    assert resumed.metrics["images"] == 64
+
+
+def test_data_that_a_replica_does_not_find(one_thread, shapes20):
+    elsewhere = ImageNetVal(shapes20.path)
+    elsewhere.path = "/nowhere/val"
+    with pytest.raises(VitdemoError, match="^replica on .*: /nowhere/val"):
+        evaluate(one_thread, elsewhere, limit=8, replicas=1, progress=False)
+
+
+def test_a_second_pool_finds_no_cpus(one_thread, shapes20, monkeypatch):
+    monkeypatch.setattr(cluster, "FREE_S", 0.5)
+    with Replicas(one_thread, shapes20, 1), pytest.raises(VitdemoError, match="Ray has 0.0 of the 2.0 CPUs"):
+        Replicas(one_thread, shapes20, 2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"replicas": 0}, "replicas 0"),
+        ({"replicas": "two"}, "replicas 'two'"),
+        ({"replicas": 2, "split": "even"}, "split 'even': is not one of async, sync"),
+        ({"replicas": 2, "ray_address": "127.0.0.1:1"}, "ray_address '127.0.0.1:1': nothing answers"),
+        ({"replicas": 2, "ray_address": "head"}, "ray_address 'head': nothing answers"),
+    ],
+)
+def test_bad_input_before_anything_is_started(one_thread, shapes20, tmp_path, options, message):
+    begin = time.monotonic()
+    with pytest.raises(VitdemoError, match=message):
+        evaluate(one_thread, shapes20, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists() and time.monotonic() - begin < 10
+
+
+def test_without_ray_one_line_says_what_to_install(one_thread, shapes20, monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    with pytest.raises(VitdemoError, match="pip install ray"):
+        evaluate(one_thread, shapes20, replicas=2, out=tmp_path / "out")
+
+
+def of_ray(pid: int) -> list[psutil.Process]:
+    """The Ray processes that a process has started."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_running_and_the_run_resumes(how, vit_shapes20, tmp_path, alone):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vitdemo", "evaluate", "vit_shapes20", "--data", TAR, "--out", str(out)]
+    command += ["--replicas", "2", "--limit", "203"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while rows_of(out) < 8:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        theirs = of_ray(process.pid)
+        process.send_signal(how)
+        error = process.communicate(timeout=60)[1]
+    assert theirs and (how == signal.SIGKILL or (process.returncode == 130 and "--resume goes on" in error)), error
+    gone, alive = psutil.wait_procs(theirs, timeout=30)
+    assert not alive
+    engine = convert(vit_shapes20, "eager", "fp32")
+    resumed = evaluate(engine, ImageNetVal(TAR), limit=203, out=out, resume=True, progress=False)
+    assert_same_predictions(resumed, alone)
+
+
+def rows_of(out) -> int:
+    path = out / "predictions.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+TWO_NODES = """
+import json, os, signal, sys, threading
+from ray.cluster_utils import Cluster
+from vitdemo import ImageNetVal, Replicas, convert, evaluate, load_model
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+second = cluster.add_node(num_cpus=1)
+engine, data = convert(load_model("vit_shapes20"), threads=1), ImageNetVal(sys.argv[1])
+with Replicas(engine, data, 2, cores_each=1, ray_address=cluster.address) as pool:
+    nodes = [slot.node for slot in pool.slots]
+    victim = pool.pids[nodes.index(second.node_id)]
+    threading.Timer(0.5, lambda: os.kill(victim, signal.SIGKILL)).start()
+    run = evaluate(engine, data, limit=203, replicas=pool, out=sys.argv[2], progress=False)
+    lost = run.metrics["replicas"]["lost"]
+print(json.dumps({"nodes": len(set(nodes)), "lost": lost, "said": str(pool)}))
+"""
+
+
+def test_a_cluster_of_two_nodes_loses_a_replica_on_the_second(alone, tmp_path):
+    command = [sys.executable, "-c", TWO_NODES, TAR, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["nodes"] == 2 and found["lost"] == 1
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == predictions(alone)

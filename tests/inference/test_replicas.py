@@ -1,0 +1,84 @@
+"""Replicas: the same rows as on one device, exactly once, also when some are killed."""
+
+import json
+import os
+import random
+import signal
+from importlib.util import find_spec
+
+import psutil
+import pytest
+
+from tests.inference.on_replicas import evaluate_while, predictions
+from vitdemo import Replicas, VitdemoError, evaluate
+from vitdemo.inference.worker import Place
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+
+@pytest.fixture(scope="module")
+def pool(one_thread, shapes20):
+    with Replicas(one_thread, shapes20, 2, cores_each=1, deadline_s=20) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("split", ["async", "sync"])
+def test_two_replicas_give_the_file_of_one_device(pool, alone, one_thread, shapes20, tmp_path, split):
+    run = evaluate(one_thread, shapes20, limit=203, replicas=pool, split=split, out=tmp_path / "out", progress=False)
+    assert predictions(run) == predictions(alone)  # 203 = 25 batches of 8, and 3
+    m, found = run.metrics, run.metrics["replicas"]
+    assert (m["images"], m["session_images"], m["top1"]) == (203, 203, alone.metrics["top1"])
+    assert (found["count"], found["split"], found["lost"]) == (2, split, 0)
+    assert sum(each["images"] for each in found["each"]) == 203 and all(each["images"] for each in found["each"])
+    assert all(0 <= each["idle_s"] < m["wall_s"] and each["busy_s"] > 0 for each in found["each"])
+    assert found["step_ms"]["count"] == (13 if split == "sync" else 0)  # of 16 images
+    assert m["images_per_s"] == pytest.approx(203 / m["wall_s"]) and m["threads"] == 1
+    assert sorted(set(run.times["replica"])) == [0, 1] and len(run.times) == 26
+    assert run.times["decode_began"].min() >= 0 and run.times["finished"].max() <= m["wall_s"]
+    assert json.loads((run.out / "metrics.json").read_text()) == json.loads(json.dumps(m))
+
+
+def test_each_replica_is_bound_to_its_cores(pool):
+    available = sorted(os.sched_getaffinity(0))
+    bound = [sorted(psutil.Process(pid).cpu_affinity()) for pid in pool.pids]
+    assert bound == [slot.cores for slot in pool.slots] == [[core] for core in available[:2]]
+    assert pool.threads == 1 and "2 on 2 cores of this machine" in str(pool)
+
+
+def kill_one(pool, moments: random.Random):
+    slot = moments.choice([slot for slot in pool.slots if slot.pid])
+    os.kill(slot.pid, signal.SIGKILL)
+
+
+def kill_and_compare(pool, engine, data, alone, out, seed: int) -> int:
+    """A run with a replica killed at a random moment; how many were lost."""
+    moments = random.Random(seed)
+    options = dict(limit=203, out=out, split=moments.choice(["async", "async", "sync"]))
+    run = evaluate_while(pool, engine, data, lambda: kill_one(pool, moments), moments.uniform(0, 2.5), **options)
+    assert predictions(run) == predictions(alone)
+    assert sum(each["images"] for each in run.metrics["replicas"]["each"]) == 203
+    return run.metrics["replicas"]["lost"]
+
+
+def test_killed_replicas_cost_no_image(pool, one_thread, shapes20, alone, tmp_path):
+    lost = [kill_and_compare(pool, one_thread, shapes20, alone, tmp_path / str(seed), seed) for seed in range(3)]
+    print(f"{sum(lost)} replicas lost in {len(lost)} runs")
+    assert sum(lost) >= 1  # some kill did strike during the run
+
+
+@pytest.mark.soak
+def test_fifty_runs_with_a_replica_killed(pool, one_thread, shapes20, alone, tmp_path):
+    lost = [kill_and_compare(pool, one_thread, shapes20, alone, tmp_path / str(seed), seed) for seed in range(3, 53)]
+    print(f"{sum(lost)} replicas lost in {len(lost)} runs, all exact")
+    assert sum(lost) >= 25
+
+
+def test_another_vitdemo_on_a_node_is_said(pool):
+    slot = pool.slots[0]
+    with pytest.raises(VitdemoError, match="replica on far: has another vitdemo"):
+        pool._place(slot, Place(1, "far", [0], "0" * 16))
+
+
+def test_replicas_of_another_engine_are_refused(pool, eager, shapes20):
+    with pytest.raises(VitdemoError, match="started for another engine"):
+        evaluate(eager, shapes20, replicas=pool, progress=False)

@@ -1,0 +1,106 @@
+"""Ray: a cluster of one's own on this machine, or one that others started; and what of it each replica gets."""
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from importlib.util import find_spec
+from types import ModuleType
+
+import numpy as np
+
+from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import cores, now
+
+CONNECT_S, FREE_S = 5.0, 10.0
+OUT_OF_MEMORY = "out of memory; take fewer replicas, or a smaller device_batch_size"
+
+
+def share_cores(cores: list[int], count: int, each: int | None = None) -> list[list[int]]:
+    """The cores of each of ``count`` replicas: equal shares, or ``each``; by turns where there are too few."""
+    if each is None and count <= len(cores):
+        return [part.tolist() for part in np.array_split(cores, count)]
+    each = min(each or 1, len(cores))
+    return [sorted({cores[(k * each + i) % len(cores)] for i in range(each)}) for k in range(count)]
+
+
+def check_ray(address: str | None) -> None:
+    """Raise VitdemoError where Ray is not installed, or nothing answers at ``address``, in a few seconds at most."""
+    if find_spec("ray") is None:
+        raise VitdemoError("replicas: need Ray; run pip install ray")
+    if address and address != "auto":  # Ray itself would try for a minute
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise VitdemoError(
+                f"ray_address {address!r}: nothing answers there ({error}); on the head run `ray start --head`, and "
+                "give host:port as it prints them"
+            ) from None
+
+
+def connect(address: str | None) -> ModuleType:
+    """Ray, connected: to the cluster at ``address``, or started on this machine; once a process."""
+    check_ray(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
+    own = dict(include_dashboard=False, num_cpus=cores())
+    try:
+        ray.init(address or "local", **quiet, **({} if address else own))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise VitdemoError(f"ray_address {address or 'local'}: {reason}") from None
+    if hasattr(ray._private.worker, "print_to_stdstream"):  # where Ray tells of a lost worker in fifteen lines
+        ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
+    return ray
+
+
+def stop_ray() -> None:
+    """End the Ray that this process started, or leave the cluster; also happens when the process ends."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def reason_of(error: Exception) -> str:
+    """Why Ray lost a replica, in one line of its many."""
+    text = str(error).strip()
+    if type(error).__name__ == "OutOfMemoryError" or "OOM" in text and "low on memory" in text:
+        return OUT_OF_MEMORY
+    return text.split("\n")[0]
+
+
+def place_replicas(ray: ModuleType, count: int, device: str) -> list[tuple[str, float, int]]:
+    """For each replica its node, its share of that node's Ray CPUs, and its GPUs.
+
+    Raises VitdemoError where there are too few GPUs, or others hold the CPUs: Ray itself would wait for ever.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cuda = device == "cuda"
+    size = {node["NodeID"]: node["Resources"].get("GPU" if cuda else "CPU", 0.0) for node in nodes}
+    cpus = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes}
+    if cuda and sum(size.values()) < count:
+        raise VitdemoError(f"replicas {count}: there are {sum(size.values()):.0f} GPUs")
+    placed: Counter[str] = Counter()
+    for _ in range(count):  # each to where a replica's share is the largest
+        placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1
+    each = {node: int(1e4 * cpus[node] / number) / 1e4 for node, number in placed.items()}  # Ray counts in 1e-4
+    _wait_for_cpus(ray, sum(each[node] * number for node, number in placed.items()))
+    return [(node, each[node], int(cuda)) for node in sorted(placed) for _ in range(placed[node])]
+
+
+def _wait_for_cpus(ray: ModuleType, needed: float) -> None:
+    """Those that were just ended free theirs in a moment."""
+    begin = now()
+    while (free := ray.available_resources().get("CPU", 0.0)) < 0.99 * needed:
+        if now() - begin > FREE_S:
+            raise VitdemoError(
+                f"replicas: Ray has {free:.1f} of the {needed:.1f} CPUs that they need free; close other Replicas, or "
+                "wait for the others on that cluster"
+            )
+        time.sleep(0.1)

@@ -1,0 +1,111 @@
+"""What one replica does, in a process that Ray starts, perhaps on another machine.
+
+Nothing heavy is imported before ``prepare`` has set the process's cores: a runtime counts them when it is loaded.
+"""
+
+import hashlib
+import os
+import socket
+import time
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from vitdemo.errors import VitdemoError
+
+
+class Place(NamedTuple):
+    """Where a replica runs. cores: the numbers of those that its machine lets it use. code: the vitdemo it has."""
+
+    pid: int
+    host: str
+    cores: list[int]
+    code: str
+
+
+class Shard(NamedTuple):
+    """A range of images, done.
+
+    lines: of predictions.csv. times: a ``BatchTimes`` a batch, in seconds since 1970, the clock that machines share.
+    phases: seconds by name, as ``predict`` keeps them. wall_s, cpu_s: of this process, from the first to the last
+    batch. peak_memory_bytes: so far.
+    """
+
+    indices: range
+    lines: list[str]
+    times: list
+    phases: dict[str, float]
+    wall_s: float
+    cpu_s: float
+    peak_memory_bytes: int
+
+
+class Replica:
+    """One engine on its share of a machine, over a data set that it opens itself."""
+
+    def place(self) -> Place:
+        affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        return Place(os.getpid(), socket.gethostname(), sorted(affinity), code_fingerprint())
+
+    def prepare(self, cores: list[int], ticket, recipe: list, data: str, fingerprint: str) -> dict:
+        """Take ``cores``, get the engine of ``ticket`` ready, open the data set at ``data``.
+
+        recipe: a list of one Ray reference to what the engine can be built from; it is fetched only where this
+        machine's cache has no artifact of the ticket. Raises VitdemoError, naming this machine.
+        """
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # Ray sets it to 1
+        import ray
+        import torch
+
+        from vitdemo.dataset.imagenet import ImageNetVal
+
+        torch.set_num_threads(len(cores))
+        try:
+            self._data = ImageNetVal(data)
+            if self._data.fingerprint != fingerprint:
+                raise VitdemoError(f"{data}: holds other images than on the machine that asks; copy it again")
+            self._engine = ticket.open(lambda: ray.get(recipe[0]), len(cores))
+        except VitdemoError as error:
+            raise VitdemoError(f"replica on {socket.gethostname()}: {error}") from None
+        return {"load_s": self._engine.load_s, "threads": self._engine.threads}
+
+    def run(self, number: int, indices: range, device_batch_size: int, input_path: str) -> Shard:
+        """The rows of ``indices``; ``number`` is this replica's. Raises EngineFailure when the engine breaks."""
+        from vitdemo.inference.loop import predict
+        from vitdemo.inference.records import csv_lines
+        from vitdemo.measure.clock import Phases, cores, now, peak_memory_bytes
+
+        lines, times, phases = [], [], Phases()
+        options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
+        start, cpu = now(), time.process_time()
+        for rows in predict(self._engine, self._data, indices, **options, phases=phases, times=times):
+            with phases("postprocess"):
+                lines += csv_lines(rows)
+        wall_s, cpu_s = now() - start, time.process_time() - cpu
+        epoch, moments = time.time() - now(), ("decode_began", "decode_ended", "submitted", "finished")
+        shifted = [t._replace(replica=number, **{name: getattr(t, name) + epoch for name in moments}) for t in times]
+        return Shard(indices, lines, shifted, phases.seconds, wall_s, cpu_s, peak_memory_bytes())
+
+    def call(self, device_batch_size: int) -> float:
+        """Seconds of one call on random pixels, made at the first call of that size."""
+        import torch
+
+        from vitdemo.measure.clock import now
+
+        if getattr(self, "_pixels", None) is None or len(self._pixels) != device_batch_size:
+            shape = device_batch_size, *self._engine.info.preprocessing.input_size
+            self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+        start = now()
+        self._engine(self._pixels)
+        return now() - start
+
+
+@cache
+def code_fingerprint() -> str:
+    """A hash over the library's own source: replicas of another vitdemo could give other answers."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
