@@ -52,7 +52,7 @@ clean:
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[engines]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[engines,parallel]'
 	@touch $@
 
 $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo

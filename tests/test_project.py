@@ -21,7 +21,7 @@ PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_t
 def test_every_dependency_is_pinned_within_its_range():
     pins = {canonicalize_name(name): version for name, version in PINS.items()}
     extras = PROJECT["optional-dependencies"]
-    for text in [*PROJECT["dependencies"], *extras["engines"], *extras["dev"]]:
+    for text in [*PROJECT["dependencies"], *extras["engines"], *extras["parallel"], *extras["dev"]]:
         requirement = Requirement(text)
         if requirement.name == PROJECT["name"]:  # an extra that holds another
             continue

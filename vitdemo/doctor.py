@@ -19,6 +19,7 @@ def examine() -> tuple[list[str], bool]:
         "machine": _machine,
         "packages": _packages,
         "engines": _engines,
+        "replicas": _replicas,
         "bundled data": _data,
         "pretrained weights": _hub,
         "notebooks": _notebooks,
@@ -75,6 +76,17 @@ def _engines() -> list[str]:
         except VitdemoError as error:
             lines.append(f"skipped  {error}")
     return lines
+
+
+def _replicas() -> list[str]:
+    from vitdemo.inference.cluster import check_ray
+    from vitdemo.measure.clock import installed_version
+
+    try:
+        check_ray(None)
+    except VitdemoError as error:
+        return [f"skipped  {error}"]
+    return [f"ok       Ray {installed_version('ray')}"]
 
 
 def _data() -> list[str]:

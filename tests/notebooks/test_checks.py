@@ -105,6 +105,23 @@ BREAKS = {
             metric("other", precision_ran={"fp32": 1.0}),
         ],
     ],
+    "04_data_parallel": [
+        [
+            part("two", "rows", lambda run: run.rows.iloc[:-1]),
+            part("two", "rows", lambda run: run.rows.iloc[[*range(len(run.rows)), 0]]),
+            name("same", lambda same: same // 2),
+            metric("two", replicas={"each": [{"images": 29}]}),
+        ],
+        [
+            name("scaling", lambda table: table.assign(top1=range(len(table)))),
+            name("runs", lambda runs: {k: (replace(run, rows=run.rows.iloc[1:]), n) for k, (run, n) in runs.items()}),
+        ],
+        [
+            part("killed", "rows", lambda run: run.rows.iloc[:-1]),
+            part("killed", "rows", lambda run: run.rows.iloc[[*range(len(run.rows)), 0]]),
+            metric("killed", correct=1),
+        ],
+    ],
 }
 
 
@@ -136,6 +153,8 @@ def test_each_check_catches_what_it_is_there_for(path, tmp_path, monkeypatch):
             names["out"] = str(tmp_path / "out")
             if "limit" in names:
                 names["limit"] = 30
+            if "counts" in names:
+                names["counts"] = [1, 2]
         if "check" in tags:
             for number, apply in enumerate(next(breaks)):
                 broken = dict(names)

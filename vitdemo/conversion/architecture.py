@@ -19,11 +19,11 @@ def architecture_sha256(module: nn.Module) -> str:
     digest = hashlib.sha256(repr(module).encode())
     own = {cls for part in module.modules() for cls in type(part).__mro__ if issubclass(cls, nn.Module)}
     for cls in sorted(own - {nn.Module}, key=lambda cls: (cls.__module__, cls.__qualname__)):
-        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{_source(cls)}".encode())
+        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{source_of(cls)}".encode())
     for name, part in module.named_modules():
         held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
         plain = {key: value for key, value in held.items() if _is_plain(value)}
-        calls = {key: _source(value) for key, value in held.items() if inspect.isroutine(value)}
+        calls = {key: source_of(value) for key, value in held.items() if inspect.isroutine(value)}
         tensors = {key: _sha256(value) for key, value in held.items() if _is_tensor(value)}
         digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())} {sorted(tensors.items())}\n".encode())
     return digest.hexdigest()
@@ -45,7 +45,7 @@ def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()
 
 
-def _source(thing) -> str:
+def source_of(thing: object) -> str:
     """The source of a class or a function; of one that has none, as a class typed into a notebook, its code."""
     try:
         return inspect.getsource(thing)

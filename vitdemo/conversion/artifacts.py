@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 
 from vitdemo.conversion import graph
-from vitdemo.conversion.architecture import architecture_sha256
+from vitdemo.conversion.architecture import architecture_sha256, source_of
 from vitdemo.conversion.cache import CARD, VERIFIED, artifacts_root
 from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
@@ -77,7 +77,7 @@ class Recipe:
             "device": self.device,
             "model": self.model.info.to_dict(),
             "architecture": architecture_sha256(self.model.module),
-            "builder": _sha256("".join(map(inspect.getsource, (inspect.getmodule(self.cls), graph))).encode()),
+            "builder": _sha256((source_of(inspect.getmodule(self.cls) or self.cls) + source_of(graph)).encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
             **built_for(self.cls),
         }

@@ -53,9 +53,9 @@ def connect(address: str | None) -> ModuleType:
     own = dict(include_dashboard=False, num_cpus=cores())
     try:
         ray.init(address or "local", **quiet, **({} if address else own))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones too
         reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"ray_address {address or 'local'}: {reason}") from None
+        raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason}") from None
     if hasattr(ray._private.worker, "print_to_stdstream"):  # where Ray tells of a lost worker in fifteen lines
         ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray

@@ -114,7 +114,7 @@ def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
             ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=PALETTE[replica % len(PALETTE)], edgecolor="white")
         each = evaluation.metrics["replicas"]["each"]
         ax.set_yticks(range(len(each)), [f"replica {k}: {slot['images']} images" for k, slot in enumerate(each)])
-        ax.invert_yaxis()
+        ax.set_ylim(len(each) - 0.5, -0.5)
         ax.set_title(f"{name}: {evaluation.metrics['wall_s']:.1f} s", loc="left", fontsize=10)
     axes[-1, 0].set(xlabel="seconds since the run began")
     return figure
@@ -135,8 +135,9 @@ def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Fi
     ax.plot(x, table["images_per_s"], color=RIGHT, marker="o", label="measured")
     ax.set_xscale("log", base=2)
     ax.set_xticks(x, [str(n) for n in x])
-    ax.set(xlabel="replicas", ylabel="images/s", ylim=(0, None))
-    ax.legend(fontsize=8)
+    ax.set(xlabel="replicas", ylabel="images/s")
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    ax.legend(fontsize=8, loc="lower right")
     return figure
 
 

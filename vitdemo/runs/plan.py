@@ -17,7 +17,7 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 
 # A value goes only to the notebooks that have the parameter. "bundled" is what the notebooks themselves say.
 PROFILES = {
-    "smoke": {"limit": 96},
+    "smoke": {"limit": 96, "counts": [1, 2]},
     "bundled": {},
     # A CPU needs hours for all 50,000, which `vitdemo evaluate` does, resumably: a lesson is shorter.
     "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},
