@@ -363,8 +363,8 @@ if __name__ == "__main__":
         if name in measures:
             parts.append(measures[name]())
             print(parts[-1], flush=True)
+            with replacing(arguments.out) as file:  # after each part, as all of them take half an hour
+                pd.DataFrame([row for part in parts for row in part.rows()]).to_csv(file, index=False)
     if "memory" in wanted:
         print(describe_memory(memory()))
-    with replacing(arguments.out) as file:
-        pd.DataFrame([row for part in parts for row in part.rows()]).to_csv(file, index=False)
     write_json(arguments.out.with_suffix(".machine.json"), machine_record())
