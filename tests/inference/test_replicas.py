@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 from importlib.util import find_spec
 
 import psutil
@@ -77,6 +78,13 @@ def test_another_vitdemo_on_a_node_is_said(pool):
     slot = pool.slots[0]
     with pytest.raises(VitdemoError, match="replica on far: has another vitdemo"):
         pool._place(slot, Place(1, "far", [0], "0" * 16))
+
+
+def test_another_cluster_than_the_one_in_use_is_refused(pool, one_thread, shapes20):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(VitdemoError, match=f"ray_address '{address}': this process has the Ray at .*stop_ray"):
+            Replicas(one_thread, shapes20, 1, ray_address=address)
 
 
 def test_replicas_of_another_engine_are_refused(pool, eager, shapes20):

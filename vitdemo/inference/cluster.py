@@ -48,6 +48,9 @@ def connect(address: str | None) -> ModuleType:
     import ray
 
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address and address not in ("auto", here):
+            raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
     own = dict(include_dashboard=False, num_cpus=cores())

@@ -107,6 +107,7 @@ class Replicas:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
         self.engine, self.data, self._cores_each, self._deadline_s = engine, data, cores_each, deadline_s
+        print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
         begin = now()
         self._ray = connect(ray_address)
         self.ray_start_s = now() - begin

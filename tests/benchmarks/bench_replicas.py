@@ -1,0 +1,95 @@
+"""What replicas cost and gain on one machine: beside the same engine without Ray, in turns, once all are started.
+
+Two comparisons, each for a ViT-B/16 in int8 and for vit_shapes20: one replica with all cores against one process, and
+one replica a core against one process with all cores. All stay alive and wait while another has its turn; a ratio is
+the median of the rounds', with the interval that holds the true median with 95 %. Run it as
+
+    python -m tests.benchmarks.bench_replicas --out FILE.csv
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+from tqdm.auto import tqdm
+
+from tests.benchmarks.bench_conversion import interval
+from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
+from vitdemo.conversion.engines.contract import Engine
+from vitdemo.inference.records import write_json
+from vitdemo.measure.clock import cores, machine_record
+from vitdemo.paths import replacing
+
+ROUNDS, IMAGES = 9, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
+TARGETS = {  # (median, lower bound)
+    ("vit_base_patch16_224", "one replica"): (0.97, 0.93),
+    ("vit_base_patch16_224", "a replica a core"): (0.97, None),
+    ("vit_shapes20", "a replica a core"): (0.9, None),
+}
+
+
+def vit_base(data: ImageNetVal) -> Engine:
+    """With random weights, and as many outputs as the bundled data set has classes."""
+    module = timm.create_model("vit_base_patch16_224", num_classes=len(data.classes))
+    preprocessing = load_model("vit_shapes20").info.preprocessing
+    options = dict(name="vit_base_patch16_224", classes=data.classes, weights="random")
+    return convert(Model.from_module(module, preprocessing, **options), "openvino", "int8")
+
+
+def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[list[dict], list[str]]:
+    """Rows, and lines for people."""
+    options = dict(limit=IMAGES[name], progress=False)
+    with Replicas(engine, data, 1) as one, Replicas(engine, data, cores()) as many:
+        arms: dict[str, Callable] = {
+            "one process": lambda: evaluate(engine, data, **options),
+            "one replica": lambda: evaluate(engine, data, replicas=one, **options),
+            "a replica a core": lambda: evaluate(engine, data, replicas=many, **options),
+        }
+        rates: dict[str, list[float]] = {arm: [] for arm in arms}
+        for number in tqdm(range(rounds + 1), desc=name):
+            for arm, run in list(arms.items())[:: -1 if number % 2 else 1]:
+                found = run().metrics
+                assert found["images"] == IMAGES[name]
+                rates[arm].append(found["images_per_s"])
+    rates = {arm: values[1:] for arm, values in rates.items()}  # the first round warms up
+    rows, lines = [], []
+    for arm, values in rates.items():
+        row = {"model": name, "engine": engine.name, "precision": engine.precision, "arm": arm}
+        row |= {"images_per_s": np.median(values), "rounds": rounds, "top1": found["top1"]}
+        if arm != "one process":
+            row |= interval("of_one_process", np.array(values) / np.array(rates["one process"]))
+            median, low = row["of_one_process"], row["of_one_process_low"]
+            target, bound = TARGETS.get((name, arm), (None, None))
+            missed = target and (median < target or bound and low < bound)
+            verdict = f", target {target}: {'missed' if missed else 'met'}" if target else ""
+            lines.append(f"{name}, {arm}: {median:.3f} ({low:.3f} to {row['of_one_process_high']:.3f}){verdict}")
+        rows.append(row)
+    return rows, lines
+
+
+if __name__ == "__main__":
+    import ray
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Two pools are alive at once, by turns: Ray is told of twice the cores there are.
+    ray.init("local", num_cpus=2 * cores(), include_dashboard=False, log_to_driver=False)
+    data = ImageNetVal(data_path("shapes20"))
+    engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", "bf16")}
+    engines["vit_base_patch16_224"] = vit_base(data)
+    print(describe_machine(machine_record()))
+    rows = []
+    for name, engine in engines.items():
+        found, lines = measure(name, engine, data, arguments.rounds)
+        rows += found
+        print("\n".join(lines), flush=True)
+        with replacing(arguments.out) as file:
+            pd.DataFrame(rows).to_csv(file, index=False)
+    write_json(arguments.out.with_suffix(".machine.json"), machine_record())
