@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -296,7 +297,7 @@ class Replicas:
                 slot.cores = share
 
     def _prepare(self, slot: Slot) -> None:
-        data = str(self.data.path), self.data.fingerprint
+        data = str(Path(self.data.path).absolute()), self.data.fingerprint
         reference = slot.actor.prepare.remote(slot.cores, self.engine.recipe.ticket(), self._recipe, *data)
         slot.tasks.append(Task(reference, None, now()))
 
