@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test soak format lint notebooks pictures constraints clean
+.PHONY: help demo lab test soak format lint notebooks pictures results constraints clean
 
 help:
 	@echo "make demo   run the course headlessly on the bundled data, write an HTML report"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make test   the quick checks          make soak   the full fault counts and benchmarks"
-	@echo "make format, lint, notebooks, pictures, constraints, clean: for those who change the course"
+	@echo "make format, lint, notebooks, pictures, results, constraints, clean: for those who change the course"
 
 demo: $(BIN)/.vitdemo
 	$(BIN)/vitdemo run
@@ -38,6 +38,10 @@ notebooks: $(BIN)/.vitdemo-dev
 # The pictures that the notebooks open with, from a run of the course.
 pictures: $(BIN)/.vitdemo
 	$(BIN)/python -m vitdemo.runs.pictures
+
+# The README's table and figure, measured on this machine into data/results/NAME.
+results: $(BIN)/.vitdemo
+	$(BIN)/python -m vitdemo.benchmarking.recorded --measure "$(NAME)"
 
 # The pins that the course is known to run with: what pip picks today, in an environment of its own.
 constraints:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from vitdemo.errors import VitdemoError
 
@@ -136,7 +137,56 @@ def _evaluate(args) -> int:
     return 0
 
 
+def _benchmark(args) -> int:
+    from vitdemo.benchmarking.files import read_perf
+    from vitdemo.benchmarking.gate import check_baseline, check_share, compare, passes
+    from vitdemo.benchmarking.sweeps import benchmark
+    from vitdemo.benchmarking.tables import markdown, summary
+
+    baseline = read_perf(args.against) if args.against else None
+    check_share(args.worse_by)
+    if baseline is not None:
+        check_baseline(baseline)
+    options = dict(engines=args.engines, device_batch_sizes=args.device_batch_sizes, weights=args.weights)
+    options |= dict(replicas=args.replicas, row_budget_s=args.row_budget_s, data=args.data, images=args.images)
+    options |= dict(calibration=args.calibration, out=args.out, resume=args.resume)
+    try:
+        rows = benchmark(args.models, **options)
+    except KeyboardInterrupt:
+        print(
+            f"vitdemo: stopped; the rows so far are in {args.out}, the same command with --resume goes on",
+            file=sys.stderr,
+        )
+        return 130
+    print(markdown(summary(rows)))
+    print(f"machine: {rows['machine'].iloc[0]}\nresults: {args.out}")
+    if baseline is None:
+        return 0
+    compared = compare(rows, baseline, args.worse_by)
+    print(f"against {args.against}, measured on {baseline['machine'].iloc[0]}:\n{markdown(compared)}")
+    return 0 if passes(compared) else 1
+
+
+def _merge(args) -> int:
+    from vitdemo.benchmarking.files import PATTERN, merge
+    from vitdemo.benchmarking.tables import laid_out, write_table
+
+    if args.out.match(PATTERN):
+        raise VitdemoError(f"{args.out}: a name of {PATTERN} is a sweep's; give the table another, such as perf.csv")
+    rows = merge(args.folders)
+    write_table(laid_out(rows, args.layout) if args.layout else rows, args.out)
+    print(f"{args.out}: {len(rows)} rows of {rows['file'].nunique()} sweeps")
+    return 0
+
+
 MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas, such as 1,8") from None
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -210,6 +260,32 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--skip-validation", action="store_true", help=skip_help)
     evaluate.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
     evaluate.add_argument("--out", required=True, metavar="DIR", help="a new folder for the results")
+
+    benchmark = command("benchmark", _benchmark, "time models in every engine and batch size, by turns")
+    benchmark.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    engines_help = "such as openvino,onnx:int8; all there are by default, eager always"
+    benchmark.add_argument("--engines", metavar="E,…", help=engines_help)
+    sizes = dict(type=_sizes, default=[2**k for k in range(9)], metavar="B,…")
+    benchmark.add_argument("--device-batch-sizes", **sizes, help="1,2,4, … 256 by default")
+    benchmark.add_argument("--weights", default="pretrained", metavar="W", help="pretrained, random, or a file")
+    benchmark.add_argument("--replicas", type=int, metavar="N", help="share each batch among N processes, by Ray")
+    budget_help = "seconds that a row's calls may take (20)"
+    benchmark.add_argument("--row-budget-s", type=float, default=20.0, metavar="S", help=budget_help)
+    data_help = "images for the accuracy: a data set; the bundled ones for vit_shapes20"
+    benchmark.add_argument("--data", metavar="PATH", help=data_help)
+    benchmark.add_argument("--images", type=int, default=1000, metavar="N", help="how many of them (1000)")
+    benchmark.add_argument("--calibration", metavar="PATH", help=calibration_help)
+    against_help = "a sweep to hold the ratios to eager against; exit code 1 where one became worse"
+    benchmark.add_argument("--against", type=Path, metavar="CSV", help=against_help)
+    worse_help = "by which fraction a ratio may be worse (0.2)"
+    benchmark.add_argument("--worse-by", type=float, default=0.2, metavar="X", help=worse_help)
+    benchmark.add_argument("--resume", action="store_true", help="go on with an interrupted sweep in --out")
+    benchmark.add_argument("--out", required=True, type=Path, metavar="DIR", help="where perf_*.csv goes")
+
+    merge = command("merge", _merge, "join the results of sweeps into one table")
+    merge.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders, or files, of `vitdemo benchmark`")
+    merge.add_argument("--layout", metavar="L", help="as other projects have it: ttmetal, aitemplate or flagperf")
+    merge.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .csv, .md or .html")
     return parser
 
 

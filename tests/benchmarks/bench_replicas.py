@@ -8,7 +8,6 @@ the median of the rounds', with the interval that holds the true median with 95 
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,10 @@ import pandas as pd
 import timm
 from tqdm.auto import tqdm
 
-from tests.benchmarks.bench_conversion import interval
 from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, machine_record
+from vitdemo.measure.clock import cores, machine_record, median_interval
 from vitdemo.paths import replacing
 
 ROUNDS, IMAGES = 9, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
@@ -43,7 +41,7 @@ def vit_base(data: ImageNetVal) -> Engine:
 def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[list[dict], list[str]]:
     """Rows, and lines for people."""
     options = dict(limit=IMAGES[name], progress=False)
-    with Replicas(engine, data, 1) as one, Replicas(engine, data, cores()) as many:
+    with Replicas(engine, data, 1, share=0.5) as one, Replicas(engine, data, cores(), share=0.5) as many:
         arms: dict[str, Callable] = {
             "one process": lambda: evaluate(engine, data, **options),
             "one replica": lambda: evaluate(engine, data, replicas=one, **options),
@@ -61,26 +59,21 @@ def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[
         row = {"model": name, "engine": engine.name, "precision": engine.precision, "arm": arm}
         row |= {"images_per_s": np.median(values), "rounds": rounds, "top1": found["top1"]}
         if arm != "one process":
-            row |= interval("of_one_process", np.array(values) / np.array(rates["one process"]))
-            median, low = row["of_one_process"], row["of_one_process_low"]
+            median, low, high = median_interval(np.array(values) / np.array(rates["one process"]))
+            row |= {"of_one_process": median, "of_one_process_low": low, "of_one_process_high": high}
             target, bound = TARGETS.get((name, arm), (None, None))
             missed = target and (median < target or bound and low < bound)
             verdict = f", target {target}: {'missed' if missed else 'met'}" if target else ""
-            lines.append(f"{name}, {arm}: {median:.3f} ({low:.3f} to {row['of_one_process_high']:.3f}){verdict}")
+            lines.append(f"{name}, {arm}: {median:.3f} ({low:.3f} to {high:.3f}){verdict}")
         rows.append(row)
     return rows, lines
 
 
 if __name__ == "__main__":
-    import ray
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Two pools are alive at once, by turns: Ray is told of twice the cores there are.
-    ray.init("local", num_cpus=2 * cores(), include_dashboard=False, log_to_driver=False)
     data = ImageNetVal(data_path("shapes20"))
     engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", "bf16")}
     engines["vit_base_patch16_224"] = vit_base(data)

@@ -50,12 +50,25 @@ def convert(
     an unknown engine, precision or device, listing those there are, for a runtime that is not installed, and when
     calibration images are missing.
     """
-    cls = _engine_class(engine, precision)
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")
+    what = recipe_for(model, engine, precision, calibration=calibration, device=device)
+    return what.engine(threads or cores(), force)
+
+
+def recipe_for(
+    model: Model,
+    engine: str,
+    precision: str,
+    *,
+    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
+    device: str = "auto",
+) -> "Recipe":
+    """From what ``convert`` makes the engine; arguments and errors as there."""
+    cls = _engine_class(engine, precision)
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
     model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
-    return Recipe(model, cls, precision, _resolve_device(device, cls), images).engine(threads or cores(), force)
+    return Recipe(model, cls, precision, _resolve_device(device, cls), images)
 
 
 @dataclass(frozen=True)
@@ -93,9 +106,10 @@ class Recipe:
             with named_errors(artifacts_root()):
                 ready = self.cached(threads, force)
         else:
+            card = {"key": self.key, **self.ingredients}  # before the clock starts
             start = now()
             ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
-            ready.card, ready.load_s = {"key": self.key, **self.ingredients}, now() - start
+            ready.card, ready.load_s = card, now() - start
         ready.recipe = self
         return ready
 

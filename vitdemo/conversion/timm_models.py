@@ -19,6 +19,13 @@ def is_name(name: str) -> bool:
     return timm.is_model(name.partition(".")[0])
 
 
+def full_tag(name: str) -> str:
+    """``name``, with the tag of timm's own choice where it is a bare architecture of timm's that has weights."""
+    if "." in name or not is_name(name) or not (weights := timm.get_pretrained_cfg(name)) or not weights.tag:
+        return name
+    return f"{name}.{weights.tag}"
+
+
 def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str]) -> Plan:
     """The plan of a timm name; with pretrained weights it must be a full tag.
 

@@ -78,8 +78,8 @@ def reason_of(error: Exception) -> str:
     return text.split("\n")[0]
 
 
-def place_replicas(ray: ModuleType, count: int, device: str) -> list[tuple[str, float, int]]:
-    """For each replica its node, its share of that node's Ray CPUs, and its GPUs.
+def place_replicas(ray: ModuleType, count: int, device: str, share: float) -> list[tuple[str, float, int]]:
+    """For each replica its node, its part of that ``share`` of the node's Ray CPUs, and its GPUs.
 
     Raises VitdemoError where there are too few GPUs, or others hold the CPUs: Ray itself would wait for ever.
     """
@@ -92,7 +92,7 @@ def place_replicas(ray: ModuleType, count: int, device: str) -> list[tuple[str, 
     placed: Counter[str] = Counter()
     for _ in range(count):  # each to where a replica's share is the largest
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1
-    each = {node: int(1e4 * cpus[node] / number) / 1e4 for node, number in placed.items()}  # Ray counts in 1e-4
+    each = {node: int(1e4 * share * cpus[node] / number) / 1e4 for node, number in placed.items()}  # Ray counts in 1e-4
     _wait_for_cpus(ray, sum(each[node] * number for node, number in placed.items()))
     return [(node, each[node], int(cuda)) for node in sorted(placed) for _ in range(placed[node])]
 

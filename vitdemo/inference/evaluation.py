@@ -12,6 +12,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
+from vitdemo.conversion.timm_models import full_tag
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
@@ -56,7 +57,7 @@ class Evaluation:
     def _accuracy(self) -> str:
         m = self.metrics
         if m["top1"] is None:
-            command = f"vitdemo evaluate {m['model']} --weights pretrained --engine eager --data PATH --out DIR"
+            command = f"vitdemo evaluate {full_tag(m['model'])} --weights pretrained --data PATH --out DIR"
             return f"accuracy: not measured ({m['weights']} weights, {m['engine']} engine; for one run `{command}`)"
         low, high = m["top1_ci95"]
         unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""

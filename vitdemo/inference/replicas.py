@@ -88,7 +88,8 @@ class Replicas:
     ``cores_each`` of them, to which its process is bound before a runtime is loaded. More replicas than cores share
     cores. ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines
     are used; by default a Ray of its own on this machine. deadline_s: how long a range of images may take (about 5 s
-    each, and one batch at first) before its replica is given up for hung.
+    each, and one batch at first) before its replica is given up for hung. share: of Ray's CPUs; of several ``Replicas``
+    that are alive at once, to work by turns, the shares add up to 1 at most.
 
     ray_start_s: starting or finding Ray. start_s: from then until every replica was ready. slots: the replicas.
     Raises VitdemoError where Ray is not installed or does not answer, and for what a replica lacks.
@@ -103,6 +104,7 @@ class Replicas:
         cores_each: int | None = None,
         ray_address: str | None = None,
         deadline_s: float = DEADLINE_S,
+        share: float = 1.0,
     ):
         for name, value in (("replicas", count), ("cores_each", cores_each)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -113,7 +115,7 @@ class Replicas:
         self._ray = connect(ray_address)
         self.ray_start_s = now() - begin
         self._recipe = [self._ray.put(engine.recipe)]  # in a list Ray hands over the reference, not what it stands for
-        self.slots = [Slot(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device))]
+        self.slots = [Slot(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))]
         self._failed: Counter[range | None] = Counter()
         begin = now()
         try:
@@ -211,6 +213,21 @@ class Replicas:
         finally:
             # Stopped half-way: what they still do is for nobody.
             self._end([slot for slot in self.slots if any(task.indices for task in slot.tasks)])
+
+    def step(self, device_batch_size: int) -> float:
+        """Seconds of one batch of random pixels on every replica, begun together, until the last one is done.
+
+        Raises VitdemoError when a replica is lost.
+        """
+        begin = now()
+        calls = [slot.actor.call.remote(device_batch_size) for slot in self.slots]
+        try:
+            self._ray.get(calls, timeout=self._deadline_s)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.RayError as error:
+            raise VitdemoError(f"a replica was lost: {reason_of(error)}") from None
+        return now() - begin
 
     def _hand_out(self, slot: Slot, split: Split, device_batch_size: int, input_path: str) -> None:
         while len(slot.tasks) < split.ahead and (indices := split.take(slot.number, slot.images_per_s)):

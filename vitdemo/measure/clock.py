@@ -3,14 +3,20 @@
 import os
 import platform
 import resource
+import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 
 import numpy as np
 
+from vitdemo.paths import REPOSITORY
+
 now = time.perf_counter
+
+PACKAGES = ("vitdemo", "torch", "torchvision", "timm", "pillow", "openvino", "nncf", "onnxruntime", "ray")
 
 
 class Phases:
@@ -43,6 +49,20 @@ def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     rounded = {name: round(float(v), 3) for name, v in dict(p50=p50, p90=p90, p99=p99, mean=values.mean()).items()}
     return {"count": len(values), **rounded}
+
+
+def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """The median, and the two of ``values`` that hold the true median between them with 95 %.
+
+    Order statistics by the binomial distribution, which assumes no shape. NaN for both where there are fewer than six
+    values, whose whole range holds it less often than that.
+    """
+    from scipy.stats import binom  # here, as it takes longer to import than what most callers of this file do
+
+    ordered = np.sort(np.asarray(list(values), dtype=np.float64))
+    outside = int(binom.ppf(0.025, len(ordered), 0.5))
+    bounds = (ordered[outside - 1], ordered[-outside]) if outside else (np.nan, np.nan)
+    return float(np.median(ordered)), *map(float, bounds)
 
 
 def peak_memory_bytes() -> int:
@@ -96,8 +116,18 @@ def machine_record() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in ("vitdemo", "torch", "torchvision", "timm", "pillow")},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
+
+
+@cache
+def source_commit() -> str:
+    """The commit of vitdemo's source, ``+`` after it where that was changed since; "unknown" without git."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def describe_machine(record: dict) -> str:

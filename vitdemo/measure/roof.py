@@ -29,6 +29,7 @@ SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 3
 FILE = "roof.json"
+COPIED = 256 << 20  # bytes, more than any cache holds
 
 
 class AnotherPrecision(Exception):
@@ -83,9 +84,16 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     return replace(kept[key], shape=tuple(kept[key].shape))
 
 
+def memory_bandwidth() -> float:
+    """Bytes a second that the memory gives to all cores: reading an array and writing another, the best of five."""
+    torch.set_num_threads(cores())
+    source, target = torch.zeros(COPIED // 4), torch.empty(COPIED // 4)
+    return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])
+
+
 def _key(precision: str, shapes: list[Shape]) -> str:
     machine = machine_record()
-    what = [precision, shapes, machine["cpu"], machine["cores"], machine["versions"], installed_version("openvino")]
+    what = [precision, shapes, machine["cpu"], machine["cores"], machine["versions"]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -125,22 +133,28 @@ class Products:
                 f"no roof in {precision} here: install openvino, or take one of {', '.join(TORCH_TYPES)}"
             )
 
-    def best(self, seconds: float) -> Roof:
-        """Time each product for an equal part of ``seconds``, two calls at least; the fastest, by its median call."""
+    def keep_best(self, seconds: float) -> None:
+        """Time each, one call at least, and go on with the fastest alone."""
+        best = self.best(seconds, least=1)
+        self._calls = {(best.runtime, best.shape): self._calls[best.runtime, best.shape]}
+
+    def best(self, seconds: float, least: int = 2) -> Roof:
+        """Time each product for an equal part of ``seconds``, ``least`` calls after a cold one; the fastest, by its
+        median call."""
         torch.set_num_threads(cores())
         rates = {}
         for (runtime, shape), call in self._calls.items():
-            median = statistics.median(_timed(call, seconds / len(self._calls)))
+            median = statistics.median(_timed(call, seconds / len(self._calls), least))
             rates[runtime, shape] = 2 * np.prod(shape, dtype=np.int64).item() / median
         runtime, shape = max(rates, key=rates.get)
         measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
 
 
-def _timed(call: Callable[[], object], seconds: float) -> list[float]:
+def _timed(call: Callable[[], object], seconds: float, least: int = 2) -> list[float]:
     call()  # the first one is cold
     taken: list[float] = []
-    while len(taken) < 2 or sum(taken) < seconds:
+    while len(taken) < least or sum(taken) < seconds:
         start = now()
         call()
         taken.append(now() - start)

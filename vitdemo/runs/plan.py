@@ -17,7 +17,14 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 
 # A value goes only to the notebooks that have the parameter. "bundled" is what the notebooks themselves say.
 PROFILES = {
-    "smoke": {"limit": 96, "counts": [1, 2]},
+    "smoke": {
+        "limit": 96,
+        "counts": [1, 2],
+        "device_batch_sizes": [1, 8],
+        "engines": "openvino",
+        "row_budget_s": 1.0,
+        "second_model": "",
+    },
     "bundled": {},
     # A CPU needs hours for all 50,000, which `vitdemo evaluate` does, resumably: a lesson is shorter.
     "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},

@@ -1,0 +1,63 @@
+"""The figures draw every row once, and never two machines in one panel."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from vitdemo import (
+    VitdemoError,
+    memory_bandwidth,
+    plot_accuracy_speed,
+    plot_latency_throughput,
+    plot_prediction,
+    plot_roofline,
+    plot_speedups,
+    published_performance,
+)
+
+FIGURES = {
+    "latency": plot_latency_throughput,
+    "speedups": lambda rows: plot_speedups(rows, published_performance().query("model == 'vit_base_patch16_224'")),
+    "roofline": lambda rows: plot_roofline(rows, 1e10),
+    "accuracy": plot_accuracy_speed,
+    "prediction": lambda rows: plot_prediction(rows, lambda row: row["batch"] * 2.0),
+}
+
+
+@pytest.fixture(params=FIGURES)
+def draw(request):
+    yield FIGURES[request.param]
+    plt.close("all")
+
+
+def test_two_machines_have_a_panel_each(draw, rows):
+    one = len(draw(rows).axes)
+    figure = draw(pd.concat([rows, rows.assign(machine="another machine")], ignore_index=True))
+    assert len(figure.axes) == 2 * one
+    assert any("another machine" in ax.get_title(loc="left") for ax in figure.axes)
+
+
+def test_rows_without_a_measurement_are_left_out(draw, rows):
+    draw(rows.assign(status=["failed: x"] + ["ok"] * (len(rows) - 1)))
+    with pytest.raises(VitdemoError, match="no row has"):
+        draw(rows.assign(status="failed: x"))
+
+
+def test_every_point_is_there(rows):
+    lines = plot_latency_throughput(rows).axes[0].lines
+    assert sorted(y for line in lines for y in line.get_ydata()) == sorted(rows["images_per_s"])
+    plt.close("all")
+
+
+def test_published_speedups_are_joined_on_the_batch(rows):
+    figure = plot_speedups(rows, published_performance().query("model == 'vit_base_patch16_224'"))
+    drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines}
+    a100 = drawn["published: AITemplate fp16 of vit_base_patch16_224, NVIDIA A100-40GB"]
+    assert a100[8] == pytest.approx(3642.16 / 1439.03) and len(a100) == 9
+    two = drawn["published: AITemplate fp16 of vit_base_patch16_224, AMD MI-250, 2 GCDs"]
+    assert min(two) == 2  # batch 1 is blank there
+    plt.close("all")
+
+
+def test_memory_bandwidth_is_plausible():
+    assert 1e9 < memory_bandwidth() < 2e12

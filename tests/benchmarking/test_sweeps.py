@@ -1,0 +1,300 @@
+"""A sweep measures what it says, whatever breaks on the way, and goes on where it was stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import timm
+
+from tests.benchmarking.conftest import OPTIONS, PAIRS
+from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, load_model
+from vitdemo.benchmarking import sweeps
+from vitdemo.benchmarking.files import PATTERN, read_perf
+from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, compare, passes
+from vitdemo.benchmarking.pairs import Pair, choose_pairs
+from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
+from vitdemo.cli import _parser
+
+SHORT = dict(row_budget_s=0.5, images=8)
+
+
+def pair_of(rows: pd.DataFrame) -> pd.Series:
+    return rows["engine"] + ":" + rows["precision"]
+
+
+def test_a_row_for_every_pair_and_batch(rows):
+    assert list(zip(pair_of(rows), rows["device_batch_size"], strict=True)) == [(p, b) for b in (1, 3) for p in PAIRS]
+    assert set(rows["status"]) == {"ok"} and set(rows["turns"]) == {"together"}
+    assert set(COLUMNS) <= set(rows)
+
+
+def test_rates_are_total_over_total(rows):
+    assert np.allclose(rows["images_per_s"], rows["batch"] / rows["mean_ms"] * 1e3, rtol=1e-3)
+    assert (rows["p50_ms"] <= rows["p90_ms"]).all() and (rows["p90_ms"] <= rows["p99_ms"]).all()
+    flops = load_model("vit_shapes20").info.flops_per_image
+    assert np.allclose(rows["tflops"], rows["images_per_s"] * flops / 1e12)
+    assert (rows["speedup_over_eager_fp32_pairs"] == 9).all(), "all had time for every round"
+
+
+def test_only_the_first_batch_size_is_cold(rows):
+    cold, warm = rows[rows["device_batch_size"] == 1], rows[rows["device_batch_size"] == 3]
+    assert np.allclose(cold["compile_s"].astype(float), cold["first_run_s"].astype(float) - cold["second_run_s"])
+    assert (cold["first_run_s"].astype(float) > cold["load_s"]).all()
+    assert set(warm["compile_s"]) == set(warm["first_run_s"]) == {"warm"}
+
+
+def test_a_speedup_is_over_eager_of_the_same_batch(rows):
+    eager = rows[rows["engine"] == "eager"]
+    assert np.allclose(eager["speedup_over_eager_fp32"], 1)
+    for _, row in rows.iterrows():
+        low, high = row["speedup_over_eager_fp32_low"], row["speedup_over_eager_fp32_high"]
+        assert low <= row["speedup_over_eager_fp32"] <= high
+        assert np.isnan(row["speedup_equal_precision"]) == (row["precision"] == "int8")  # eager has no int8
+
+
+def test_a_ratio_is_the_median_of_its_rounds():
+    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
+    fp32, int8 = ({"device": "cpu", "precision_ran": {precision: 0.9}} for precision in ("fp32", "int8"))
+    slow = Measured(Pair("eager", "fp32"), 2, fp32, rounds=[[0.4, 0.2], [0.8], [0.4]], roof=[np.nan] * 3)
+    fast = Measured(Pair("onnx", "int8"), 2, int8, rounds=[[0.1], [0.1], []], roof=[1e12, 2e12, 1e12])
+    eager, onnx = rows_of([slow, fast], info, none, "together").to_dict("records")
+    assert (eager["images_per_s"], eager["calls"]) == (pytest.approx(8 / 1.8), 4)
+    assert onnx["speedup_over_eager_fp32"] == pytest.approx((3 + 8) / 2)
+    assert onnx["speedup_over_eager_fp32_pairs"] == 2 and np.isnan(onnx["speedup_over_eager_fp32_low"]), "of 2 rounds"
+    assert np.isnan(onnx["speedup_equal_precision"]) and np.isnan(eager["of_roof"])
+    rate = 2 * info.flops_per_image / 0.1
+    assert onnx["of_roof"] == pytest.approx((rate / 1e12 + rate / 2e12) / 2)
+    assert onnx["tflops"] == pytest.approx(rate / 1e12) and onnx["mfu"] == pytest.approx(rate / 1e12)
+
+
+def test_equal_precision_is_what_ran_on_the_same_device():
+    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
+    eager = Measured(Pair("eager", "bf16"), 1, {"device": "cpu", "precision_ran": {"bf16": 1.0}}, rounds=[[0.4]])
+
+    def ratio(**facts):
+        other = Measured(Pair("openvino", "bf16"), 1, facts, rounds=[[0.1]], roof=[1e12])
+        eager.roof = [1e12]
+        return rows_of([eager, other], info, none, "together")["speedup_equal_precision"].iloc[1]
+
+    assert ratio(device="cpu", precision_ran={"bf16": 0.98, "fp32": 0.02}) == pytest.approx(4)
+    assert np.isnan(ratio(device="cpu", precision_ran={"fp32": 1.0})), "a CPU without bf16 ran fp32"
+    assert np.isnan(ratio(device="cuda", precision_ran={"bf16": 1.0}))
+
+
+def test_a_row_above_the_roof_is_held_against_another():
+    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
+    facts, rate = {"device": "cpu", "precision_ran": {"fp32": 1.0}}, info.flops_per_image / 0.1
+    row = Measured(Pair("eager", "fp32"), 1, facts, rounds=[[0.1]] * 6, roof=[rate / 2] * 6)
+    row.again = Measured(Pair("eager", "fp32"), 1, facts, rounds=[[0.2]] * 6, roof=[rate] * 6)
+    (found,) = rows_of([row], info, none, "together").to_dict("records")
+    assert found["of_roof"] == found["mfu"] == pytest.approx(0.5)
+    assert found["images_per_s"] == pytest.approx(10), "the rate is of the rounds with the others"
+
+
+def test_the_accuracy_is_that_of_evaluate(rows):
+    model = load_model("vit_shapes20")
+    data = ImageNetVal(data_path("shapes20"))
+    for pair in ("eager:fp32", "openvino:int8"):
+        engine = convert(model, *pair.split(":"))
+        found = evaluate(engine, data, limit=40, progress=False).metrics
+        own = rows[pair_of(rows) == pair]
+        assert set(own["top1"]) == {found["top1"]} and set(own["images"]) == {40}
+        assert set(own["artifact"]) == {engine.card["key"]}
+    assert rows.loc[rows["precision"] == "fp32", "relative_l2"].max() < 1e-4 < rows["relative_l2"].max()
+
+
+def test_the_share_of_the_roof(rows):
+    assert (rows["of_roof"] > 0).all() and not (rows["of_roof_low"] > rows["of_roof_high"]).any()
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory):
+    """A sweep with random weights whose calls all take longer than they may, and its folder."""
+    folder = tmp_path_factory.mktemp("skipped")
+    options = dict(engines="eager:fp32", weights="random", device_batch_sizes=[1, 2], row_budget_s=1e-4)
+    return benchmark("resnet18", out=folder, **options), folder
+
+
+def test_random_weights_have_no_accuracy_and_say_how_to_get_one(skipped):
+    rows, folder = skipped
+    assert rows["top1"].isna().all()
+    said, _, command = rows["accuracy"].iloc[0].partition(": vitdemo ")
+    assert said == "not measured (random weights, no images)"
+    asked = _parser().parse_args(command.split())
+    assert asked.model == "resnet18.a1_in1k" and timm.is_model_pretrained(asked.model)
+    (record,) = folder.glob("perf_resnet18_random-*.json")
+    assert json.loads(record.read_text())["machine"]["cores"]
+
+
+def test_an_iteration_beyond_the_budget_skips_its_row_and_the_larger_ones(skipped):
+    first, second = skipped[0]["status"]
+    assert re.fullmatch(r"skipped: [\d.e-]+ s a batch", first)
+    assert re.fullmatch(r"skipped: batch 1 took [\d.e-]+ s", second)
+    assert skipped[0]["images_per_s"].isna().all()
+
+
+BROKEN = """
+import os, signal, time
+import vitdemo.conversion.engines.openvino as module
+infer = module.OpenVINOEngine._infer
+def broken(self, x):
+    {what}
+    return infer(self, x)
+module.OpenVINOEngine._infer = broken
+"""
+THREE_WAYS = """if len(x) == 2 and self.precision == 'fp32': raise MemoryError
+    if len(x) == 2 and self.precision == 'bf16': raise RuntimeError('no such kernel')
+    if len(x) == 2 and self.precision == 'int8': os.kill(os.getpid(), signal.SIGKILL)"""
+
+
+@pytest.fixture
+def break_openvino(tmp_path, monkeypatch):
+    """Change OpenVINO's engine in the workers, by a module that Python imports at its start."""
+
+    def apply(what: str) -> None:
+        folder = tmp_path / "planted"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(BROKEN.format(what=what))
+        monkeypatch.syspath_prepend(str(folder))
+
+    return apply
+
+
+def test_what_fails_is_a_row_and_the_sweep_goes_on(tmp_path, break_openvino):
+    break_openvino(THREE_WAYS)
+    rows = benchmark("vit_shapes20", engines="openvino", device_batch_sizes=[1, 2, 4], out=tmp_path / "out", **SHORT)
+    status = rows.set_index([pair_of(rows), "batch"])["status"]
+    assert status["openvino:fp32", 2] == "failed: out of memory"
+    assert status["openvino:bf16", 2] == "failed: no such kernel"
+    assert status["openvino:int8", 2].startswith("failed: its process ended (killed, as it is where memory runs out)")
+    for precision in ("fp32", "bf16", "int8"):
+        assert status[f"openvino:{precision}", 1] == "ok"
+        assert status[f"openvino:{precision}", 4] == "skipped: batch 2 failed"
+    assert set(rows.loc[rows["engine"] == "eager", "status"]) == {"ok"}
+
+
+def test_the_gate_sees_a_planted_slowdown(rows, tmp_path, break_openvino):
+    same = compare(rows, rows)
+    assert passes(same) and set(same["verdict"]) == {FINE} and len(same) == 4
+    break_openvino("end = time.perf_counter() + 0.3\n    while time.perf_counter() < end: pass")
+    options = OPTIONS | dict(engines="openvino:fp32", row_budget_s=1.0)
+    slowed = benchmark("vit_shapes20", out=tmp_path / "out", **options)
+    found = compare(slowed, rows)
+    assert set(found["verdict"]) == {WORSE} and not passes(found)
+    other_way = compare(rows, slowed)
+    assert set(other_way["verdict"]) == {STALE} and passes(other_way)
+    lost = compare(slowed.assign(status="failed: no such kernel"), rows)
+    assert set(lost["verdict"]) == {GONE} and not passes(lost)
+
+
+def test_the_gate_refuses_what_it_cannot_compare(rows):
+    with pytest.raises(VitdemoError, match="no row of the same"):
+        compare(rows.assign(device_batch_size=7), rows)
+    with pytest.raises(VitdemoError, match="several machines"):
+        compare(rows, pd.concat([rows, rows.assign(machine="another")]))
+    unmeasured = rows.assign(speedup_over_eager_fp32=[np.nan, *rows["speedup_over_eager_fp32"][1:]])
+    assert passes(compare(unmeasured, unmeasured)), "what had no ratio before needs none now"
+    with pytest.raises(VitdemoError, match="between 0 and 1"):
+        compare(rows, rows, 1.5)
+
+
+def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps.psutil, "virtual_memory", lambda: SimpleNamespace(available=2.5 * (1 << 30)))
+    rows = benchmark("vit_shapes20", engines="openvino:fp32", device_batch_sizes=[2], out=tmp_path, **SHORT)
+    assert dict(zip(pair_of(rows), rows["turns"], strict=True)) == {"eager:fp32": "together", "openvino:fp32": "alone"}
+    alone = rows[rows["turns"] == "alone"].iloc[0]
+    assert alone["speedup_equal_precision"] > 0 and np.isnan(alone["speedup_equal_precision_low"])
+
+
+def test_resuming_measures_what_is_missing(sweep_folder, tmp_path):
+    for path in sweep_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (path,) = tmp_path.glob(PATTERN)
+    whole = read_perf(path)
+    whole[whole["device_batch_size"] == 1].to_csv(path, index=False)
+    record = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(record | {"finished": False}))
+    rows = benchmark("vit_shapes20", out=tmp_path, resume=True, **OPTIONS)
+    assert list(rows["device_batch_size"]) == list(whole["device_batch_size"])
+    assert list(rows["measured"][:3]) == list(whole["measured"][:3]), "what was there was measured again"
+    assert (rows["measured"][3:] > whole["measured"].max()).all()
+    assert len(list(tmp_path.glob(PATTERN))) == 1
+    with pytest.raises(VitdemoError, match="no sweep of these settings"):
+        benchmark("vit_shapes20", out=tmp_path, resume=True, **OPTIONS | dict(images=39))
+
+
+def test_several_models_resume_where_they_were(tmp_path):
+    options = SHORT | dict(engines="eager:fp32", device_batch_sizes=[1], out=tmp_path)
+    first = benchmark("vit_shapes20", **options)
+    folder = str(data_path("shapes20") / "vit_shapes20")
+    both = benchmark(["vit_shapes20", folder], resume=True, **options)
+    assert len(both) == 2 and both["measured"].iloc[0] == first["measured"].iloc[0] < both["measured"].iloc[1]
+    assert len(list(tmp_path.glob(PATTERN))) == 2
+
+
+def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
+    command = [sys.executable, "-m", "vitdemo", "benchmark", "vit_shapes20", "--engines", "eager:fp32", "--images", "8"]
+    command += ["--device-batch-sizes", "1,2,4", "--row-budget-s", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 90
+    while not list(tmp_path.glob(PATTERN)) and time.monotonic() < end:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2  # eager's and the roof's
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob(PATTERN)
+    assert list(read_perf(path)["device_batch_size"]) == [1, 2, 4]
+
+
+def test_replicas_share_each_batch(tmp_path):
+    pytest.importorskip("ray")
+    options = SHORT | dict(engines="eager:fp32", replicas=2, device_batch_sizes=[2])
+    (row,) = benchmark("vit_shapes20", out=tmp_path, **options).to_dict("records")
+    assert (row["status"], row["replicas"], row["device_batch_size"], row["batch"]) == ("ok", 2, 2, 4)
+    assert row["images_per_s"] == pytest.approx(4 / row["mean_ms"] * 1e3, rel=1e-3)
+    assert 0 < row["top1"] <= 1 and row["images"] == 8
+
+
+def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has():
+    assert choose_pairs("openvino:bf16, onnx:int8") == [
+        Pair("eager", "fp32"),
+        Pair("eager", "bf16"),
+        Pair("openvino", "bf16"),
+        Pair("onnx", "int8"),
+    ]
+    assert choose_pairs("openvino")[2:] == [Pair("openvino", p) for p in ("fp32", "bf16", "int8")]
+    assert len(choose_pairs(None)) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (dict(device_batch_sizes=[0]), "device_batch_sizes 0: must be"),
+        (dict(device_batch_sizes=["four"]), "device_batch_sizes 'four': must be"),
+        (dict(device_batch_sizes=[]), "there are none"),
+        (dict(engines="tensorrt"), "engines 'tensorrt': there is no such engine; there are eager"),
+        (dict(engines="openvino:fp8"), "the openvino engine has fp32, bf16, int8"),
+        (dict(row_budget_s=0), "row_budget_s 0: must be more"),
+        (dict(row_budget_s=float("nan")), "row_budget_s nan: must be more"),
+        (dict(weights="random", data="somewhere"), "data somewhere: random weights"),
+        (dict(replicas=0), "replicas 0: must be"),
+        (dict(images=0), "images 0: must be"),
+    ],
+)
+def test_refuses_what_cannot_be_measured_before_anything_runs(options, what, tmp_path):
+    with pytest.raises(VitdemoError, match=what):
+        benchmark("vit_shapes20", out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

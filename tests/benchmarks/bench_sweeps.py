@@ -1,0 +1,126 @@
+"""Whether a sweep's numbers can be trusted: twice the same, in time, and as others measure them.
+
+- Two sweeps of vit_shapes20 in a row: the median of each ratio to eager, one over the other.
+- ViT-B/16 with random weights in every engine at batches 1 and 8: the minutes it takes, built before.
+- A sweep's eager beside ``torch.utils.benchmark``, its OpenVINO beside benchmark_app: sweep and tools by turns.
+
+Run it as ``python -m tests.benchmarks.bench_sweeps --out FILE.csv``; ``make soak`` holds it to its targets.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.benchmark import Timer
+
+from vitdemo import benchmark, convert, describe_machine, load_model, machine_record
+from vitdemo.benchmarking.gate import RATIO, compare
+from vitdemo.conversion.cache import artifacts_root
+from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.engines.openvino import GRAPH, HINTS
+from vitdemo.inference.records import write_json
+from vitdemo.measure.clock import cores, now
+from vitdemo.paths import replacing
+
+VIT, TURNS = "vit_base_patch16_224", 5
+NAMES = {"eager": "torch.utils.benchmark", "openvino": "benchmark_app"}
+REPEATED, MINUTES, AGREED = 0.05, 6.0, 0.05
+TOOL_S = 5
+
+
+def repeated(folder: Path) -> pd.DataFrame:
+    """Each ratio to eager in two sweeps in a row."""
+    first, second = (
+        benchmark("vit_shapes20", engines="eager,openvino,onnx", device_batch_sizes=[1, 8], images=100, out=folder / k)
+        for k in "ab"
+    )
+    found = compare(second, first)
+    return found.assign(what="repeated: " + found["engine"] + " " + found["precision"], value=found["change"])
+
+
+def in_time(folder: Path) -> pd.DataFrame:
+    """Minutes of a sweep of ViT-B/16, once everything is built, and its rows."""
+    for kept in ("built", "timed"):
+        start = now()
+        rows = benchmark(VIT, weights="random", device_batch_sizes=[1, 8], out=folder / kept)
+    assert (rows["status"] == "ok").all(), rows["status"]
+    return pd.DataFrame([{"what": f"{VIT}: minutes of {len(rows)} rows", "value": (now() - start) / 60}])
+
+
+def as_others(folder: Path) -> list[dict]:
+    """A sweep's median latency over another tool's, a sweep and then the tools, over and over."""
+    model = load_model(VIT, "random")
+    eager, openvino = convert(model), convert(model, "openvino", "int8")
+    tools = {"eager": partial(_torch_s, eager), "openvino": partial(_tool_s, openvino)}
+    ratios: dict[tuple, list[float]] = {}
+    for turn in range(TURNS):
+        options = dict(engines="openvino:int8", device_batch_sizes=[1, 8], out=folder / f"turn_{turn}")
+        for row in benchmark(VIT, weights="random", **options).itertuples():
+            other = tools[row.engine](row.batch)
+            ratios.setdefault((row.engine, row.precision, row.batch), []).append(row.p50_ms / 1e3 / other)
+    return [
+        {
+            "what": f"{engine} {precision} over {NAMES[engine]}",
+            "device_batch_size": batch,
+            "value": np.median(values) - 1,
+            "low": min(values) - 1,
+            "high": max(values) - 1,
+        }
+        for (engine, precision, batch), values in ratios.items()
+    ]
+
+
+def _torch_s(engine: Engine, batch: int) -> float:
+    """Seconds of the median call, by torch.utils.benchmark."""
+    x = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
+    timer = Timer("engine(x)", globals={"engine": engine, "x": x}, num_threads=cores())
+    return timer.blocked_autorange(min_run_time=2 * TOOL_S).median
+
+
+def _tool_s(engine: Engine, batch: int) -> float:
+    """Seconds of the median call, as OpenVINO's benchmark_app reports it."""
+    folder = artifacts_root() / engine.recipe.folder_name
+    command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(folder / GRAPH), "-d", "CPU"]
+    command += ["-hint", "latency", "-api", "sync", "-infer_precision", HINTS[engine.precision]]
+    command += ["-data_shape", f"[{batch},3,224,224]", "-t", str(TOOL_S), "-inference_only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(re.search(r"Median:\s+([\d.]+) ms", done.stdout).group(1)) / 1e3
+
+
+def measure() -> pd.DataFrame:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [in_time(Path(folder)), repeated(Path(folder)), pd.DataFrame(as_others(Path(folder)))]
+    keep = ["what", "device_batch_size", "value", "low", "high", f"{RATIO}_baseline", RATIO]
+    return pd.concat(rows, ignore_index=True).reindex(columns=keep)
+
+
+def misses(rows: pd.DataFrame) -> list[str]:
+    limit = rows["what"].map(lambda what: MINUTES if "minutes" in what else AGREED if "over" in what else REPEATED)
+    late = rows[~(rows["value"].abs() <= limit)]  # nothing measured is a miss too
+    return [f"{row.what}, batch {row.device_batch_size}: {row.value:.3f}" for row in late.itertuples()]
+
+
+@pytest.mark.soak
+def test_a_sweep_can_be_trusted():
+    rows = measure()
+    print(rows.to_string())
+    assert not misses(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = measure()
+    with replacing(arguments.out) as file:
+        found.to_csv(file, index=False)
+    write_json(arguments.out.with_suffix(".machine.json"), machine_record())
+    print(describe_machine(machine_record()), found.to_string(), *misses(found), sep="\n")

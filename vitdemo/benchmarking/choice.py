@@ -1,0 +1,153 @@
+"""Which of the measured engines to use, and that engine as a script that needs no vitdemo."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.rows import OK
+from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.cache import CARD
+from vitdemo.conversion.engines import onnx, openvino
+from vitdemo.conversion.engines.contract import CompiledEngine, Engine
+from vitdemo.conversion.engines.eager import DTYPES
+from vitdemo.conversion.graph import export_graph
+from vitdemo.conversion.models import Model
+from vitdemo.errors import VitdemoError
+from vitdemo.paths import claim_folder, replacing
+
+SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
+
+
+def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy_loss: float) -> pd.Series:
+    """The row with the most images/s among those fast enough and right enough.
+
+    Fast enough: nine calls in ten (``p90_ms``) within ``latency_budget_ms``. Right enough: top-1 at most
+    ``largest_accuracy_loss``, a fraction, below eager fp32's on the same images. Raises VitdemoError where there is
+    none, saying what comes nearest, and for rows of several machines or models.
+    """
+    for name in ("machine", "model"):
+        if rows[name].nunique() > 1:
+            raise VitdemoError(f"which engine: these rows are of several {name}s; take those of one")
+    found = rows[rows["status"] == OK]
+    reference = found.loc[(found["engine"] == EAGER.engine) & (found["precision"] == EAGER.precision), "top1"].dropna()
+    if reference.empty:
+        raise VitdemoError("which engine: no accuracy was measured; measure a model with its weights on real images")
+    right = found[reference.iloc[0] - found["top1"] <= largest_accuracy_loss + 1e-12]  # of counts, not of rounding
+    fast = right[right["p90_ms"] <= latency_budget_ms]
+    if fast.empty:
+        least = right["p90_ms"].min()
+        raise VitdemoError(
+            f"which engine: none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms; give "
+            "more time, or take a larger loss"
+        )
+    return fast.loc[fast["images_per_s"].idxmax()]
+
+
+def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | None = None) -> Path:
+    """Write ``classify.py`` and what it needs into the new folder ``out``; the path of the script.
+
+    It takes paths of images and prints the likeliest classes of each; it needs numpy, Pillow and the engine's runtime,
+    and no vitdemo. class_names: by class index; by default the wnids. Raises VitdemoError for an engine that
+    ``convert`` did not make, for one on another device than the CPU, and for an input that is not square.
+    """
+    preprocessing, recipe = engine.info.preprocessing, engine.recipe
+    _, height, width = preprocessing.input_size
+    if recipe is None or engine.device != "cpu" or height != width:
+        raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
+    out = claim_folder(out)
+    if isinstance(engine, CompiledEngine):
+        for file in (artifacts_root() / recipe.folder_name).iterdir():
+            if file.name != CARD:
+                shutil.copy2(file, out)
+    else:
+        dtype = DTYPES[engine.precision]
+        module = copy.deepcopy(recipe.model.module).to(dtype)
+        torch.export.save(export_graph(Model(module, engine.info), dtype=dtype), out / PROGRAM)
+    names = class_names or engine.info.classes or ()
+    (out / CLASSES).write_text("\n".join(names), encoding="utf-8")
+    with replacing(out / SCRIPT) as file:
+        file.write(_script(engine))
+    return out / SCRIPT
+
+
+def _script(engine: Engine) -> str:
+    preprocessing = engine.info.preprocessing
+    side = preprocessing.input_size[1]
+    squash = preprocessing.crop_mode == "squash"
+    return TEMPLATE.format(
+        what=f"{engine.info.tag} in {engine.name} {engine.precision}",
+        key=engine.card["key"][:16],
+        side=side,
+        resized=int(side / preprocessing.crop_pct),
+        interpolation=preprocessing.interpolation.upper(),
+        size=SQUASHED if squash else COVERING,
+        runtime=RUNTIMES[engine.name].format(hint=openvino.HINTS.get(engine.precision)).strip(),
+    )
+
+
+COVERING = "size = [int(RESIZED * s / min(image.size)) for s in image.size]"
+SQUASHED = "size = RESIZED, RESIZED"
+RUNTIMES = {
+    "eager": """
+import torch
+
+model = torch.export.load(HERE / "model.pt2").module()
+logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
+""",
+    "inductor": """
+import torch
+
+model = torch._inductor.aoti_load_package(str(HERE / "model.pt2"))
+logits = lambda x: model(torch.from_numpy(x)).numpy()
+""",
+    "onnx": f"""
+import onnxruntime
+
+model = onnxruntime.InferenceSession(HERE / "{onnx.GRAPH}", providers=["CPUExecutionProvider"])
+logits = lambda x: model.run(None, {{{{"x": x}}}})[0]
+""",
+    "openvino": f"""
+import openvino
+
+options = {{{{"INFERENCE_PRECISION_HINT": "{{hint}}", "PERFORMANCE_HINT": "LATENCY"}}}}
+model = openvino.Core().compile_model(HERE / "{openvino.GRAPH}", "CPU", options)
+logits = lambda x: model(x)[0]
+""",
+}
+TEMPLATE = '''"""{what}, artifact {key}, as written by vitdemo.
+
+python classify.py IMAGE …"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE, SIDE, RESIZED = Path(__file__).parent, {side}, {resized}
+CLASSES = (HERE / "classes.txt").read_text(encoding="utf-8").splitlines()
+
+{runtime}
+
+
+def pixels(path):
+    """uint8[1, 3, SIDE, SIDE]; the model itself takes off the mean and divides by the deviation."""
+    image = Image.open(path).convert("RGB")
+    {size}
+    image = image.resize(size, Image.Resampling.{interpolation})
+    left, top = (round((s - SIDE) / 2) for s in image.size)
+    cut = image.crop((left, top, left + SIDE, top + SIDE))
+    return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1)[None])
+
+
+for path in sys.argv[1:]:
+    z = logits(pixels(path))[0].astype(np.float64)
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    best = np.argsort(-p, kind="stable")[:3]
+    print(path, *(f"{{p[k]:.1%}} {{CLASSES[k] if CLASSES else k}}" for k in best), sep="\\t")
+'''

@@ -1,0 +1,147 @@
+"""The files of sweeps: one CSV each, its machine's record beside it; read back, and joined by column name."""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+
+from vitdemo.benchmarking.pairs import Pair
+from vitdemo.benchmarking.rows import COLUMNS, OK
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.inference.records import write_json
+from vitdemo.measure.clock import cores, machine_record
+from vitdemo.paths import remove_leftovers, replacing
+
+PATTERN = "perf_*.csv"
+KEY = ["engine", "precision", "device_batch_size"]
+NEEDED = ["model", *KEY, "batch", "status", "images_per_s", "machine", "commit"]  # without these a row says nothing
+
+
+@dataclass
+class Sweep:
+    """One sweep's file, written anew after every batch size. settings: what it was asked for."""
+
+    path: Path
+    settings: dict
+    rows: pd.DataFrame
+
+    def lacks(self, pair: Pair, device_batch_size: int) -> bool:
+        found = self.rows[KEY].astype({"device_batch_size": int}) if len(self.rows) else self.rows[KEY]
+        return not (found == [*pair, device_batch_size]).all(axis=1).any()
+
+    def ended(self, pair: Pair) -> str:
+        """Why ``pair`` was given up at a batch size that was measured before; "" where it was not."""
+        own = self.rows[(self.rows["engine"] == pair.engine) & (self.rows["precision"] == pair.precision)]
+        bad = own[own["status"] != OK]
+        return "" if bad.empty else f"skipped: batch {bad['batch'].iloc[0]} was {bad['status'].iloc[0]}"
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Put ``rows`` in the place of those of the same pair and batch size, and write the file."""
+        both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
+        table = pd.concat(both, ignore_index=True).drop_duplicates(KEY, keep="last")
+        order = {pair: place for place, pair in enumerate(self.settings["pairs"])}
+        place = (table["engine"] + ":" + table["precision"]).map(order)
+        table = table.assign(place=place).sort_values(["device_batch_size", "place"]).drop(columns="place")
+        self.rows = table.reset_index(drop=True)
+        with named_errors(self.path), replacing(self.path) as file:
+            self.rows.to_csv(file, index=False)
+
+
+@contextmanager
+def open_sweep(out: Path, settings: dict, resume: bool) -> Iterator[Sweep]:
+    """A new file ``perf_<model>_<setting>_<time>.csv`` in ``out``, or the last one of these settings to go on with.
+
+    Its record, ``….json``, says whether the sweep was finished.
+    """
+    settings = json.loads(json.dumps(settings))
+    with named_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        path = (_to_resume(out, settings) if resume else None) or out / _name(settings)
+        remove_leftovers(out, path.name, path.with_suffix(".json").name)
+        record = {"settings": settings, "machine": machine_record(), "finished": False}
+        write_json(path.with_suffix(".json"), record)
+        sweep = Sweep(path, settings, read_perf(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS)))
+        yield sweep
+        write_json(path.with_suffix(".json"), record | {"finished": True})
+
+
+def _name(settings: dict) -> str:
+    model = re.sub(r"[^\w.]+", "_", settings["tag"])
+    weights = re.sub(r"[^\w.]+", "_", Path(settings["weights"]).name)
+    shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
+    return f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
+
+
+def check_resumable(out: Path, wanted: list[dict]) -> None:
+    """Raise VitdemoError where ``out`` has no sweep of any of these settings."""
+    if not any(_to_resume(out, json.loads(json.dumps(settings))) for settings in wanted):
+        raise VitdemoError(
+            f"{out}: holds no sweep of these settings, machine and source to resume; leave out --resume to begin one"
+        )
+
+
+def _to_resume(out: Path, settings: dict) -> Path | None:
+    """The last sweep of these settings, finished or not."""
+    for path in sorted(out.glob("perf_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["settings"] == settings:
+                return path.with_suffix(".csv")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def read_perf(path: Path) -> pd.DataFrame:
+    """The rows of one sweep's file. Raises VitdemoError, naming it, where it is none, or a column is there twice."""
+    with named_errors(path):
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                header = next(csv.reader(file), [])
+            table = pd.read_csv(path) if header else pd.DataFrame()
+        except (UnicodeDecodeError, pd.errors.ParserError, csv.Error):
+            raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
+    for number, name in sorted((-count, name) for name, count in Counter(header).items()):
+        if number < -1:
+            raise VitdemoError(f"{path}: has the column {name!r} {-number} times; take one out")
+    missing = [name for name in NEEDED if name not in header]
+    if missing:
+        raise VitdemoError(f"{path}: not a table of vitdemo's, the column {missing[0]!r} is missing; take it out")
+    return table
+
+
+def merge(places: Iterable[Path | str]) -> pd.DataFrame:
+    """The rows of every ``perf_*.csv`` in these folders, or of these files, joined by column name.
+
+    What one file has and another lacks is empty there; each row keeps its machine and its commit, and gets the name of
+    its ``file``. Raises VitdemoError where there are none, or where a file is not a sweep's.
+    """
+    files: dict[Path, None] = {}
+    for place in map(Path, places):
+        found = sorted(place.glob(PATTERN)) if place.is_dir() else [place]
+        if not found:
+            raise VitdemoError(f"{place}: holds no {PATTERN}; run `vitdemo benchmark … --out {place}` first")
+        files |= dict.fromkeys(path.resolve() for path in found)
+    tables = [read_perf(path).assign(file=path.name) for path in files]
+    if not tables:
+        raise VitdemoError("merge: no folder was given; give those of `vitdemo benchmark`")
+    joined = pd.concat([table.astype(object) for table in tables], ignore_index=True)
+    ours = [name for name in COLUMNS if name in joined]
+    joined = joined[[*ours, *(name for name in joined if name not in ours)]].infer_objects()
+    for name in {"first_run_s", "compile_s"} & set(joined):  # numbers, beside the word "warm"
+        joined[name] = joined[name].map(_number_or_word)
+    return joined
+
+
+def _number_or_word(value: object) -> object:
+    try:
+        return float(value)
+    except ValueError:
+        return value

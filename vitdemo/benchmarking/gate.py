@@ -1,0 +1,67 @@
+"""A gate for CI: whether an engine has lost speed since a baseline was measured, by its ratio to eager.
+
+A ratio, because the two sides of it slow down together on a busy machine. Of another machine it is another ratio.
+"""
+
+import pandas as pd
+
+from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.rows import OK
+from vitdemo.errors import VitdemoError
+
+RATIO = "speedup_over_eager_fp32"
+SAME = ["model", "weights", "engine", "precision", "replicas", "device_batch_size"]
+WORSE_BY = 0.2
+FINE, WORSE, STALE, GONE = "fine", "worse", "better: measure the baseline anew", "not measured any more"
+
+
+def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_BY) -> pd.DataFrame:
+    """Each ratio to eager fp32 beside its baseline's, and a ``verdict``.
+
+    WORSE: below ``(1 - worse_by)`` of the baseline's. STALE: above ``1 / (1 - worse_by)`` of it. GONE: the baseline
+    has a ratio and these rows have none. ``change``: ratio / baseline - 1. Raises VitdemoError for a ``worse_by`` out
+    of 0 to 1, and where no row of the baseline is of the same model, engine, precision and batch.
+    """
+    check_share(worse_by)
+    check_baseline(baseline)
+    before, now = _ratios(baseline).dropna(subset=RATIO), _ratios(rows)
+    both = before.merge(now, on=SAME, how="left", suffixes=("_baseline", ""))
+    asked = both[SAME].merge(rows[SAME].drop_duplicates(), on=SAME, how="left", indicator=True)["_merge"] == "both"
+    both = both[asked]
+    if both.empty:
+        raise VitdemoError("against: the baseline has no row of the same model, engine, precision and batch as these")
+    both["change"] = both[RATIO] / both[f"{RATIO}_baseline"] - 1
+    both["verdict"] = FINE
+    both.loc[both["change"] < -worse_by, "verdict"] = WORSE
+    both.loc[both["change"] > 1 / (1 - worse_by) - 1, "verdict"] = STALE
+    both.loc[both[RATIO].isna(), "verdict"] = GONE
+    return both.reset_index(drop=True)
+
+
+def check_baseline(baseline: pd.DataFrame) -> None:
+    """Raise VitdemoError for a table that nothing can be held against: a column missing, or several machines' rows."""
+    missing = [name for name in (*SAME, RATIO) if name not in baseline]
+    if missing:
+        raise VitdemoError(f"against: the baseline has no column {missing[0]!r}; measure it with `vitdemo benchmark`")
+    if baseline["machine"].nunique() > 1:
+        raise VitdemoError("against: the baseline holds the rows of several machines; give one sweep's file")
+
+
+def check_share(worse_by: float) -> None:
+    """Raise VitdemoError for what is no share."""
+    if not 0 < worse_by < 1:
+        raise VitdemoError(f"worse_by {worse_by!r}: must be a fraction between 0 and 1")
+
+
+def passes(compared: pd.DataFrame) -> bool:
+    """Whether nothing became worse or was lost; a stale baseline passes."""
+    return not compared["verdict"].isin([WORSE, GONE]).any()
+
+
+def _ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    reference = (rows["engine"] == EAGER.engine) & (rows["precision"] == EAGER.precision)
+    found = rows.loc[(rows["status"] == OK) & ~reference, [*SAME, RATIO]].copy()
+    found[RATIO] = pd.to_numeric(found[RATIO], errors="coerce")
+    for name in ("replicas", "device_batch_size"):
+        found[name] = found[name].astype(int)
+    return found.drop_duplicates(SAME, keep="last")

@@ -1,0 +1,49 @@
+"""Which engines in which precisions are measured."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from vitdemo.conversion.engines.contract import find_engines
+from vitdemo.errors import VitdemoError
+
+HARNESS = "null"  # measures the harness, and is no engine to compare
+
+
+class Pair(NamedTuple):
+    """An engine in a precision."""
+
+    engine: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.engine}:{self.precision}"
+
+
+EAGER = Pair("eager", "fp32")  # the reference
+
+
+def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
+    """The pairs that ``engines`` names, each once, and before them eager in fp32 and in each precision it shares.
+
+    Raises VitdemoError for an unknown engine or precision, naming those there are.
+    """
+    known = {name: cls.precisions for name, cls in find_engines().items() if name != HARNESS}
+    if engines is None:
+        chosen = [Pair(name, precision) for name, precisions in known.items() for precision in precisions]
+    else:
+        names = engines.split(",") if isinstance(engines, str) else engines
+        chosen = [pair for name in names for pair in _pairs_of(name.strip(), known)]
+    if not chosen:
+        raise VitdemoError("engines: there are none; give some, such as eager:fp32,openvino:int8")
+    asked = {EAGER.precision, *(pair.precision for pair in chosen)}
+    eager = [Pair(EAGER.engine, precision) for precision in known[EAGER.engine] if precision in asked]
+    return list(dict.fromkeys([*eager, *chosen]))
+
+
+def _pairs_of(name: str, known: dict[str, Iterable[str]]) -> list[Pair]:
+    engine, colon, precision = name.partition(":")
+    if engine not in known:
+        raise VitdemoError(f"engines {name!r}: there is no such engine; there are {', '.join(known)}")
+    if colon and precision not in known[engine]:
+        raise VitdemoError(f"engines {name!r}: the {engine} engine has {', '.join(known[engine])}")
+    return [Pair(engine, each) for each in ([precision] if colon else known[engine])]

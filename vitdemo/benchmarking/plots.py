@@ -1,0 +1,176 @@
+"""Figures of sweeps. Rows of several machines are never mixed: each machine has a panel of its own."""
+
+from collections.abc import Callable, Iterator
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.rows import OK
+from vitdemo.errors import VitdemoError
+from vitdemo.inference.metrics import wilson_interval
+
+# Okabe and Ito's palette, safe for colour-blind readers: an engine a colour; a precision a line and a marker.
+COLORS = {"eager": "#000000", "inductor": "#CC79A7", "onnx": "#009E73", "openvino": "#0072B2"}
+OTHER, GREY = "#E69F00", "#777777"
+DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
+MARKERS = {"fp32": "o", "bf16": "s", "int8": "^"}
+PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")
+
+
+def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
+    """Images/s over the median latency of a batch, a line an engine and precision, a point a batch size."""
+    figure, panels = _panels(rows, "images/s over latency")
+    for ax, own in panels:
+        for pair, line in _lines(own):
+            ax.plot(line["p50_ms"], line["images_per_s"], **_look(*pair))
+            for point in line.iloc[[0, -1] if len(line) > 1 else [0]].itertuples():
+                ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points", size=7)
+        ax.set(xscale="log", yscale="log", xlabel="median latency of a batch, ms", ylabel="images/s")
+        ax.grid(alpha=0.3)
+    return _with_legend(figure, panels)
+
+
+def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+    """Speedup over eager by batch: on the left at equal precision, beside published ones; on the right mixed.
+
+    published: rows of ``published_performance`` of the model; their baselines and engines have equal precision.
+    """
+    titles = "equal precision", "mixed: over eager fp32"
+    figure, panels = _panels(rows, "speedup over eager", columns=2, titles=titles)
+    for (equal, own), (mixed, _) in zip(panels[::2], panels[1::2], strict=True):
+        for pair, line in _lines(own[own["engine"] != EAGER.engine]):
+            _with_interval(equal, line, "speedup_equal_precision", _look(*pair))
+        for pair, line in _lines(own[own["precision"] != EAGER.precision]):
+            _with_interval(mixed, line, "speedup_over_eager_fp32", _look(*pair))
+        for (name, line), color in zip(_published_speedups(published), PUBLISHED, strict=False):
+            equal.plot(line.index, line, color=color, marker=".", linewidth=1, label=f"published: {name}")
+        for ax in (equal, mixed):
+            ax.axhline(1, color=GREY, linewidth=0.8)
+            _batch_axis(ax)
+            ax.set(ylabel="times eager's images/s", ylim=(0, None))
+    return _with_legend(figure, panels)
+
+
+def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
+    """The rate reached over the operations that a byte allows, below the roofs: the products' and the memory's.
+
+    bytes_per_s: what the memory gives (``memory_bandwidth``). A batch reads at least the weights once, and its pixels:
+    a layer's intermediate results, which may stay in a cache, are not counted, so a point may lie too far right.
+    """
+    figure, panels = _panels(rows, "roofline", needed="roof_tflops")
+    for ax, own in panels:
+        x = np.geomspace(0.5, 4 * _intensity(own).max(), 50)
+        for precision, roof in own.groupby("precision")["roof_tflops"].median().items():
+            ceiling = np.minimum(x * bytes_per_s / 1e12, roof)
+            ax.plot(x, ceiling, color=GREY, linestyle=DASHES.get(precision, "-."), linewidth=1)
+            ax.annotate(f"roof {precision}", (x[-1], roof), (-2, 3), textcoords="offset points", size=8, ha="right")
+        for pair, line in _lines(own):
+            ax.plot(_intensity(line), line["tflops"], **_look(*pair) | {"linestyle": ""})
+        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
+        ax.grid(alpha=0.3)
+    return _with_legend(figure, panels)
+
+
+def plot_accuracy_speed(rows: pd.DataFrame) -> Figure:
+    """Top-1, with its 95 % Wilson interval, over the best images/s of each engine and precision: a point each."""
+    figure, panels = _panels(rows, "accuracy and speed", needed="top1")
+    for ax, own in panels:
+        best = own.loc[own.groupby(["engine", "precision"])["images_per_s"].idxmax()]
+        for point in best.itertuples():
+            low, high = wilson_interval(round(point.top1 * point.images), int(point.images))
+            look = _look(point.engine, point.precision) | {"linestyle": ""}
+            error = [[100 * (point.top1 - low)], [100 * (high - point.top1)]]
+            ax.errorbar(point.images_per_s, 100 * point.top1, yerr=error, elinewidth=0.8, **look)
+        ax.set(xlabel="images/s at its best batch", ylabel=f"top-1 in % of {int(own['images'].max())} images")
+        ax.set_xlim(left=0)
+        ax.grid(alpha=0.3)
+    return _with_legend(figure, panels)
+
+
+def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], float]) -> Figure:
+    """Measured latencies by batch, and over them what ``predicted_ms`` says of each row, as crosses."""
+    figure, panels = _panels(rows, "predicted (x) and measured latency")
+    for ax, own in panels:
+        for pair, line in _lines(own):
+            look = _look(*pair)
+            ax.plot(line["batch"], line["p50_ms"], **look)
+            guesses = [predicted_ms(row) for _, row in line.iterrows()]
+            ax.plot(line["batch"], guesses, color=look["color"], linestyle="", marker="x", markersize=9)
+        _batch_axis(ax)
+        ax.set(yscale="log", ylabel="latency of a batch, ms")
+        ax.grid(alpha=0.3)
+    return _with_legend(figure, panels)
+
+
+def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", columns: int = 1, titles=("",)):
+    """A figure, and its axes with the rows of each: a line of panels a sweep, so a machine and a model."""
+    good = rows[(rows["status"] == OK) & rows[needed].notna()]
+    if good.empty:
+        raise VitdemoError(f"{title}: no row has {needed}; measure some first")
+    apart = [name for name in ("machine", "model", "weights", "replicas", "file") if name in good]
+    groups = [(own.iloc[0], own) for _, own in good.groupby(apart, sort=False)]
+    size = (8 if columns == 1 else 10, 4.2 * len(groups))
+    figure, axes = plt.subplots(len(groups), columns, figsize=size, squeeze=False, layout="constrained")
+    panels = []
+    for line, (first, own) in zip(axes, groups, strict=True):
+        shared = f", {first['replicas']} replicas" if first["replicas"] > 1 else ""
+        what = f"{first['model']}, weights: {first['weights']}{shared}: {title}"
+        line[0].set_title(f"{what}\n{first['machine']}", loc="left", fontsize=9)
+        for ax, name in zip(line, titles, strict=True):
+            panels.append((ax, own))
+            if name:
+                ax.text(0.98, 0.98, name, transform=ax.transAxes, ha="right", va="top", fontsize=9)
+    return figure, panels
+
+
+def _lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+    for pair, line in rows.groupby(["engine", "precision"], sort=False):
+        yield pair, line.sort_values("batch")
+
+
+def _look(engine: str, precision: str) -> dict:
+    known = dict(color=COLORS.get(engine, OTHER), linestyle=DASHES.get(precision, "-."))
+    return known | dict(marker=MARKERS.get(precision, "D"), markersize=5, linewidth=1.3, label=f"{engine} {precision}")
+
+
+def _with_interval(ax: Axes, line: pd.DataFrame, name: str, look: dict) -> None:
+    line = line[line[name].notna()]
+    if len(line):
+        ax.plot(line["batch"], line[name], **look)
+        ax.vlines(line["batch"], line[f"{name}_low"], line[f"{name}_high"], color=look["color"], linewidth=0.8)
+
+
+def _published_speedups(published: pd.DataFrame | None) -> Iterator[tuple[str, pd.Series]]:
+    """By system and hardware, engine's rate over its baseline's, joined on the batch."""
+    if published is None:
+        return
+    for (_, hardware), table in published.groupby(["source", "hardware"], sort=False):
+        base = table[table["baseline"]].set_index("batch")["images_per_s"]
+        engine = table[~table["baseline"]]
+        ratio = (engine.set_index("batch")["images_per_s"] / base).dropna()
+        if len(ratio) and engine["precision"].iloc[0] == table.loc[table["baseline"], "precision"].iloc[0]:
+            one = engine.iloc[0]
+            yield f"{one['system']} {one['precision']} of {one['model']}, {hardware}", ratio
+
+
+def _intensity(rows: pd.DataFrame) -> pd.Series:
+    """FLOPs a byte: of the weights in the row's precision, read once a batch, and of its pixels."""
+    width = rows["precision"].map({"fp32": 4, "bf16": 2, "int8": 1})
+    moved = rows["parameters"] * width + rows["batch"] * rows["input_bytes"]
+    return rows["batch"] * rows["flops_per_image"] / moved
+
+
+def _batch_axis(ax: Axes) -> None:
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.set_xlabel("images a batch")
+
+
+def _with_legend(figure: Figure, panels: list[tuple[Axes, pd.DataFrame]]) -> Figure:
+    handles = {label: handle for ax, _ in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,83 @@
+"""The README's table and figure: ``python -m vitdemo.benchmarking.recorded``, from what was recorded here or is now.
+
+With ``--measure NAME`` it first measures, ten minutes or so, into ``data/results/NAME``.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+from vitdemo.benchmarking.files import merge
+from vitdemo.benchmarking.plots import plot_latency_throughput
+from vitdemo.benchmarking.sweeps import benchmark
+from vitdemo.benchmarking.tables import markdown
+from vitdemo.errors import VitdemoError
+from vitdemo.paths import REPOSITORY, data_path, replacing
+
+RECORDED = "intel-xeon-amx-2-cores"  # the folder below data/results that the README shows
+FIGURE = REPOSITORY / "notebooks" / "img" / "benchmark.png"
+BEGIN, END = "<!-- the recorded benchmark -->\n", "<!-- its end -->\n"
+SHOWN_BATCHES = (1, 8)
+
+
+def measure(folder: Path) -> None:
+    """Sweep the bundled model with its accuracy, and a ViT-B/16 with random weights, in every engine."""
+    benchmark("vit_shapes20", device_batch_sizes=[1, 2, 4, 8, 16, 32, 64], out=folder)
+    benchmark("vit_base_patch16_224", weights="random", device_batch_sizes=[1, 2, 4, 8, 16], out=folder)
+
+
+def recorded(name: str = RECORDED) -> pd.DataFrame:
+    """The rows that were recorded on a machine, of each model the last sweep's."""
+    rows = merge([data_path(f"results/{name}")])
+    last = rows.groupby("model")["file"].transform("max")  # the names end in the time
+    return rows[rows["file"] == last].reset_index(drop=True)
+
+
+def readme_table(rows: pd.DataFrame) -> str:
+    """The table of the README, in Markdown, with the machine and the commit below it."""
+    rows = rows[rows["device_batch_size"].isin(SHOWN_BATCHES)].sort_values("model", ascending=False, kind="stable")
+    ratio, mixed = "speedup_equal_precision", "speedup_over_eager_fp32"
+    shown = {
+        "model": rows["model"],
+        "engine": rows["engine"] + " " + rows["precision"],
+        "batch": rows["batch"],
+        "latency p50, ms": rows["p50_ms"],
+        "images/s": rows["images_per_s"],
+        "over eager, equal precision": rows[ratio].map("{:.2f}".format, na_action="ignore"),
+        "over eager fp32": rows[mixed].map("{:.2f}".format, na_action="ignore"),
+        "of the roof": rows["of_roof"].map("{:.0%}".format, na_action="ignore"),
+        "top-1": rows["top1"].map("{:.1%}".format, na_action="ignore").fillna("not measured"),
+    }
+    where = "; ".join(dict.fromkeys(rows["machine"] + ", commit " + rows["commit"]))
+    return f"{markdown(pd.DataFrame(shown))}\n{where}.\n"
+
+
+def write_readme(name: str) -> None:
+    """Put a machine's table into the README, between its two marks, and draw the figure anew."""
+    matplotlib.use("agg")
+    rows, readme = recorded(name), REPOSITORY / "README.md"
+    before, marked, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    if not marked or END not in rest:
+        raise VitdemoError(f"{readme}: has no place for the table; put {BEGIN.strip()} and {END.strip()} into it")
+    with replacing(readme) as file:
+        file.write(before + BEGIN + readme_table(rows) + END + rest.partition(END)[2])
+    with replacing(FIGURE, "wb") as file:
+        plot_latency_throughput(rows).savefig(file, dpi=90, format="png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--measure", metavar="NAME", help="a folder below data/results, named by the machine")
+    arguments = parser.parse_args()
+    try:
+        if arguments.measure is not None:
+            if not re.fullmatch(r"[\w.-]+", arguments.measure):
+                raise VitdemoError(f"--measure {arguments.measure}: give a plain name, such as {RECORDED}")
+            measure(data_path("results") / arguments.measure)
+        write_readme(arguments.measure or RECORDED)
+    except VitdemoError as error:
+        sys.exit(f"vitdemo: {error}")

@@ -1,0 +1,224 @@
+"""From the seconds of calls to the rows of a sweep's table."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from math import prod
+
+import numpy as np
+import pandas as pd
+
+from vitdemo.benchmarking.pairs import EAGER, Pair
+from vitdemo.conversion.models import ModelInfo
+from vitdemo.conversion.timm_models import full_tag
+from vitdemo.measure.clock import describe_machine, machine_record, median_interval, percentiles_ms, source_commit
+
+OK, WARM = "ok", "warm"
+MFU_CONVENTION = "FLOPs = 2 x MACs, of the roof measured here"
+
+COLUMNS = {  # name -> what it says
+    "model": "the full tag",
+    "weights": "pretrained, random, or the file",
+    "engine": "",
+    "precision": "as asked for",
+    "parameters": "numbers that the model has learnt",
+    "flops_per_image": "2 x multiply-accumulates of one image",
+    "input_bytes": "of one image's pixels",
+    "precision_ran": "share of multiply-accumulates in each, read back from the runtime",
+    "device": "cpu or cuda",
+    "threads": "CPU threads of a call (of one replica's)",
+    "replicas": "how many share each batch",
+    "device_batch_size": "images a replica gets at once",
+    "batch": "device_batch_size x replicas",
+    "status": "ok; skipped or failed, and why",
+    "turns": "together: by turns with the others; alone: after them",
+    "build_s": "making the artifact, when it was made",
+    "load_s": "making it ready: reading the artifact, or casting eager's weights, or starting the replicas",
+    "first_run_s": "load_s and the first call; warm: this process had run before",
+    "second_run_s": "the call after",
+    "compile_s": "first_run_s - second_run_s",
+    "warm_up_s": "calls before the timed ones",
+    "calls": "timed calls; the first one after waking is not, where calls are short",
+    "p50_ms": "latency of a call: median, 90th and 99th percentile, mean, standard deviation",
+    "p90_ms": "",
+    "p99_ms": "",
+    "mean_ms": "",
+    "std_ms": "",
+    "images_per_s": "all images of the timed calls over all their seconds",
+    "speedup_over_eager_fp32": "rate over eager fp32's, median of the rounds; mixed precision unless precision is fp32",
+    "speedup_over_eager_fp32_low": "and the interval that holds the true median with 95 %, of six rounds or more",
+    "speedup_over_eager_fp32_high": "",
+    "speedup_over_eager_fp32_pairs": "rounds that it is the median of",
+    "speedup_equal_precision": "rate over eager's in the same precision, if both ran mostly in it, on the same device",
+    "speedup_equal_precision_low": "",
+    "speedup_equal_precision_high": "",
+    "speedup_equal_precision_pairs": "",
+    "tflops": "images_per_s x flops_per_image / 10^12",
+    "roof_tflops": "what plain matrix products in this precision reached in the same rounds, their median",
+    "of_roof": "rate over the roof's, median of the rounds; none where another precision ran",
+    "of_roof_low": "",
+    "of_roof_high": "",
+    "mfu": "rate of all calls over roof_tflops",
+    "mfu_convention": "how operations are counted, and what the peak is",
+    "peak_memory_bytes": "largest resident size of the pair's process, so far, since the engine was ready",
+    "accuracy": "top-1 and agreement for people, or why there is none",
+    "top1": "fraction",
+    "images": "that top1 and agreement are of",
+    "calibrated_on_scored": "how many of these int8's ranges were found on",
+    "agreement": "share of images with eager fp32's answer",
+    "relative_l2": "distance of the logits from eager fp32's, over their size, on random pixels",
+    "artifact": "hash of everything that shaped the engine",
+    "measured": "when, UTC",
+    "machine": "",
+    "commit": "of vitdemo's source",
+}
+
+
+@dataclass
+class Measured:
+    """A pair at one batch size. facts: of its engine. rounds: seconds of each call, a list a round, empty where it sat
+    out. roof: FLOP/s that plain products reached, a number a round. again: beside a roof that was sought anew.
+    first_run_s: None where the process had run before. status: "" while nothing went wrong."""
+
+    pair: Pair
+    device_batch_size: int
+    facts: dict
+    replicas: int = 1
+    status: str = ""
+    first_run_s: float | None = None
+    second_run_s: float | None = None
+    warm_up_s: float | None = None
+    rounds: list[list[float]] = field(default_factory=list)
+    roof: list[float] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+    again: "Measured | None" = None
+
+    @property
+    def batch(self) -> int:
+        return self.device_batch_size * self.replicas
+
+    @property
+    def timed_s(self) -> float:
+        return sum(map(sum, self.rounds))
+
+    @property
+    def calls(self) -> list[float]:
+        """Seconds of every timed call."""
+        return [second for calls in self.rounds for second in calls]
+
+    @property
+    def rate(self) -> float:
+        """Images/s, all over all."""
+        return self.batch * len(self.calls) / sum(self.calls)
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Images/s of each round, NaN where it sat out."""
+        return np.array([self.batch * len(calls) / sum(calls) if calls else np.nan for calls in self.rounds])
+
+    @property
+    def ran_as_asked(self) -> bool:
+        """Whether most of the work was done in the precision that was asked for."""
+        return self.facts.get("precision_ran", {}).get(self.pair.precision, 0) >= 0.5
+
+    def of_roof(self, flops_per_image: int) -> np.ndarray:
+        """Its rate over the roof's in each round in which both were measured."""
+        shares = self.rates * flops_per_image / self.roof
+        return shares[np.isfinite(shares)]
+
+
+def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns: str) -> pd.DataFrame:
+    """The rows of one batch size, COLUMNS each.
+
+    before: the sweep's rows so far, among which a pair that ran alone finds its eager.
+    """
+    good = {measured.pair: measured for measured in found if not measured.status}
+    rows = []
+    for measured in found:
+        row = _identity(measured, info) | {"turns": turns}
+        if measured.pair in good:
+            row |= _latency(measured) | _speedups(measured, good, before)
+            row |= _of_roof(measured, info.flops_per_image)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _identity(measured: Measured, info: ModelInfo) -> dict:
+    facts, pair = measured.facts, measured.pair
+    shares = ", ".join(f"{precision} {share:.3f}" for precision, share in facts.get("precision_ran", {}).items())
+    known = ["parameters", "device", "threads", "build_s", "load_s", "artifact"]
+    known += ["top1", "images", "calibrated_on_scored", "agreement", "relative_l2"]
+    row = {"model": info.tag, "weights": info.weights, **pair._asdict(), "precision_ran": shares or None}
+    row |= {name: facts.get(name) for name in known}
+    row |= {"replicas": measured.replicas, "device_batch_size": measured.device_batch_size, "batch": measured.batch}
+    row |= {"flops_per_image": info.flops_per_image, "input_bytes": prod(info.preprocessing.input_size)}
+    row |= {"status": measured.status or OK, "accuracy": _accuracy(facts, pair, info)}
+    row |= {"measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}", "commit": source_commit()}
+    return row | {"machine": describe_machine(machine_record())}
+
+
+def _accuracy(facts: dict, pair: Pair, info: ModelInfo) -> str:
+    if facts.get("top1") is not None:
+        seen = f", {n} of them seen in calibration" if (n := facts["calibrated_on_scored"]) else ""
+        line = f"top-1 {facts['top1']:.2%} of {facts['images']} images{seen}"
+        same = facts.get("agreement")
+        return line if same is None else f"{line}, eager fp32's answer for {same:.2%}"
+    if "unchecked" in facts:
+        return f"not measured: {facts['unchecked']}"
+    calibration = " --calibration PATH" if pair.precision == "int8" else ""
+    command = f"vitdemo evaluate {full_tag(info.tag)} --engine {pair.engine} --precision {pair.precision}{calibration}"
+    return f"not measured ({info.weights} weights, no images): {command} --data PATH --out DIR"
+
+
+def _latency(measured: Measured) -> dict:
+    latency = percentiles_ms(measured.calls)
+    cold = measured.first_run_s is not None
+    return {
+        "first_run_s": measured.first_run_s if cold else WARM,
+        "second_run_s": measured.second_run_s,
+        "compile_s": measured.first_run_s - measured.second_run_s if cold else WARM,
+        "warm_up_s": measured.warm_up_s,
+        "calls": latency.pop("count"),
+        **{f"{name}_ms": value for name, value in latency.items()},
+        "std_ms": float(np.std(measured.calls)) * 1e3,
+        "images_per_s": measured.rate,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+    }
+
+
+def _speedups(measured: Measured, good: dict[Pair, Measured], before: pd.DataFrame) -> dict:
+    row = {}
+    equal = Pair(EAGER.engine, measured.pair.precision)
+    for name, other in {"speedup_over_eager_fp32": EAGER, "speedup_equal_precision": equal}.items():
+        if other in good:
+            if name == "speedup_over_eager_fp32" or _comparable(measured, good[other]):
+                ratios = measured.rates / good[other].rates
+                ratios = ratios[np.isfinite(ratios)]
+                row |= _interval(name, ratios) | {f"{name}_pairs": len(ratios)}
+        else:
+            size = before["device_batch_size"] == measured.device_batch_size
+            same = before[size & (before["engine"] == other.engine) & (before["precision"] == other.precision)]
+            if len(same) and same["status"].iloc[0] == OK:
+                row[name] = measured.rate / same["images_per_s"].iloc[0]
+    return row
+
+
+def _comparable(one: Measured, other: Measured) -> bool:
+    return one.ran_as_asked and other.ran_as_asked and one.facts.get("device") == other.facts.get("device")
+
+
+def _of_roof(measured: Measured, flops_per_image: int) -> dict:
+    row = {"tflops": measured.rate * flops_per_image / 1e12}
+    beside = measured.again or measured
+    if not measured.ran_as_asked:
+        return row | {"mfu_convention": "n/a: most ran in another precision than was asked for"}
+    if not len(shares := beside.of_roof(flops_per_image)):
+        return row | {"mfu_convention": "n/a: no roof was measured in this precision here"}
+    roof = np.nanmedian(beside.roof)
+    row |= {"roof_tflops": roof / 1e12, "mfu": beside.rate * flops_per_image / roof, "mfu_convention": MFU_CONVENTION}
+    return row | _interval("of_roof", shares)
+
+
+def _interval(name: str, values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    return dict(zip((name, f"{name}_low", f"{name}_high"), median_interval(values), strict=True))

@@ -1,0 +1,172 @@
+"""A sweep's rows in the layouts of other projects' tables, and as CSV, Markdown or a styled page."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.rows import OK
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import replacing
+
+GIB = 2**30
+SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
+SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
+RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)", "p_infer_core")
+# What a row and its eager have in common; the file, where several sweeps were merged.
+SAME_RUN = ["model", "weights", "replicas", "device_batch_size", "machine", "file"]
+
+
+def ttmetal_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as tt-metal's performance files have them, in seconds and images/s.
+
+    The CPU columns, the model in plain PyTorch there, are eager fp32 at the same batch.
+    """
+    rows = _measured(rows)
+    eager = _eager_beside(rows, rows["precision"].map(lambda _: EAGER.precision))
+    return pd.DataFrame(
+        {
+            "Model": rows["model"],
+            "Setting": rows["engine"] + " " + rows["precision"],
+            "Batch": rows["batch"],
+            "First Run (sec)": rows["first_run_s"],
+            "Second Run (sec)": rows["second_run_s"],
+            "Compile Time (sec)": rows["compile_s"],
+            "Inference Time (sec)": rows["mean_ms"] / 1e3,
+            "Throughput (batch*inf/sec)": rows["images_per_s"],
+            "Inference Time CPU (sec)": eager["mean_ms"] / 1e3,
+            "Throughput CPU (batch*inf/sec)": eager["images_per_s"],
+            "Accuracy": rows["accuracy"],
+            "Machine": rows["machine"],
+        }
+    )
+
+
+def aitemplate_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as AITemplate's and FX2AIT's tables have them, in ms and images/s: eager (PT) beside the engine.
+
+    Eager is in the engine's precision where it has that, else in fp32: then the speedup is a mixed one, and says so.
+    """
+    rows = _measured(rows)
+    equal = _eager_beside(rows, rows["precision"])["images_per_s"].notna()
+    eager = _eager_beside(rows, rows["precision"].where(equal, EAGER.precision))
+    table = pd.DataFrame(
+        {
+            "Model": rows["model"],
+            "Engine": rows["engine"] + " " + rows["precision"],
+            "Batch size": rows["batch"],
+            "PT Latency (ms)": eager["mean_ms"],
+            "PT QPS (im/s)": eager["images_per_s"],
+            "Latency (ms)": rows["mean_ms"],
+            "QPS (im/s)": rows["images_per_s"],
+            "Speedup": rows["speedup_equal_precision"].where(equal, rows["speedup_over_eager_fp32"]),
+            "Precision": equal.map({True: "equal", False: "mixed (PT in fp32)"}),
+            "Accuracy": rows["accuracy"],
+            "Machine": rows["machine"],
+        }
+    )
+    return table[rows["engine"] != EAGER.engine]
+
+
+def flagperf_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as FlagPerf has them; "/", as there, for what calls on random pixels do not measure.
+
+    p_infer_core in images/s; MFU with a multiply-accumulate counted as two operations, and as one, FlagPerf's own way;
+    acc: top-1 in %, engine/eager fp32; mem: the process's peak in GiB.
+    """
+    rows = _measured(rows)
+    eager = _eager_beside(rows, rows["precision"].map(lambda _: EAGER.precision))
+    unmeasured = dict.fromkeys(("e2e_time", "p_val_whole", "p_val_core", "p_infer_whole"), "/")
+    percent = [top1.map(lambda x: "/" if pd.isna(x) else f"{x:.1%}") for top1 in (rows["top1"], eager["top1"])]
+    return pd.DataFrame(
+        {
+            "model": rows["model"],
+            "engine": rows["engine"],
+            "precision": rows["precision"],
+            "bs": rows["batch"],
+            **unmeasured,
+            "p_infer_core": rows["images_per_s"],
+            "MFU": rows["mfu"],
+            "MFU_flagperf": rows["mfu"] / 2,
+            "acc": percent[0] + " / " + percent[1],
+            "mem": rows["peak_memory_bytes"] / GIB,
+            "machine": rows["machine"],
+        }
+    )
+
+
+LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table, "flagperf": flagperf_table}
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a sweep that fit on a screen; of what was skipped or failed, why."""
+    names = ["model", "engine", "precision", "batch", "p50_ms", "p90_ms", "calls", "images_per_s"]
+    names += ["speedup_equal_precision", "speedup_over_eager_fp32", "speedup_over_eager_fp32_pairs", "of_roof"]
+    measured = rows["status"] == OK
+    note = rows["status"].mask(measured, rows["turns"].replace("together", ""))
+    return rows[[*names, "top1", "agreement", "relative_l2"]].assign(note=note).rename(columns=SHORT)
+
+
+def laid_out(rows: pd.DataFrame, layout: str) -> pd.DataFrame:
+    """``rows`` in a layout by its name. Raises VitdemoError for one that there is not."""
+    if layout not in LAYOUTS:
+        raise VitdemoError(f"layout {layout!r}: there are {', '.join(LAYOUTS)}")
+    try:
+        return LAYOUTS[layout](rows)
+    except KeyError as missing:
+        raise VitdemoError(f"layout {layout!r}: these rows have no column {missing}; measure them anew") from None
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write ``table`` as CSV, Markdown or a styled page, as the name of ``path`` ends: .csv, .md or .html.
+
+    Raises VitdemoError for another ending.
+    """
+    writers = {".csv": lambda: table.to_csv(index=False), ".md": lambda: markdown(table), ".html": lambda: page(table)}
+    if path.suffix not in writers:
+        raise VitdemoError(f"{path}: give it an ending, one of {', '.join(writers)}")
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(writers[path.suffix]())
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """As a table of Markdown, numbers with four significant digits."""
+    return table.map(_digits).to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def styled(table: pd.DataFrame):
+    """As a pandas Styler: four significant digits, a bar behind each rate."""
+    rates = [name for name in RATES if name in table]
+    style = table.style.format(_digits).hide(axis="index")
+    return style.bar(subset=rates, color="#BFD9EC", vmin=0) if rates and len(table) else style
+
+
+def page(table: pd.DataFrame) -> str:
+    """As a web page of its own."""
+    return styled(table).to_html(doctype_html=True)
+
+
+def _measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold a measurement. Raises VitdemoError where none does."""
+    found = rows[rows["status"] == OK].reset_index(drop=True)
+    if found.empty:
+        raise VitdemoError("no row of these holds a measurement: all were skipped or failed; see their column status")
+    return found
+
+
+def _eager_beside(rows: pd.DataFrame, precision: pd.Series) -> pd.DataFrame:
+    """For each row that of eager in the given precision, of the same run; NaN where there is none."""
+    same = [name for name in SAME_RUN if name in rows]
+    eager = rows[rows["engine"] == EAGER.engine].drop_duplicates([*same, "precision"])
+    return rows[same].assign(precision=precision).merge(eager, on=[*same, "precision"], how="left")
+
+
+def _digits(value: object) -> str:
+    """Four significant digits of a number, nothing for none."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"

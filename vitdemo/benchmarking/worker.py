@@ -1,0 +1,194 @@
+"""What measures one pair of model and engine: in a process of its own, which does what it is asked over a pipe.
+
+Started as ``python -m vitdemo.benchmarking.worker FD``, so that a caller's own script is not run again in it.
+"""
+
+import pickle
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from vitdemo.conversion.artifacts import Recipe, Ticket
+from vitdemo.conversion.cache import artifacts_root
+from vitdemo.conversion.engines.contract import Engine
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import now, peak_memory_bytes
+from vitdemo.measure.roof import Products, Shape
+
+INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
+EXPLORE_S = 1.0
+STABLE, LAST = 0.05, 3  # warm, when the last calls lie within this share of their median
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a bench could not do. reason: one line."""
+
+    reason: str
+
+
+class EngineBench:
+    """One engine, measured by calls of ``step``: one batch of random pixels, there and back."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._pixels: torch.Tensor | None = None
+        self._turn = count()
+
+    def facts(self) -> dict:
+        """Of the engine, for its rows."""
+        engine = self.engine
+        known = {"load_s": engine.load_s, "device": engine.device, "threads": engine.threads}
+        return known | {"build_s": engine.card.get("build_s"), "artifact": engine.card["key"]}
+
+    def precision_ran(self) -> dict[str, float]:
+        """Asked for after the first timed calls, as reading it back runs an image."""
+        return self.engine.precision_ran
+
+    def first_call(self, device_batch_size: int) -> float:
+        """Seconds of a call on new pixels of that batch size, which later calls use too."""
+        shape = INPUTS, device_batch_size, *self.engine.info.preprocessing.input_size
+        self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return self.step()
+
+    def step(self) -> float:
+        """Seconds of one call."""
+        x = self._pixels[next(self._turn) % INPUTS]
+        start = now()
+        self.engine(x)
+        return now() - start
+
+    def warm_up(self, seconds: float) -> float:
+        """Seconds of calling until the last few take equally long, at most about ``seconds``."""
+        return sum(until_stable(self.step, seconds))
+
+    def turn(self, seconds: float) -> list[float]:
+        """Seconds of each call, as many as fill ``seconds``, one at least.
+
+        Of short calls one more, which wakes caches and threads and is not counted.
+        """
+        first = self.step()
+        taken = [first] if first > seconds / 4 else []
+        while not taken or sum(taken) < seconds:
+            taken.append(self.step())
+        return taken
+
+    def logits(self) -> torch.Tensor:
+        """Of the random pixels in use, float32[N, C]."""
+        return torch.cat([self.engine(x) for x in self._pixels])
+
+    def answers(self, data: str, images: int) -> dict:
+        """Top-1 over the first ``images`` of the data set at ``data``, and each one's answer."""
+        return answers_of(self.engine, data, images)
+
+    def peak_memory_bytes(self) -> int | None:
+        """The process's largest resident size since the engine was ready; None where no system tells."""
+        return peak_memory_bytes() if sys.platform == "linux" else None
+
+
+def open_bench(source: Recipe | Ticket, threads: int) -> EngineBench:
+    """source: the ticket of an engine that reads an artifact; what any other engine is made from."""
+    if isinstance(source, Ticket):
+        engine = source.load(artifacts_root() / source.folder_name, threads)
+    else:
+        engine = source.engine(threads)
+        engine.recipe = None  # its memory is not the engine's
+    with suppress(OSError):  # the peak of what it took to get ready is forgotten
+        Path("/proc/self/clear_refs").write_text("5")
+    return EngineBench(engine)
+
+
+class RoofBench:
+    """Plain matrix products, the best of which is the roof; what was found best stays in use."""
+
+    def __init__(self, shapes: list[Shape]):
+        self._shapes = shapes
+        self._products: dict[str, Products | None] = {}
+
+    def explore(self, precision: str, shapes: list[Shape] = ()) -> None:
+        """Find the best product in ``precision``, once, and anew when there are further ``shapes``."""
+        if precision in self._products and not shapes:
+            return
+        try:
+            products = self._products[precision] = Products(precision, {*self._shapes, *shapes})
+            products.keep_best(EXPLORE_S)
+        except VitdemoError:
+            self._products[precision] = None
+
+    def flops_per_s(self, precision: str, seconds: float) -> float | None:
+        """The rate in this turn; None where nothing here multiplies in that precision."""
+        products = self._products[precision]
+        return products and products.best(seconds, least=1).flops_per_s
+
+
+def answers_of(engine: Engine, data: str, images: int) -> dict:
+    """``top1`` of ``images``, how many of them were ``calibrated_on_scored``, and ``answers``, their class indices."""
+    from vitdemo.inference.evaluation import evaluate  # here, as importing it takes longer than most calls
+
+    found = evaluate(engine, ImageNetVal(data), limit=images, progress=False)
+    known = {name: found.metrics[name] for name in ("images", "top1", "calibrated_on_scored")}
+    return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
+
+
+def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
+    """The calls' seconds until the last LAST lie within STABLE of their median, or ``seconds`` are over."""
+    taken: list[float] = []
+    while sum(taken) < seconds:
+        taken.append(step())
+        last = taken[-LAST:]
+        if len(last) == LAST and max(last) - min(last) <= STABLE * statistics.median(last):
+            break
+    return taken
+
+
+def serve(pipe: Connection) -> None:
+    """Make the bench that comes first, then call its methods by name, until the other end is closed."""
+    bench = None
+    while True:
+        try:
+            name, *arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if bench is None:
+                bench = {"engine": open_bench, "roof": RoofBench}[name](*arguments)
+                answer = None
+            else:
+                answer = getattr(bench, name)(*arguments)
+        except Exception as error:  # a runtime may raise anything; it becomes a row that says so
+            answer = Failure(reason_of(error))
+        pipe.send_bytes(pickle.dumps(answer))
+
+
+def reason_of(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out of memory"
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def main() -> None:
+    with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    if sys.platform == "linux":  # the kernel ends this process with its parent, also while it is stopped
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    pipe = Connection(int(sys.argv[1]))
+    pipe.send_bytes(b"ready")
+    serve(pipe)
+
+
+if __name__ == "__main__":
+    from vitdemo.benchmarking import worker  # under its own name, so that what it sends can be read elsewhere
+
+    worker.main()
