@@ -6,7 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
@@ -30,6 +32,7 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
             for point in line.iloc[[0, -1] if len(line) > 1 else [0]].itertuples():
                 ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points", size=7)
         ax.set(xscale="log", yscale="log", xlabel="median latency of a batch, ms", ylabel="images/s")
+        _plain_numbers(ax.xaxis, ax.yaxis)
         ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
@@ -71,6 +74,7 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
         for pair, line in _lines(own):
             ax.plot(_intensity(line), line["tflops"], **_look(*pair) | {"linestyle": ""})
         ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
+        _plain_numbers(ax.xaxis, ax.yaxis)
         ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
@@ -102,6 +106,7 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
             ax.plot(line["batch"], guesses, color=look["color"], linestyle="", marker="x", markersize=9)
         _batch_axis(ax)
         ax.set(yscale="log", ylabel="latency of a batch, ms")
+        _plain_numbers(ax.yaxis)
         ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
@@ -168,6 +173,13 @@ def _batch_axis(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
     ax.set_xlabel("images a batch")
+
+
+def _plain_numbers(*axes: Axis) -> None:
+    """200, and not 2 x 10^2."""
+    for axis in axes:
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
 def _with_legend(figure: Figure, panels: list[tuple[Axes, pd.DataFrame]]) -> Figure:
