@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 
 @pytest.fixture(scope="module")
 def pool(one_thread, shapes20):
-    with Replicas(one_thread, shapes20, 2, cores_each=1, deadline_s=20) as pool:
+    with Replicas(one_thread, shapes20, 2, cores_each=1, deadline_s=20, share=0.5) as pool:
         yield pool
 
 
@@ -72,6 +72,16 @@ def test_fifty_runs_with_a_replica_killed(pool, one_thread, shapes20, alone, tmp
     lost = [kill_and_compare(pool, one_thread, shapes20, alone, tmp_path / str(seed), seed) for seed in range(3, 53)]
     print(f"{sum(lost)} replicas lost in {len(lost)} runs, all exact")
     assert sum(lost) >= 25
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("split", ["async", "sync"])
+def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_path, split):
+    with Replicas(one_thread, shapes20, 8, cores_each=1, share=0.5) as eight:
+        assert f"8 on {min(8, len(os.sched_getaffinity(0)))} cores of this machine" in str(eight)
+        options = dict(limit=203, split=split, progress=False)
+        run = evaluate(one_thread, shapes20, replicas=eight, out=tmp_path / "out", **options)
+    assert predictions(run) == predictions(alone)
 
 
 def test_another_vitdemo_on_a_node_is_said(pool):
