@@ -6,8 +6,10 @@ import pytest
 
 from vitdemo import VitdemoError, merge
 from vitdemo.benchmarking.files import PATTERN, read_perf
+from vitdemo.benchmarking.recorded import BEGIN, END, readme_table, recorded
 from vitdemo.benchmarking.tables import aitemplate_table, flagperf_table, laid_out, markdown, styled, ttmetal_table
 from vitdemo.cli import main
+from vitdemo.paths import REPOSITORY
 
 
 @pytest.fixture
@@ -140,3 +142,9 @@ def test_a_column_that_a_layout_needs_is_named(rows):
 def test_numbers_for_people(rows):
     assert "0.00432" in markdown(pd.DataFrame({"a": [0.00432]})), "tt-metal's tables print this as 0.00"
     assert "vit_shapes20" in styled(rows).to_html()
+
+
+def test_the_readmes_table_is_that_of_the_recorded_rows():
+    table = readme_table(recorded())
+    assert BEGIN + table + END in (REPOSITORY / "README.md").read_text()
+    assert recorded()["agreement"].min() >= 0.98

@@ -1,8 +1,8 @@
 """What replicas cost and gain on one machine: beside the same engine without Ray, in turns, once all are started.
 
 Two comparisons, each for a ViT-B/16 in int8 and for vit_shapes20: one replica with all cores against one process, and
-one replica a core against one process with all cores. All stay alive and wait while another has its turn; a ratio is
-the median of the rounds', with the interval that holds the true median with 95 %. Run it as
+one replica a core against one process with all cores. All stay alive and wait while another has its turn, Ray's own
+processes too; a ratio is the median of the rounds', with the interval that holds the true median with 95 %. Run it as
 
     python -m tests.benchmarks.bench_replicas --out FILE.csv
 """
@@ -48,16 +48,18 @@ def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[
             "a replica a core": lambda: evaluate(engine, data, replicas=many, **options),
         }
         rates: dict[str, list[float]] = {arm: [] for arm in arms}
+        top1: dict[str, float] = {}
         for number in tqdm(range(rounds + 1), desc=name):
             for arm, run in list(arms.items())[:: -1 if number % 2 else 1]:
                 found = run().metrics
                 assert found["images"] == IMAGES[name]
                 rates[arm].append(found["images_per_s"])
+                top1[arm] = found["top1"]
     rates = {arm: values[1:] for arm, values in rates.items()}  # the first round warms up
     rows, lines = [], []
     for arm, values in rates.items():
         row = {"model": name, "engine": engine.name, "precision": engine.precision, "arm": arm}
-        row |= {"images_per_s": np.median(values), "rounds": rounds, "top1": found["top1"]}
+        row |= {"images_per_s": np.median(values), "rounds": rounds, "top1": top1[arm]}
         if arm != "one process":
             median, low, high = median_interval(np.array(values) / np.array(rates["one process"]))
             row |= {"of_one_process": median, "of_one_process_low": low, "of_one_process_high": high}

@@ -16,6 +16,7 @@ from tests.inference.on_replicas import assert_same_predictions, evaluate_while,
 from vitdemo import EngineFailure, ImageNetVal, Replicas, VitdemoError, convert, data_path, evaluate
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.inference import cluster
+from vitdemo.measure.clock import cores
 
 TAR = str(data_path("shapes20/shapes20_img_val.tar"))
 
@@ -94,7 +95,7 @@ def test_data_that_a_replica_does_not_find(one_thread, shapes20):
 
 def test_a_second_pool_finds_no_cpus(one_thread, shapes20, monkeypatch):
     monkeypatch.setattr(cluster, "FREE_S", 0.5)
-    with Replicas(one_thread, shapes20, 1), pytest.raises(VitdemoError, match="Ray has 0.0 of the 2.0 CPUs"):
+    with Replicas(one_thread, shapes20, 1), pytest.raises(VitdemoError, match=f"Ray has 0.0 of the {cores()}.0 CPUs"):
         Replicas(one_thread, shapes20, 2)
 
 
@@ -106,6 +107,8 @@ def test_a_second_pool_finds_no_cpus(one_thread, shapes20, monkeypatch):
         ({"replicas": 2, "split": "even"}, "split 'even': is not one of async, sync"),
         ({"replicas": 2, "ray_address": "127.0.0.1:1"}, "ray_address '127.0.0.1:1': nothing answers"),
         ({"replicas": 2, "ray_address": "head"}, "ray_address 'head': nothing answers"),
+        ({"ray_address": "127.0.0.1:1"}, "ray_address are for replicas"),
+        ({"split": "sync"}, "split and ray_address are for replicas"),
     ],
 )
 def test_bad_input_before_anything_is_started(one_thread, shapes20, tmp_path, options, message):

@@ -198,7 +198,7 @@ class Ticket:
         """The engine from this machine's cache; built from ``recipe`` where it has none, or is another machine."""
         folder = artifacts_root() / self.folder_name
         if folder.exists() and self.built_for == built_for(self.cls):
-            with FileLock(f"{folder}.lock"), suppress(Exception):  # what is wrong the next line puts right, or says
+            with suppress(Exception), FileLock(f"{folder}.lock"):  # what is wrong the next line puts right, or says
                 return self.load(folder, threads)
         return replace(recipe()).engine(threads)  # a copy forgets the key that it has elsewhere
 

@@ -6,10 +6,12 @@ import socket
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
+import psutil
 
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import cores, now
@@ -31,7 +33,7 @@ def check_ray(address: str | None) -> None:
     if find_spec("ray") is None:
         raise VitdemoError("replicas: need Ray; run pip install ray")
     if address and address != "auto":  # Ray itself would try for a minute
-        host, _, port = address.rpartition("://")[2].rpartition(":")
+        host, port = _host_and_port(address)
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         except (OSError, ValueError, OverflowError) as error:
@@ -42,14 +44,14 @@ def check_ray(address: str | None) -> None:
 
 
 def connect(address: str | None) -> ModuleType:
-    """Ray, connected: to the cluster at ``address``, or started on this machine; once a process."""
+    """Ray, connected: to the cluster at ``address``; by default the one this process has, or one started here."""
     check_ray(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     import ray
 
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if address and address not in ("auto", here):
+        if address and address != "auto" and not _same_place(address, here):
             raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
     quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
@@ -62,6 +64,22 @@ def connect(address: str | None) -> ModuleType:
     if hasattr(ray._private.worker, "print_to_stdstream"):  # where Ray tells of a lost worker in fifteen lines
         ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray
+
+
+def _same_place(address: str, here: str) -> bool:
+    """Whether both are one socket: Ray turns localhost, and names, into a number of its own."""
+    (host, port), (own, own_port) = (_host_and_port(each) for each in (address, here))
+    if port != own_port:
+        return False
+    numbers = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    with suppress(OSError):
+        host, own = socket.gethostbyname(host), socket.gethostbyname(own)
+    return host == own or {host, own} <= numbers
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return host, port
 
 
 def stop_ray() -> None:
@@ -88,7 +106,8 @@ def place_replicas(ray: ModuleType, count: int, device: str, share: float) -> li
     size = {node["NodeID"]: node["Resources"].get("GPU" if cuda else "CPU", 0.0) for node in nodes}
     cpus = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes}
     if cuda and sum(size.values()) < count:
-        raise VitdemoError(f"replicas {count}: there are {sum(size.values()):.0f} GPUs")
+        there = f"{sum(size.values()):.0f} GPUs"
+        raise VitdemoError(f"replicas {count}: there are {there}; take at most so many, or an engine on the CPU")
     placed: Counter[str] = Counter()
     for _ in range(count):  # each to where a replica's share is the largest
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1

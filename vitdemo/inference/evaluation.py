@@ -51,8 +51,14 @@ class Evaluation:
         rate = f"{m['images_per_s']:.1f} images/s end to end" if m["images_per_s"] else "no image run in this session"
         return (
             f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {m['threads']} threads, "
-            f"device_batch_size {m['device_batch_size']}; {m['model']}, weights: {m['weights']}"
+            f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
         )
+
+    def _shared(self) -> str:
+        if not (shared := self.metrics["replicas"]):
+            return ""
+        idle = max(each["idle_s"] for each in shared["each"])
+        return f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
 
     def _accuracy(self) -> str:
         m = self.metrics
@@ -206,6 +212,8 @@ def _check_replicas(
         if not isinstance(replicas, int) or replicas < 1:
             raise VitdemoError(f"replicas {replicas!r}: must be a whole number of at least 1")
         check_ray(ray_address)
+    elif ray_address or split != "async":
+        raise VitdemoError("split and ray_address are for replicas; say how many, or leave them out")
 
 
 def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:

@@ -17,7 +17,7 @@ from typing import Self
 import psutil
 from tqdm.auto import tqdm
 
-from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.cluster import OUT_OF_MEMORY, connect, place_replicas, reason_of, share_cores
@@ -87,9 +87,9 @@ class Replicas:
     One replica a device: a GPU each for an engine on CUDA; otherwise an equal share of each machine's cores, or
     ``cores_each`` of them, to which its process is bound before a runtime is loaded. More replicas than cores share
     cores. ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines
-    are used; by default a Ray of its own on this machine. deadline_s: how long a range of images may take (about 5 s
-    each, and one batch at first) before its replica is given up for hung. share: of Ray's CPUs; of several ``Replicas``
-    that are alive at once, to work by turns, the shares add up to 1 at most.
+    are used; by default the Ray that this process has, or one of its own on this machine. deadline_s: how long a range
+    of images may take (about 5 s each, and one batch at first) before its replica is given up for hung. share: of Ray's
+    CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1 at most.
 
     ray_start_s: starting or finding Ray. start_s: from then until every replica was ready. slots: the replicas.
     Raises VitdemoError where Ray is not installed or does not answer, and for what a replica lacks.
@@ -113,11 +113,11 @@ class Replicas:
         print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
         begin = now()
         self._ray = connect(ray_address)
-        self.ray_start_s = now() - begin
+        self.ray_start_s, begin = now() - begin, now()
+        self._job = self._ray.get_runtime_context().get_job_id()
         self._recipe = [self._ray.put(engine.recipe)]  # in a list Ray hands over the reference, not what it stands for
         self.slots = [Slot(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))]
         self._failed: Counter[range | None] = Counter()
-        begin = now()
         try:
             for slot in self.slots:
                 self._start(slot)
@@ -196,9 +196,10 @@ class Replicas:
 
         Raises EngineFailure when an engine breaks, and VitdemoError when replicas are lost again and again.
         """
+        self._check_ray()
         self._failed.clear()
         for slot in self.slots:
-            slot.images, slot.ranges, slot.busy_s, slot.lost = 0, 0, 0.0, 0
+            slot.images, slot.ranges, slot.busy_s, slot.lost, slot.lost_in_a_row = 0, 0, 0.0, 0, 0
             if slot.actor is None:
                 self._start(slot)
         left = len(images)
@@ -211,20 +212,27 @@ class Replicas:
                     left -= len(shard.indices)
                     yield shard
         finally:
-            # Stopped half-way: what they still do is for nobody.
-            self._end([slot for slot in self.slots if any(task.indices for task in slot.tasks)])
+            # Stopped half-way: what they still do is for nobody, and one that did not start may never.
+            stopped = left > 0
+            self._end([s for s in self.slots if any(task.indices for task in s.tasks) or stopped and not s.ready])
+
+    def _check_ray(self) -> None:
+        if not self._ray.is_initialized() or self._ray.get_runtime_context().get_job_id() != self._job:
+            raise VitdemoError("replicas: the Ray that they were started on was stopped; start others")
 
     def step(self, device_batch_size: int) -> float:
-        """Seconds of one batch of random pixels on every replica, begun together, until the last one is done.
+        """Seconds of one batch of random pixels on every replica, handed out one right after the other, until the last
+        one is done.
 
         Raises VitdemoError when a replica is lost.
         """
+        self._check_ray()
         begin = now()
         calls = [slot.actor.call.remote(device_batch_size) for slot in self.slots]
         try:
             self._ray.get(calls, timeout=self._deadline_s)
         except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise VitdemoError(f"a replica failed: {reason_of(error.cause)}") from None
         except self._ray.exceptions.RayError as error:
             raise VitdemoError(f"a replica was lost: {reason_of(error)}") from None
         return now() - begin
@@ -258,7 +266,9 @@ class Replicas:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MemoryError):
                 raise VitdemoError(f"replica on {slot.host}: {OUT_OF_MEMORY}") from None
-            raise error.cause from None
+            if isinstance(error.cause, VitdemoError | EngineFailure):
+                raise error.cause from None
+            raise VitdemoError(f"replica on {slot.host or 'a machine'}: {reason_of(error.cause)}") from None
         except self._ray.exceptions.RayError as error:
             self._replace(slot, split, reason_of(error))
             return None
@@ -315,7 +325,8 @@ class Replicas:
 
     def _prepare(self, slot: Slot) -> None:
         data = str(Path(self.data.path).absolute()), self.data.fingerprint
-        reference = slot.actor.prepare.remote(slot.cores, self.engine.recipe.ticket(), self._recipe, *data)
+        slot.actor.bind.remote(slot.cores)  # done first: an actor takes its calls in order
+        reference = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
         slot.tasks.append(Task(reference, None, now()))
 
     def _replace(self, slot: Slot, split: Split | None, reason: str) -> None:

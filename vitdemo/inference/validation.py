@@ -98,14 +98,15 @@ def flagperf_row(
     - ``MFU``: floating-point operations an image (2 x multiply-accumulates) x ``p_infer_core`` / ``roof``, a fraction.
     - ``MFU_flagperf``: by FlagPerf's own convention, which counts a multiply-accumulate as one operation: half of it.
     - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak/the machine's memory in GiB, where FlagPerf
-      has a GPU's.
+      has a GPU's. MFU and mem are None with replicas.
 
     Rates are of the images that were run in this session. Raises VitdemoError where the runs are not of the same
     images.
     """
     _check_same_images([*runs, *([reference] if reference else [])])
     first, p_infer_core = runs[0].metrics, _rate(runs, "inference_s")
-    mfu = first["flops_per_image"] * p_infer_core / roof.flops_per_s if roof and p_infer_core else None
+    shared = first["replicas"] is not None  # on machines whose roof and memory nobody asked for
+    mfu = first["flops_per_image"] * p_infer_core / roof.flops_per_s if roof and p_infer_core and not shared else None
     validated = [reference] if reference else []
     peak = max(run.metrics["peak_memory_bytes"] for run in [*runs, *validated])
     return {
@@ -120,7 +121,7 @@ def flagperf_row(
         "MFU": mfu,
         "MFU_flagperf": mfu and mfu / 2,
         "acc": f"{_percent(runs[0])}/{_percent(reference)}",
-        "mem": f"{peak / GIB:.1f}/{memory_bytes() / GIB:.1f}",
+        "mem": None if shared else f"{peak / GIB:.1f}/{memory_bytes() / GIB:.1f}",
     }
 
 

@@ -1,11 +1,12 @@
 """What one replica does, in a process that Ray starts, perhaps on another machine.
 
-Nothing heavy is imported before ``prepare`` has set the process's cores: a runtime counts them when it is loaded.
+Nothing heavy is imported before ``bind`` has set the process's cores: a runtime counts them when it is loaded.
 """
 
 import hashlib
 import os
 import socket
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -47,26 +48,31 @@ class Replica:
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         return Place(os.getpid(), socket.gethostname(), sorted(affinity), code_fingerprint())
 
-    def prepare(self, cores: list[int], ticket, recipe: list, data: str, fingerprint: str) -> dict:
-        """Take ``cores``, get the engine of ``ticket`` ready, open the data set at ``data``.
+    def bind(self, cores: list[int]) -> None:
+        """Take ``cores``, before anything that counts them is imported."""
+        assert "torch" not in sys.modules
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # Ray sets it to 1
+        self._threads = len(cores)
+
+    def prepare(self, ticket, recipe: list, data: str, fingerprint: str) -> dict:
+        """Get the engine of ``ticket`` ready, open the data set at ``data``.
 
         recipe: a list of one Ray reference to what the engine can be built from; it is fetched only where this
         machine's cache has no artifact of the ticket. Raises VitdemoError, naming this machine.
         """
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))  # Ray sets it to 1
         import ray
         import torch
 
         from vitdemo.dataset.imagenet import ImageNetVal
 
-        torch.set_num_threads(len(cores))
+        torch.set_num_threads(self._threads)
         try:
             self._data = ImageNetVal(data)
             if self._data.fingerprint != fingerprint:
                 raise VitdemoError(f"{data}: holds other images than on the machine that asks; copy it again")
-            self._engine = ticket.open(lambda: ray.get(recipe[0]), len(cores))
+            self._engine = ticket.open(lambda: ray.get(recipe[0]), self._threads)
         except VitdemoError as error:
             raise VitdemoError(f"replica on {socket.gethostname()}: {error}") from None
         return {"load_s": self._engine.load_s, "threads": self._engine.threads}
