@@ -25,14 +25,13 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from scipy.stats import binom
 from tqdm.auto import tqdm
 
 from vitdemo import VitdemoError, convert, find_engines, load_model
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.openvino import GRAPH, HINTS, import_silently
 from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, now
+from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, median_interval, now
 from vitdemo.measure.roof import SQUARE, Products, linear_shapes
 from vitdemo.paths import replacing
 
@@ -276,10 +275,8 @@ def ratios(arm: Arm, batch: int, rounds: dict[tuple[str, str, int], np.ndarray])
 
 
 def interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """The median, and the two values that hold the true one between them with 95 % (binomial, no shape assumed)."""
-    outside = max(int(binom.ppf(0.025, len(values), 0.5)), 1)
-    ordered = np.sort(values)
-    return {name: np.median(values), f"{name}_low": ordered[outside - 1], f"{name}_high": ordered[-outside]}
+    """The median, and the two values that hold the true one between them with 95 %."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), median_interval(values), strict=True))
 
 
 def built(facts: dict) -> dict:

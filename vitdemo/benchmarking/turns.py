@@ -20,10 +20,6 @@ class Failed(Exception):
     """A bench could not do what it was asked. The message is one line."""
 
 
-class Ended(Failed):
-    """Its process is gone."""
-
-
 class Worker:
     """A process with one bench, stopped by the system except while an answer is waited for.
 
@@ -41,16 +37,15 @@ class Worker:
         self._process = subprocess.Popen(command, pass_fds=[end.fileno()], **own)
         end.close()
         self._control = psutil.Process(self._process.pid) if sys.platform == "linux" else None
-        self._ready = False
 
     def wait(self) -> None:
-        """Until the process has imported what it needs. Raises Ended."""
+        """Until the process has imported what it needs. Raises Failed."""
         try:
             self._pipe.recv_bytes()
             if self._control:
                 self._control.suspend()
         except (EOFError, OSError, psutil.NoSuchProcess):
-            raise Ended(self._last_words()) from None
+            raise Failed(self._last_words()) from None
 
     def ask(self, name: str, *arguments):
         """What the bench's method ``name`` answers; the first ask makes the bench. Raises Failed."""
@@ -59,7 +54,7 @@ class Worker:
                 self._pipe.send_bytes(pickle.dumps((name, *arguments)))
                 answer = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError, psutil.NoSuchProcess):
-            raise Ended(self._last_words()) from None
+            raise Failed(self._last_words()) from None
         if isinstance(answer, Failure):
             raise Failed(answer.reason)
         return answer

@@ -87,8 +87,15 @@ class EngineBench:
         return torch.cat([self.engine(x) for x in self._pixels])
 
     def answers(self, data: str, images: int) -> dict:
-        """Top-1 over the first ``images`` of the data set at ``data``, and each one's answer."""
-        return answers_of(self.engine, data, images)
+        """Of the first ``images`` of the data set at ``data``.
+
+        ``top1``, how many were ``calibrated_on_scored``, and ``answers``, their class indices.
+        """
+        from vitdemo.inference.evaluation import evaluate  # here, as importing it takes longer than most calls
+
+        found = evaluate(self.engine, ImageNetVal(data), limit=images, progress=False)
+        known = {name: found.metrics[name] for name in ("images", "top1", "calibrated_on_scored")}
+        return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
 
     def peak_memory_bytes(self) -> int | None:
         """The process's largest resident size since the engine was ready; None where no system tells."""
@@ -128,15 +135,6 @@ class RoofBench:
         """The rate in this turn; None where nothing here multiplies in that precision."""
         products = self._products[precision]
         return products and products.best(seconds, least=1).flops_per_s
-
-
-def answers_of(engine: Engine, data: str, images: int) -> dict:
-    """``top1`` of ``images``, how many of them were ``calibrated_on_scored``, and ``answers``, their class indices."""
-    from vitdemo.inference.evaluation import evaluate  # here, as importing it takes longer than most calls
-
-    found = evaluate(engine, ImageNetVal(data), limit=images, progress=False)
-    known = {name: found.metrics[name] for name in ("images", "top1", "calibrated_on_scored")}
-    return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
 
 
 def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
