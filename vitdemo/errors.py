@@ -18,6 +18,13 @@ class VitdemoError(Exception):
     """
 
 
+def reason_of(error: BaseException) -> str:
+    """Others' errors in one line: the first one of what they say, or else their kind."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch has its own, and Ray too
+        return "out of memory; take a smaller batch, or fewer processes"
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 @contextmanager
 def named_errors(path: Path | str):
     """Turn the system's refusals inside the block into one line that names the file, ``path`` if none is known."""

@@ -173,7 +173,7 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on(tmp_path, break_openvino):
     break_openvino(THREE_WAYS)
     rows = benchmark("vit_shapes20", engines="openvino", device_batch_sizes=[1, 2, 4], out=tmp_path / "out", **SHORT)
     status = rows.set_index([pair_of(rows), "batch"])["status"]
-    assert status["openvino:fp32", 2] == "failed: out of memory"
+    assert status["openvino:fp32", 2].startswith("failed: out of memory")
     assert status["openvino:bf16", 2] == "failed: no such kernel"
     assert status["openvino:int8", 2].startswith("failed: its process ended (killed, as it is where memory runs out)")
     for precision in ("fp32", "bf16", "int8"):
@@ -199,6 +199,8 @@ def test_the_gate_sees_a_planted_slowdown(rows, tmp_path, break_openvino):
 def test_the_gate_refuses_what_it_cannot_compare(rows):
     with pytest.raises(VitdemoError, match="no row of the same"):
         compare(rows.assign(device_batch_size=7), rows)
+    with pytest.raises(VitdemoError, match="no row of the same"):
+        compare(rows, rows.assign(replicas=np.nan))  # a file of others, or of an older vitdemo
     with pytest.raises(VitdemoError, match="several machines"):
         compare(rows, pd.concat([rows, rows.assign(machine="another")]))
     unmeasured = rows.assign(speedup_over_eager_fp32=[np.nan, *rows["speedup_over_eager_fp32"][1:]])

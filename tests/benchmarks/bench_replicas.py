@@ -1,28 +1,37 @@
 """What replicas cost and gain on one machine: beside the same engine without Ray, in turns, once all are started.
+And what it costs that one of them is killed: at most the ranges it had in hand, and its successor's start.
 
 Two comparisons, each for a ViT-B/16 in int8 and for vit_shapes20: one replica with all cores against one process, and
 one replica a core against one process with all cores. All stay alive and wait while another has its turn, Ray's own
-processes too; a ratio is the median of the rounds', with the interval that holds the true median with 95 %. Run it as
+processes too, also beside the one process; a ratio is the median of the rounds', with the interval that holds the true
+median with 95 %. Run it as
 
     python -m tests.benchmarks.bench_replicas --out FILE.csv
 """
 
 import argparse
+import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import pytest
 import timm
 from tqdm.auto import tqdm
 
+from tests.inference.on_replicas import evaluate_while
 from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.inference.records import write_json
+from vitdemo.inference.splits import RANGE_S
 from vitdemo.measure.clock import cores, machine_record, median_interval
 from vitdemo.paths import replacing
 
-ROUNDS, IMAGES = 9, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
+ROUNDS, KILLS, IMAGES = 9, 5, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
 TARGETS = {  # (median, lower bound)
     ("vit_base_patch16_224", "one replica"): (0.97, 0.93),
     ("vit_base_patch16_224", "a replica a core"): (0.97, None),
@@ -71,20 +80,55 @@ def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[
     return rows, lines
 
 
+def cost_of_a_kill(name: str, engine: Engine, data: ImageNetVal) -> tuple[dict, str]:
+    """Seconds that a run takes longer when a replica is killed after a third of it, by turns with undisturbed ones."""
+    options, costs, lost = dict(limit=IMAGES[name]), [], 0
+    with Replicas(engine, data, cores(), share=0.5) as pool, TemporaryDirectory() as folder:
+        most_s = 2 * RANGE_S + pool.start_s  # two ranges in hand, of RANGE_S each
+        evaluate(engine, data, replicas=pool, progress=False, **options)
+        for number in range(KILLS):
+            undisturbed = evaluate(engine, data, replicas=pool, progress=False, **options).metrics
+            kill = partial(os.kill, pool.pids[number % len(pool.pids)], signal.SIGKILL)
+            out = Path(folder) / str(number)
+            killed = evaluate_while(pool, engine, data, kill, IMAGES[name] // 3, out, **options).metrics
+            assert killed["correct"] == undisturbed["correct"] and killed["images"] == IMAGES[name]
+            costs.append(killed["wall_s"] - undisturbed["wall_s"])
+            lost += killed["replicas"]["lost"]
+    row = {"model": name, "engine": engine.name, "precision": engine.precision, "arm": "a replica killed"}
+    row |= {"rounds": KILLS, "top1": killed["top1"], "cost_s": np.median(costs), "cost_s_max": max(costs)}
+    row |= {"cost_s_bound": most_s}
+    verdict = "met" if max(costs) <= most_s else "missed"
+    line = f"{name}, a replica killed, {lost} lost in {KILLS} runs: {np.median(costs):.1f} s longer, at most "
+    return row, f"{line}{max(costs):.1f}, bound {most_s:.1f}: {verdict}"
+
+
+def measure_all(rounds: int = ROUNDS) -> tuple[pd.DataFrame, list[str]]:
+    data = ImageNetVal(data_path("shapes20"))
+    engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", "bf16")}
+    engines["vit_base_patch16_224"] = vit_base(data)
+    rows, lines = [], []
+    for name, engine in engines.items():
+        found, said = measure(name, engine, data, rounds)
+        row, line = cost_of_a_kill(name, engine, data)
+        rows += [*found, row]
+        lines += [*said, line]
+    return pd.DataFrame(rows), lines
+
+
+@pytest.mark.soak
+def test_replicas_cost_no_more_than_they_may():
+    _, lines = measure_all()
+    print("\n".join(lines))
+    assert not [line for line in lines if line.endswith("missed")]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    data = ImageNetVal(data_path("shapes20"))
-    engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", "bf16")}
-    engines["vit_base_patch16_224"] = vit_base(data)
-    print(describe_machine(machine_record()))
-    rows = []
-    for name, engine in engines.items():
-        found, lines = measure(name, engine, data, arguments.rounds)
-        rows += found
-        print("\n".join(lines), flush=True)
-        with replacing(arguments.out) as file:
-            pd.DataFrame(rows).to_csv(file, index=False)
+    rows, lines = measure_all(arguments.rounds)
+    with replacing(arguments.out) as file:
+        rows.to_csv(file, index=False)
     write_json(arguments.out.with_suffix(".machine.json"), machine_record())
+    print(describe_machine(machine_record()), *lines, sep="\n")

@@ -15,7 +15,7 @@ def ray():
 @pytest.fixture(scope="session")
 def one_thread(vit_shapes20):
     """The engine that each of two replicas has on two cores."""
-    return convert(vit_shapes20, "eager", "fp32", threads=1)
+    return convert(vit_shapes20, "eager", "fp32", device="cpu", threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,26 @@ def assert_same_predictions(run, alone):
     assert run.rows["predicted_1"].equals(alone.rows["predicted_1"])
 
 
-def evaluate_while(pool, engine, data, act, after_s: float, **options):
-    """``evaluate`` on ``pool``, during which ``act`` is called once, so many seconds after it began."""
-    timer = threading.Timer(after_s, act)
-    timer.start()
+def rows_of(out) -> int:
+    """How many rows are on disk."""
+    path = out / "predictions.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else -1
+
+
+def evaluate_while(pool, engine, data, act, rows: int, out, **options):
+    """``evaluate`` on ``pool``, during which ``act`` is called once, as soon as so many rows are on disk."""
+    ended = threading.Event()
+
+    def wait_and_act():
+        while rows_of(out) < rows and not ended.wait(0.005):
+            pass
+        if not ended.is_set():
+            act()
+
+    watcher = threading.Thread(target=wait_and_act)
+    watcher.start()
     try:
-        return evaluate(engine, data, replicas=pool, progress=False, **options)
+        return evaluate(engine, data, replicas=pool, out=out, progress=False, **options)
     finally:
-        timer.cancel()
+        ended.set()
+        watcher.join()

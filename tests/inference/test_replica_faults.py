@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import psutil
 import pytest
 
-from tests.inference.on_replicas import assert_same_predictions, evaluate_while, predictions
-from vitdemo import EngineFailure, ImageNetVal, Replicas, VitdemoError, convert, data_path, evaluate
+from tests.inference.on_replicas import assert_same_predictions, evaluate_while, predictions, rows_of
+from vitdemo import EngineFailure, ImageNetVal, Replicas, VitdemoError, convert, data_path, evaluate, extract
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.inference import cluster
 from vitdemo.measure.clock import cores
@@ -34,9 +38,8 @@ def test_other_numbers_of_replicas(vit_shapes20, shapes20, tmp_path, replicas, a
 def test_a_replica_that_hangs_is_replaced(one_thread, shapes20, alone, tmp_path):
     with Replicas(one_thread, shapes20, 2, cores_each=1, deadline_s=8) as pool:
         first = pool.pids[0]
-        run = evaluate_while(
-            pool, one_thread, shapes20, lambda: os.kill(first, signal.SIGSTOP), 0.1, limit=203, out=tmp_path / "out"
-        )
+        stop, out = partial(os.kill, first, signal.SIGSTOP), tmp_path / "out"
+        run = evaluate_while(pool, one_thread, shapes20, stop, 8, out, limit=203)
         assert run.metrics["replicas"]["each"][0]["lost"] >= 1 and pool.pids[0] != first
     assert predictions(run) == predictions(alone)
     assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE
@@ -50,6 +53,13 @@ class BreaksAtTheThird(EagerEngine):
         if self.calls == 3:
             raise RuntimeError("device lost")
         return super()._infer(x)
+
+
+class Greedy(EagerEngine):
+    """Finds no memory."""
+
+    def _infer(self, x):
+        raise MemoryError
 
 
 class Suicidal(EagerEngine):
@@ -75,6 +85,31 @@ def test_an_engine_that_raises_makes_the_run_invalid(one_thread, shapes20, tmp_p
         evaluate(engine, shapes20, limit=203, replicas=2, out=tmp_path / "out", progress=False)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["valid"] is False and "device lost" in metrics["error"]
+
+
+@pytest.mark.soak
+def test_a_replica_without_memory(one_thread, shapes20, tmp_path):
+    with pytest.raises(EngineFailure, match="failed at .*: out of memory; take a smaller batch, or fewer processes"):
+        evaluate(broken(one_thread, Greedy), shapes20, limit=8, replicas=1, out=tmp_path / "out", progress=False)
+
+
+@pytest.mark.soak
+def test_an_artifact_that_the_cache_has_lost_is_built_by_the_replica(vit_shapes20, shapes20, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path / "cache"))
+    engine = convert(vit_shapes20, "onnx", "fp32", threads=1)
+    alone = evaluate(engine, shapes20, limit=19, out=tmp_path / "alone", progress=False)
+    shutil.rmtree(artifacts_root() / engine.recipe.folder_name)
+    run = evaluate(engine, shapes20, limit=19, replicas=1, out=tmp_path / "out", progress=False)
+    assert run.rows[["file", "label", "predicted_1"]].equals(alone.rows[["file", "label", "predicted_1"]])
+    assert (artifacts_root() / engine.recipe.folder_name).is_dir()
+
+
+@pytest.mark.soak
+def test_a_folder_of_images(one_thread, shapes20, alone, tmp_path):
+    extract(data_path("shapes20"), tmp_path / "extracted")
+    folder = ImageNetVal(tmp_path / "extracted")
+    run = evaluate(one_thread, folder, limit=203, replicas=2, out=tmp_path / "out", progress=False)
+    assert_same_predictions(run, alone)
 
 
 def test_replicas_that_die_again_and_again_end_the_run(one_thread, shapes20, tmp_path):
@@ -130,7 +165,11 @@ AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")  # Ray's idle helpers, which end
 def started_by(pid: int) -> list[psutil.Process]:
     """What a process has started and must not leave behind: Ray, and above all the replicas."""
     children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if not child.name().startswith(AGENTS)]
+    kept = []
+    for child in children:
+        with suppress(psutil.NoSuchProcess):  # gone since
+            kept += [child] * (not child.name().startswith(AGENTS))
+    return kept
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -153,15 +192,13 @@ def test_nothing_is_left_running_and_the_run_resumes(how, vit_shapes20, tmp_path
     assert_same_predictions(resumed, alone)
 
 
-def rows_of(out) -> int:
-    path = out / "predictions.csv"
-    return path.read_text().count("\n") - 1 if path.exists() else 0
-
-
 TWO_NODES = """
-import json, os, signal, sys, threading
+import json, os, signal, sys
+from functools import partial
+from pathlib import Path
 from ray.cluster_utils import Cluster
-from vitdemo import ImageNetVal, Replicas, convert, evaluate, load_model, stop_ray
+from tests.inference.on_replicas import evaluate_while
+from vitdemo import ImageNetVal, Replicas, convert, load_model, stop_ray
 
 cluster = Cluster()
 def add_node(**options):  # Ray gives a node 30 s to start, which a busy machine may need more than once
@@ -176,9 +213,8 @@ second = add_node()
 engine, data = convert(load_model("vit_shapes20"), threads=1), ImageNetVal(sys.argv[1])
 with Replicas(engine, data, 2, cores_each=1, ray_address=cluster.address) as pool:
     nodes = [slot.node for slot in pool.slots]
-    victim = pool.pids[nodes.index(second.node_id)]
-    threading.Timer(0.5, lambda: os.kill(victim, signal.SIGKILL)).start()
-    run = evaluate(engine, data, limit=203, replicas=pool, out=sys.argv[2], progress=False)
+    kill = partial(os.kill, pool.pids[nodes.index(second.node_id)], signal.SIGKILL)
+    run = evaluate_while(pool, engine, data, kill, 40, Path(sys.argv[2]), limit=203)
     lost = run.metrics["replicas"]["lost"]
 print(json.dumps({"nodes": len(set(nodes)), "lost": lost, "said": str(pool)}), flush=True)
 stop_ray()

@@ -12,7 +12,6 @@ import pytest
 
 from tests.inference.on_replicas import evaluate_while, predictions
 from vitdemo import Replicas, VitdemoError, evaluate
-from vitdemo.inference.worker import Place
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
@@ -54,8 +53,8 @@ def kill_one(pool, moments: random.Random):
 def kill_and_compare(pool, engine, data, alone, out, seed: int) -> int:
     """A run with a replica killed at a random moment; how many were lost."""
     moments = random.Random(seed)
-    options = dict(limit=203, out=out, split=moments.choice(["async", "async", "sync"]))
-    run = evaluate_while(pool, engine, data, lambda: kill_one(pool, moments), moments.uniform(0, 2.5), **options)
+    options = dict(limit=203, split=moments.choice(["async", "async", "sync"]))
+    run = evaluate_while(pool, engine, data, lambda: kill_one(pool, moments), moments.randrange(190), out, **options)
     assert predictions(run) == predictions(alone)
     assert sum(each["images"] for each in run.metrics["replicas"]["each"]) == 203
     return run.metrics["replicas"]["lost"]
@@ -64,14 +63,14 @@ def kill_and_compare(pool, engine, data, alone, out, seed: int) -> int:
 def test_killed_replicas_cost_no_image(pool, one_thread, shapes20, alone, tmp_path):
     lost = [kill_and_compare(pool, one_thread, shapes20, alone, tmp_path / str(seed), seed) for seed in range(3)]
     print(f"{sum(lost)} replicas lost in {len(lost)} runs")
-    assert sum(lost) >= 1  # some kill did strike during the run
+    assert sum(lost) >= 2  # the last one may strike one that has nothing left to do
 
 
 @pytest.mark.soak
 def test_fifty_runs_with_a_replica_killed(pool, one_thread, shapes20, alone, tmp_path):
     lost = [kill_and_compare(pool, one_thread, shapes20, alone, tmp_path / str(seed), seed) for seed in range(3, 53)]
     print(f"{sum(lost)} replicas lost in {len(lost)} runs, all exact")
-    assert sum(lost) >= 25
+    assert sum(lost) >= 40
 
 
 @pytest.mark.soak
@@ -87,7 +86,13 @@ def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_p
 def test_another_vitdemo_on_a_node_is_said(pool):
     slot = pool.slots[0]
     with pytest.raises(VitdemoError, match="replica on far: has another vitdemo"):
-        pool._place(slot, Place(1, "far", [0], "0" * 16))
+        pool._place(slot, slot.place._replace(host="far", code="0" * 16))
+
+
+def test_another_torch_on_a_node_is_said(pool):
+    slot = pool.slots[0]
+    with pytest.raises(VitdemoError, match="replica on far: has another torch; install the same"):
+        pool._place(slot, slot.place._replace(host="far", versions=slot.place.versions | {"torch": "1.0"}))
 
 
 def test_another_cluster_than_the_one_in_use_is_refused(pool, one_thread, shapes20):
@@ -100,3 +105,12 @@ def test_another_cluster_than_the_one_in_use_is_refused(pool, one_thread, shapes
 def test_replicas_of_another_engine_are_refused(pool, eager, shapes20):
     with pytest.raises(VitdemoError, match="started for another engine"):
         evaluate(eager, shapes20, replicas=pool, progress=False)
+
+
+@pytest.mark.soak
+def test_a_step_says_when_a_replica_is_lost(pool, one_thread, shapes20):
+    with Replicas(one_thread, shapes20, 2, cores_each=1, share=0.5) as two:
+        assert 0 < two.step(8) < 60
+        os.kill(two.pids[1], signal.SIGKILL)
+        with pytest.raises(VitdemoError, match="^a replica was lost: [^\n]*$"):
+            two.step(8)

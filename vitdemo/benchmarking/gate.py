@@ -40,7 +40,7 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
 
 def check_baseline(baseline: pd.DataFrame) -> None:
     """Raise VitdemoError for a table that nothing can be held against: a column missing, or several machines' rows."""
-    missing = [name for name in (*SAME, RATIO) if name not in baseline]
+    missing = [name for name in (*SAME, RATIO, "status", "machine") if name not in baseline]
     if missing:
         raise VitdemoError(f"against: the baseline has no column {missing[0]!r}; measure it with `vitdemo benchmark`")
     if baseline["machine"].nunique() > 1:
@@ -61,7 +61,6 @@ def passes(compared: pd.DataFrame) -> bool:
 def _ratios(rows: pd.DataFrame) -> pd.DataFrame:
     reference = (rows["engine"] == EAGER.engine) & (rows["precision"] == EAGER.precision)
     found = rows.loc[(rows["status"] == OK) & ~reference, [*SAME, RATIO]].copy()
-    found[RATIO] = pd.to_numeric(found[RATIO], errors="coerce")
-    for name in ("replicas", "device_batch_size"):
-        found[name] = found[name].astype(int)
-    return found.drop_duplicates(SAME, keep="last")
+    for name in (RATIO, "replicas", "device_batch_size"):
+        found[name] = pd.to_numeric(found[name], errors="coerce")
+    return found.dropna(subset=SAME).drop_duplicates(SAME, keep="last")

@@ -10,9 +10,10 @@ from multiprocessing import Pipe
 
 import psutil
 
-from vitdemo.benchmarking.worker import EngineBench, Failure, reason_of
+from vitdemo.benchmarking.worker import EngineBench, Failure
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.errors import reason_of
 from vitdemo.inference.replicas import Replicas
 
 

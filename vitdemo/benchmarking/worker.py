@@ -20,7 +20,7 @@ from vitdemo.conversion.artifacts import Recipe, Ticket
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.measure.clock import now, peak_memory_bytes
 from vitdemo.measure.roof import Products, Shape
 
@@ -56,8 +56,7 @@ class EngineBench:
 
     def first_call(self, device_batch_size: int) -> float:
         """Seconds of a call on new pixels of that batch size, which later calls use too."""
-        shape = INPUTS, device_batch_size, *self.engine.info.preprocessing.input_size
-        self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size)
         return self.step()
 
     def step(self) -> float:
@@ -165,13 +164,6 @@ def serve(pipe: Connection) -> None:
         except Exception as error:  # a runtime may raise anything; it becomes a row that says so
             answer = Failure(reason_of(error))
         pipe.send_bytes(pickle.dumps(answer))
-
-
-def reason_of(error: Exception) -> str:
-    """One line."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "out of memory"
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from vitdemo.conversion.calibration import Calibration, calibration_for
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.measure.clock import cores, installed_version, now
 from vitdemo.paths import PART
 
@@ -134,8 +134,7 @@ class Recipe:
                 except VitdemoError:  # what this machine lacks a new build would not put right
                     raise
                 except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
-                    reason = str(error).strip().split("\n")[0] or type(error).__name__
-                    print(f"{folder}: cannot be used ({reason}); building it again", file=sys.stderr)
+                    print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
             self._build(folder)
             return self.ticket().load(folder, threads)
 
@@ -159,10 +158,9 @@ class Recipe:
         except (VitdemoError, OSError):
             raise
         except Exception as error:  # exporters and runtimes have a hundred types
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             what = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
             raise VitdemoError(
-                f"{what}: cannot be built ({reason}); see `vitdemo doctor`, or take another engine"
+                f"{what}: cannot be built ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -53,10 +53,7 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
     info = model.info
     if given is None:
         if info.weights == "random":
-            generator = torch.Generator().manual_seed(0)
-            shape = (RANDOM_IMAGES, *info.preprocessing.input_size)
-            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            return Calibration(pixels, "random pixels")
+            return Calibration(info.random_pixels(RANDOM_IMAGES), "random pixels")
         if info.tag not in BUNDLED_CALIBRATION or info.weights != "pretrained":
             raise VitdemoError(
                 f"{info.tag}: int8 needs images for its calibration; give --calibration PATH, images like those it "

@@ -19,7 +19,7 @@ from torch import nn
 
 from vitdemo.conversion.weights import WEIGHTS_FILE, Plan, fill, read_config
 from vitdemo.dataset.images import Preprocessing
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 
 ARCHITECTURE = "ViTForImageClassification"
 WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")  # google/vit-large-patch16-224 has the second alone
@@ -149,8 +149,7 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
             act_layer=ACTIVATIONS[values["hidden_act"]],
         )
     except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise VitdemoError(f"{source}: timm cannot build this model ({reason}); check its numbers") from None
+        raise VitdemoError(f"{source}: timm cannot build this model ({reason_of(error)}); check its numbers") from None
 
 
 def load_weights(module: VisionTransformer, state_dict: Mapping[str, torch.Tensor], source: str) -> None:

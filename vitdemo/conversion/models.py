@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from vitdemo.conversion import huggingface, timm_models
 from vitdemo.conversion.weights import Plan, hub_file, read_config, read_state_dict, weights_sha256
 from vitdemo.dataset.images import Preprocessing
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.paths import data_root
 
 # torch's own formulas; before 2.15 they leave out the attention that CPUs run.
@@ -49,6 +49,11 @@ class ModelInfo:
     def to_dict(self) -> dict:
         """A dict that JSON can hold."""
         return asdict(self)
+
+    def random_pixels(self, *counts: int) -> torch.Tensor:
+        """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
+        shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 class Model:
@@ -127,8 +132,7 @@ def _freeze(module: nn.Module, name: str) -> None:
     try:
         module.eval().requires_grad_(False)
     except (NotImplementedError, RuntimeError) as error:  # exported and scripted modules
-        reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"{name}: {reason}; give the module that it was made from") from None
+        raise VitdemoError(f"{name}: {reason_of(error)}; give the module that it was made from") from None
 
 
 def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
@@ -141,9 +145,8 @@ def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, in
     try:
         return _count_running(module, torch.zeros(1, *input_size))
     except Exception as error:  # a stranger's forward may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise VitdemoError(
-            f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason})"
+            f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
         ) from None
 
 

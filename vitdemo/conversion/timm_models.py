@@ -11,7 +11,7 @@ from torch import nn
 
 from vitdemo.conversion.weights import WEIGHTS_FILE, Plan, load_weights, pretrained_file
 from vitdemo.dataset.images import Preprocessing
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 
 
 def is_name(name: str) -> bool:
@@ -64,8 +64,7 @@ def plan_from_config(config: Mapping, find: Callable[..., Path], source: str) ->
     try:
         module = timm.create_model(architecture, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"{source}: timm cannot build this model ({reason}); check model_args") from None
+        raise VitdemoError(f"{source}: timm cannot build this model ({reason_of(error)}); check model_args") from None
     return _plan(module, pretrained_cfg, partial(find, WEIGHTS_FILE))
 
 

@@ -124,9 +124,7 @@ def _real_batches(data: ImageNetVal, images: int, info: ModelInfo) -> Iterator[t
 
 
 def _random_batches(images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (images, *info.preprocessing.input_size)
-    for pixels in torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).split(BATCH):
+    for pixels in info.random_pixels(images).split(BATCH):
         yield pixels, []
 
 

@@ -17,7 +17,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from vitdemo.dataset.images import Preprocessing
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 
 WEIGHTS_FILE = "model.safetensors"
 # BatchNorm's count of batches is read in training alone, and files older than torch 0.4.1 do not have it.
@@ -68,7 +68,7 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
             raise TypeError("it holds more than tensors by name")
         return state_dict
     except Exception as error:  # each reader and each kind of damage has exceptions of its own
-        reason = _first_line(error)
+        reason = reason_of(error)
         if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
             reason = "it holds more than tensors, perhaps code, and is not opened"
         raise VitdemoError(f"{path}: cannot be read as weights ({reason}); give a sound .safetensors file") from None
@@ -145,7 +145,7 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
     except Exception as error:  # connections break, disks fill and names are odd in types of many libraries
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
-        reason = _first_line(error)
+        reason = reason_of(error)
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and the hub does not answer; {bring}")
 
@@ -172,7 +172,3 @@ def hub_resolves() -> bool:
         return True
     except OSError:
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

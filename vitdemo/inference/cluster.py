@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -13,11 +14,10 @@ from types import ModuleType
 import numpy as np
 import psutil
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.measure.clock import cores, now
 
 CONNECT_S, FREE_S = 5.0, 10.0
-OUT_OF_MEMORY = "out of memory; take fewer replicas, or a smaller device_batch_size"
 
 
 def share_cores(cores: list[int], count: int, each: int | None = None) -> list[list[int]]:
@@ -54,16 +54,23 @@ def connect(address: str | None) -> ModuleType:
         if address and address != "auto" and not _same_place(address, here):
             raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
-    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
-    own = dict(include_dashboard=False, num_cpus=cores())
     try:
-        ray.init(address or "local", **quiet, **({} if address else own))
-    except Exception as error:  # Ray raises plain ones too
-        reason = str(error).strip().split("\n")[0]
-        raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason}") from None
+        _start(ray, address)
+    except Exception:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
+        print("Ray did not start; trying once more", file=sys.stderr)
+        ray.shutdown()
+        try:
+            _start(ray, address)
+        except Exception as error:
+            raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason_of(error)}") from None
     if hasattr(ray._private.worker, "print_to_stdstream"):  # where Ray tells of a lost worker in fifteen lines
         ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray
+
+
+def _start(ray: ModuleType, address: str | None) -> None:
+    own = {} if address else dict(include_dashboard=False, num_cpus=cores())
+    ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
 
 
 def _same_place(address: str, here: str) -> bool:
@@ -88,18 +95,17 @@ def stop_ray() -> None:
         sys.modules["ray"].shutdown()
 
 
-def reason_of(error: Exception) -> str:
+def loss_of(error: Exception) -> str:
     """Why Ray lost a replica, in one line of its many."""
-    text = str(error).strip()
-    if type(error).__name__ == "OutOfMemoryError" or "OOM" in text and "low on memory" in text:
-        return OUT_OF_MEMORY
-    return text.split("\n")[0]
+    if missing := re.search(r"No module named '[\w.]+'", str(error)):  # buried in a traceback of its creation
+        return f"{missing[0]}: install on that machine what is installed here"
+    return reason_of(MemoryError() if "low on memory" in str(error) else error)
 
 
 def place_replicas(ray: ModuleType, count: int, device: str, share: float) -> list[tuple[str, float, int]]:
     """For each replica its node, its part of that ``share`` of the node's Ray CPUs, and its GPUs.
 
-    Raises VitdemoError where there are too few GPUs, or others hold the CPUs: Ray itself would wait for ever.
+    Raises VitdemoError where there are too few GPUs, or others hold them or the CPUs: Ray itself would wait for ever.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cuda = device == "cuda"
@@ -112,17 +118,19 @@ def place_replicas(ray: ModuleType, count: int, device: str, share: float) -> li
     for _ in range(count):  # each to where a replica's share is the largest
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1
     each = {node: int(1e4 * share * cpus[node] / number) / 1e4 for node, number in placed.items()}  # Ray counts in 1e-4
-    _wait_for_cpus(ray, sum(each[node] * number for node, number in placed.items()))
+    needed = {"CPU": sum(each[node] * number for node, number in placed.items()), "GPU": count if cuda else 0}
+    _wait_until_free(ray, needed)
     return [(node, each[node], int(cuda)) for node in sorted(placed) for _ in range(placed[node])]
 
 
-def _wait_for_cpus(ray: ModuleType, needed: float) -> None:
-    """Those that were just ended free theirs in a moment."""
+def _wait_until_free(ray: ModuleType, needed: dict[str, float]) -> None:
+    """Those that were just ended free theirs in a moment. Ray tells of the cluster only, not of its machines."""
     begin = now()
-    while (free := ray.available_resources().get("CPU", 0.0)) < 0.99 * needed:
+    while lacking := {k: free for k, n in needed.items() if (free := ray.available_resources().get(k, 0.0)) < 0.99 * n}:
         if now() - begin > FREE_S:
+            kind, free = next(iter(lacking.items()))
             raise VitdemoError(
-                f"replicas: Ray has {free:.1f} of the {needed:.1f} CPUs that they need free; close other Replicas, or "
-                "wait for the others on that cluster"
+                f"replicas: Ray has {free:.1f} of the {needed[kind]:.1f} {kind}s that they need free; close other "
+                "Replicas, or wait for the others on that cluster"
             )
         time.sleep(0.1)

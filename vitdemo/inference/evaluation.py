@@ -1,8 +1,7 @@
 """evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
 
 import hashlib
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ from vitdemo.inference.records import (
     finished_metrics,
     rows_frame,
     write_json,
+    write_predictions,
 )
 from vitdemo.inference.replicas import Replicas
-from vitdemo.inference.splits import SPLITS
+from vitdemo.inference.splits import SPLITS, cut, joined
 from vitdemo.measure.clock import cores, machine_record, now, percentiles_ms
 
 
@@ -92,11 +92,11 @@ def evaluate(
     "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the difference.
     replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or ``Replicas``
     that were started before, of this engine and data. split: "async" or "sync", see ``AsyncSplit`` and ``SyncSplit``.
-    With ``out``, the rows go to ``out/predictions.csv`` as they come, then ``metrics.json`` (see
-    ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on where an
-    interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure,
-    after writing ``"valid": false``, when the engine breaks. With replicas the same images get the same rows; a replica
-    that dies or hangs is replaced, and what it did not bring back is done again.
+    With ``out``, the rows go to ``out/predictions.csv`` as they come, in file order when all are there, then
+    ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on
+    where an interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure, after
+    writing ``"valid": false``, when the engine breaks. With replicas the same images get the same rows; a replica that
+    dies or hangs is replaced, and what it did not bring back is done again.
     """
     _check_input(engine, data, device_batch_size, input_path, limit)
     _check_replicas(engine, data, replicas, split, ray_address)
@@ -104,81 +104,77 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = Path(out) if out is not None else None
     with named_errors(out or data.path):
-        kept = claim_run(out, settings, data, resume) if out else []
-        finished = finished_metrics(out) if out and len(kept) == images else None
-    text, done = io.BytesIO(), len(kept)  # a table of 50,000 rows would grow while it runs; their text is small
-    text.write("".join(kept).encode())
+        lines = claim_run(out, settings, data, resume) if out else [""] * images
+        finished = finished_metrics(out) if out and all(lines) else None
     if finished:
-        return Evaluation(rows_frame(text.getvalue()), finished, out, _times_frame([], 0.0))
-    todo = range(done, images)
+        return Evaluation(rows_frame("".join(lines).encode()), finished, out, _times_frame([], 0.0))
+    todo = [batch for batch in cut(range(images), device_batch_size) if not lines[batch.start]]
     options = dict(device_batch_size=device_batch_size, input_path=input_path)
     with ExitStack() as stack:
         if isinstance(replicas, int):
             replicas = stack.enter_context(Replicas(engine, data, replicas, ray_address=ray_address))
-        bar = tqdm(total=images, initial=done, unit="image", disable=not progress, desc="evaluate")
+        left = sum(map(len, todo))
+        bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
         session = Session(engine.threads, cores())
         if replicas:
-            source = _on_replicas(replicas, split, todo, session, bar, **options)
+            source = _on_replicas(replicas, split, todo, session, **options)
         else:
-            source = _here(engine, data, todo, session, bar, **options)
+            source = _here(engine, data, todo, session, **options)
             stack.callback(engine.close)
         stack.enter_context(closing(source))
         try:
             with named_errors(out or data.path), appending(out) as file, bar:
-                for lines in source:
+                for first, brought in source:
                     with session.phases("postprocess"):
-                        text.write("".join(lines).encode())
-                        done += len(lines)
+                        lines[first : first + len(brought)] = brought
                         if file:
-                            file.writelines(lines)
+                            file.writelines(brought)
                             file.flush()
+                    bar.update(len(brought))
         except EngineFailure as failure:
             if out:
-                write_json(out / METRICS, {"valid": False, "error": str(failure), "images": done})
+                write_json(out / METRICS, {"valid": False, "error": str(failure), "images": sum(map(bool, lines))})
             raise
         session.end()
-    rows = rows_frame(text.getbuffer())
+    rows = rows_frame("".join(lines).encode())
     if rows["file"].tolist() != data.files[:images]:
         raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
     metrics = summarise(rows, settings, engine, session)
     metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
+            write_predictions(out, lines)  # replicas brought them in any order
             write_json(out / METRICS, metrics)
     return Evaluation(rows, metrics, out, _times_frame(session.times, session.began))
 
 
 def _here(
-    engine: Engine, data: ImageNetVal, todo: range, session: Session, bar: tqdm, **options
-) -> Iterator[list[str]]:
-    """Lines of predictions.csv, a list a batch, in order, from this process."""
+    engine: Engine, data: ImageNetVal, todo: Sequence[range], session: Session, **options
+) -> Iterator[tuple[int, list[str]]]:
+    """The first image's number and the lines of predictions.csv of each batch, from this process."""
     cpu = process_time()
     options |= dict(workers=cores(), phases=session.phases, times=session.times)
-    with closing(predict(engine, data, todo, **options)) as batches:
-        for rows in batches:
-            with session.phases("postprocess"):
-                lines = csv_lines(rows)
-            bar.update(len(rows))
-            yield lines
+    for span in joined(todo):
+        first = span.start
+        with closing(predict(engine, data, span, **options)) as batches:
+            for rows in batches:
+                with session.phases("postprocess"):
+                    lines = csv_lines(rows)
+                yield first, lines
+                first += len(rows)
     session.cpu_s = process_time() - cpu
 
 
 def _on_replicas(
-    replicas: Replicas, split: str, todo: range, session: Session, bar: tqdm, **options
-) -> Iterator[list[str]]:
-    """Lines of predictions.csv, a list a range, in order, although the ranges come back in any."""
-    plan = SPLITS[split](todo, options["device_batch_size"], len(replicas.slots))
+    replicas: Replicas, split: str, todo: Sequence[range], session: Session, **options
+) -> Iterator[tuple[int, list[str]]]:
+    """The first image's number and the lines of predictions.csv of each range, as they come back."""
+    plan = SPLITS[split](todo, len(replicas.slots))
     session.threads, session.cores = replicas.threads, replicas.cores
-    waiting, following = {}, todo.start
-    with closing(replicas.run(todo, plan, **options)) as shards:
+    with closing(replicas.run(sum(map(len, todo)), plan, **options)) as shards:
         for shard in shards:
             session.add(shard, len(replicas.slots))
-            bar.update(len(shard.indices))
-            waiting[shard.indices.start] = shard
-            while following in waiting:
-                shard = waiting.pop(following)
-                following = shard.indices.stop
-                yield shard.lines
+            yield shard.indices.start, shard.lines
     session.replicas = replicas.summary(split, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
 
 

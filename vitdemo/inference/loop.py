@@ -11,6 +11,7 @@ import torch
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import Batch, prefetched_batches
+from vitdemo.errors import reason_of
 from vitdemo.measure.clock import Phases, now
 
 TOP = 5
@@ -114,7 +115,7 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
     try:
         logits = future.result()
     except Exception as error:
-        raise EngineFailure(f"the {engine.name} engine failed at {batch.files[0]}: {error}") from error
+        raise EngineFailure(f"the {engine.name} engine failed at {batch.files[0]}: {reason_of(error)}") from error
     shape_ok = logits.dtype == torch.float32 and logits.ndim == 2 and len(logits) == len(batch.files)
     if not shape_ok or not torch.isfinite(logits).all():
         raise EngineFailure(

@@ -11,7 +11,7 @@ from vitdemo.dataset.plots import picture_grid, short_names, thumbnail
 from vitdemo.inference.diagnosis import Diagnosis
 from vitdemo.inference.evaluation import Evaluation
 from vitdemo.inference.metrics import wilson_interval
-from vitdemo.inference.splits import SyncSplit
+from vitdemo.inference.splits import SyncSplit, cut
 from vitdemo.inference.worker import Shard
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
@@ -86,7 +86,7 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
 
 def plot_split(images: int, device_batch_size: int, replicas: int) -> Figure:
     """Which images each replica gets in each step of the synchronous split."""
-    split, step = SyncSplit(range(images), device_batch_size, replicas), 0
+    split, step = SyncSplit(cut(range(images), device_batch_size), replicas), 0
     figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
     while shards := {k: indices for k in range(replicas) if (indices := split.take(k, 0.0))}:
         for k, indices in shards.items():

@@ -29,9 +29,7 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
     """
     if not isinstance(device_batch_size, int) or device_batch_size < 1:
         raise VitdemoError(f"device_batch_size {device_batch_size!r}: must be a whole number of at least 1")
-    generator = torch.Generator().manual_seed(0)
-    shape = (INPUTS, device_batch_size, *engine.info.preprocessing.input_size)
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    pixels = engine.info.random_pixels(INPUTS, device_batch_size)
     cold = not engine.has_run
     first_s, second_s = (_call_s(engine, x) for x in pixels[:2])
     first_run_s = (engine.load_s or 0.0) + first_s if cold else None

@@ -12,6 +12,7 @@ import pandas as pd
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY
+from vitdemo.inference.splits import cut
 from vitdemo.measure.clock import machine_record
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
 
@@ -21,7 +22,9 @@ HEADER = ",".join(COLUMNS) + "\n"
 
 
 def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
-    """Take ``out`` for a run of ``settings``; the lines that an interrupted run left there, of whole batches.
+    """Take ``out`` for a run of ``settings``; a line an image, as an interrupted run left it, or "" where it is to do.
+
+    What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
 
     Raises VitdemoError, and leaves ``out`` as it is, when it holds anything but such a run to resume.
     """
@@ -30,7 +33,7 @@ def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> lis
         remove_leftovers(out, RUN, PREDICTIONS, METRICS, FLAGPERF)
     if not resume or not out.is_dir() or not any(out.iterdir()):
         claim_folder(out)
-        lines = []
+        lines = [""] * settings["images"]
     else:
         try:
             before = dict(json.loads((out / RUN).read_text(encoding="utf-8"))["settings"])
@@ -40,16 +43,21 @@ def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> lis
         if different:
             what = ", ".join(different)
             raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
-        lines = _read_lines(out / PREDICTIONS, data)
-    if len(lines) < settings["images"]:
-        # Whole batches only, so that the rest is cut at the same boundaries as in an undisturbed run.
-        batch = settings["device_batch_size"]
-        lines = lines[: len(lines) // batch * batch]
+        lines = _read_lines(out / PREDICTIONS, data, settings["images"])
+    if not all(lines):
+        for batch in cut(range(len(lines)), settings["device_batch_size"]):
+            if not all(lines[batch.start : batch.stop]):
+                lines[batch.start : batch.stop] = [""] * len(batch)
         (out / METRICS).unlink(missing_ok=True)  # of a run that broke
         write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-        with replacing(out / PREDICTIONS) as file:
-            file.write(HEADER + "".join(lines))
+        write_predictions(out, lines)
     return lines
+
+
+def write_predictions(out: Path, lines: list[str]) -> None:
+    """The whole file, in order."""
+    with replacing(out / PREDICTIONS) as file:
+        file.write(HEADER + "".join(lines))
 
 
 def finished_metrics(out: Path) -> dict | None:
@@ -61,20 +69,25 @@ def finished_metrics(out: Path) -> dict | None:
     return metrics if metrics.get("valid") else None
 
 
-def _read_lines(path: Path, data: ImageNetVal) -> list[str]:
-    """The whole lines of an interrupted run; VitdemoError when they are not rows of ``data``, in order."""
+def _read_lines(path: Path, data: ImageNetVal, images: int) -> list[str]:
+    """The whole lines of an interrupted run, which replicas left in any order, by image; "" where there is none.
+
+    Raises VitdemoError when they are not rows of these images, at most one each.
+    """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # the last line may be torn by the interruption
         header, *lines = io.StringIO(whole).readlines() or [HEADER]
         rows = rows_frame("".join(lines).encode())
-        found = header, rows["file"].tolist(), rows["label"].tolist()
-        ours = found == (HEADER, data.files[: len(lines)], data.labels[: len(lines)])
-    except ValueError:  # no UTF-8, or no table of these columns
+        numbers = {file: number for number, file in enumerate(data.files[:images])}
+        order = [numbers.pop(file) for file in rows["file"]]  # each image at most once
+        ours = header == HEADER and rows["label"].tolist() == [data.labels[number] for number in order]
+    except (ValueError, KeyError):  # no UTF-8, no table of these columns, or an image that is not there
         ours = False
     if not ours:
         raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
-    return lines
+    by_image = dict(zip(order, lines, strict=True))
+    return [by_image.get(number, "") for number in range(images)]
 
 
 def appending(out: Path | None) -> AbstractContextManager[TextIO | None]:

@@ -19,14 +19,16 @@ from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.errors import VitdemoError
-from vitdemo.inference.cluster import OUT_OF_MEMORY, connect, place_replicas, reason_of, share_cores
+from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
 from vitdemo.inference.splits import Split
 from vitdemo.inference.worker import Place, Replica, Shard, code_fingerprint
-from vitdemo.measure.clock import now
+from vitdemo.measure.clock import now, versions
 
 ATTEMPTS = 3  # of one range, or of starting one replica; then something is wrong that a restart does not cure
 DEADLINE_S = 300.0
+SLOWER = 10  # times a range may take what the replica's rate says, before it counts as hung
+PLACED_S = 60.0  # for all to get a process; 10 s each where there are more than six
 GOING_S = 3.0
 PREPARING = 6  # deadlines that a replica may take to be ready: it may have to build the engine
 
@@ -57,6 +59,7 @@ class Slot:
     host: str = ""
     cores: list[int] = field(default_factory=list)
     threads: int = 0
+    precision_ran: dict[str, float] = field(default_factory=dict)
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
     lost: int = 0
@@ -88,8 +91,9 @@ class Replicas:
     ``cores_each`` of them, to which its process is bound before a runtime is loaded. More replicas than cores share
     cores. ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines
     are used; by default the Ray that this process has, or one of its own on this machine. deadline_s: how long a range
-    of images may take (about 5 s each, and one batch at first) before its replica is given up for hung. share: of Ray's
-    CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1 at most.
+    of images may take (one batch at first, then about 5 s each) before its replica is given up for hung, unless it is
+    so slow that ten times what its rate says is more; give more for a model whose single batch takes minutes. share: of
+    Ray's CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1 at most.
 
     ray_start_s: starting or finding Ray. start_s: from then until every replica was ready. slots: the replicas.
     Raises VitdemoError where Ray is not installed or does not answer, and for what a replica lacks.
@@ -115,7 +119,11 @@ class Replicas:
         self._ray = connect(ray_address)
         self.ray_start_s, begin = now() - begin, now()
         self._job = self._ray.get_runtime_context().get_job_id()
-        self._recipe = [self._ray.put(engine.recipe)]  # in a list Ray hands over the reference, not what it stands for
+        try:
+            recipe = self._ray.put(engine.recipe)
+        except self._ray.exceptions.RayError as error:
+            raise VitdemoError(f"replicas: Ray has no room for the model ({reason_of(error)})") from None
+        self._recipe = [recipe]  # in a list Ray hands over the reference, not what it stands for
         self.slots = [Slot(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))]
         self._failed: Counter[range | None] = Counter()
         try:
@@ -164,8 +172,8 @@ class Replicas:
 
         ``lost``: replicas that died or hung and were replaced. ``each``: by replica its machine and cores, images and
         ranges that it brought back, ``busy_s`` (working on those), ``idle_s`` (the rest of ``wall_s``: waiting, being
-        replaced, or working on what was lost), ``images_per_s`` (over ``busy_s``), its process's peak memory.
-        ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
+        replaced, or working on what was lost), ``images_per_s`` (over ``busy_s``), the precision that ran there, its
+        process's peak memory. ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
         """
         each = [
             {
@@ -177,6 +185,7 @@ class Replicas:
                 "busy_s": slot.busy_s,
                 "idle_s": wall_s - slot.busy_s,
                 "images_per_s": slot.images_per_s,
+                "precision_ran": slot.precision_ran,
                 "peak_memory_bytes": slot.peak_memory_bytes,
                 "lost": slot.lost,
             }
@@ -191,8 +200,8 @@ class Replicas:
             "each": each,
         }
 
-    def run(self, images: range, split: Split, device_batch_size: int, input_path: str) -> Iterator[Shard]:
-        """The rows of ``images``, a shard a range, in the order in which they come back; each image exactly once.
+    def run(self, images: int, split: Split, device_batch_size: int, input_path: str) -> Iterator[Shard]:
+        """The rows of the ``images`` that ``split`` holds, a shard a range, as they come back; each exactly once.
 
         Raises EngineFailure when an engine breaks, and VitdemoError when replicas are lost again and again.
         """
@@ -202,7 +211,7 @@ class Replicas:
             slot.images, slot.ranges, slot.busy_s, slot.lost, slot.lost_in_a_row = 0, 0, 0.0, 0, 0
             if slot.actor is None:
                 self._start(slot)
-        left = len(images)
+        left = images
         try:
             while left:
                 for slot in filter(lambda slot: slot.ready, self.slots):
@@ -234,7 +243,7 @@ class Replicas:
         except self._ray.exceptions.RayTaskError as error:
             raise VitdemoError(f"a replica failed: {reason_of(error.cause)}") from None
         except self._ray.exceptions.RayError as error:
-            raise VitdemoError(f"a replica was lost: {reason_of(error)}") from None
+            raise VitdemoError(f"a replica was lost: {loss_of(error)}") from None
         return now() - begin
 
     def _hand_out(self, slot: Slot, split: Split, device_batch_size: int, input_path: str) -> None:
@@ -252,11 +261,23 @@ class Replicas:
         for reference in happened:
             if (shard := self._collect(heads[reference], split)) is not None:
                 shards.append(shard)
-        for slot in self.slots:
-            patience = self._deadline_s * (1 if slot.ready else PREPARING)
-            if slot.tasks and now() - slot.tasks[0].began > patience:
-                self._replace(slot, split, f"did not answer for {patience:.0f} s")
+        for slot in filter(lambda slot: slot.tasks, self.slots):
+            if now() - slot.tasks[0].began > (patience := self._patience_s(slot)):
+                if slot.place is None:
+                    raise VitdemoError(
+                        f"replica {slot.number}: Ray gave it no process in {patience:.0f} s; `ray status` says who has "
+                        "the CPUs and GPUs"
+                    )
+                self._replace(slot, split, f"did not answer for {patience:.0f} s, see deadline_s")
         return shards
+
+    def _patience_s(self, slot: Slot) -> float:
+        """How long its first task may take."""
+        if slot.place is None:
+            return max(PLACED_S, 10.0 * len(self.slots))
+        if slot.ready and slot.images_per_s:
+            return max(self._deadline_s, SLOWER * len(slot.tasks[0].indices) / slot.images_per_s)
+        return self._deadline_s * (1 if slot.ready else PREPARING)
 
     def _collect(self, slot: Slot, split: Split | None) -> Shard | None:
         """Take what a slot's first task gave."""
@@ -264,13 +285,11 @@ class Replicas:
         try:
             answer = self._ray.get(task.reference)
         except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, MemoryError):
-                raise VitdemoError(f"replica on {slot.host}: {OUT_OF_MEMORY}") from None
             if isinstance(error.cause, VitdemoError | EngineFailure):
                 raise error.cause from None
             raise VitdemoError(f"replica on {slot.host or 'a machine'}: {reason_of(error.cause)}") from None
         except self._ray.exceptions.RayError as error:
-            self._replace(slot, split, reason_of(error))
+            self._replace(slot, split, loss_of(error))
             return None
         slot.tasks.popleft()
         if slot.tasks:
@@ -285,7 +304,7 @@ class Replicas:
             slot.peak_memory_bytes = answer.peak_memory_bytes
             return answer
         else:
-            slot.threads, slot.ready = answer["threads"], True
+            slot.threads, slot.precision_ran, slot.ready = answer["threads"], answer["precision_ran"], True
         return None
 
     def _start(self, slot: Slot) -> None:
@@ -303,9 +322,13 @@ class Replicas:
         """
         if place.code != code_fingerprint():
             raise VitdemoError(f"replica on {place.host}: has another vitdemo than this process; install the same")
+        if different := [name for name, version in versions().items() if place.versions[name] != version]:
+            raise VitdemoError(f"replica on {place.host}: has another {', '.join(different)}; install the same")
         moved, slot.place, slot.host = slot.host not in ("", place.host), place, place.host
         with suppress(psutil.NoSuchProcess):
-            slot.process = psutil.Process(place.pid) if place.host == socket.gethostname() else None
+            process = psutil.Process(place.pid) if place.host == socket.gethostname() else None
+            ours = process and abs(process.create_time() - place.created) < 2  # containers may share a name
+            slot.process = process if ours else None
         if moved:
             self._share_cores(place, only=slot)
         if slot.cores:

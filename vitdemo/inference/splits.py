@@ -1,6 +1,7 @@
 """Who does which range of images when: two ways to split a data set among replicas."""
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from vitdemo.inference.worker import Shard
@@ -10,8 +11,25 @@ RANGE_S = 5.0  # about how long a range of the asynchronous split takes
 LONGEST_BATCHES = 64
 
 
+def cut(images: range, device_batch_size: int) -> list[range]:
+    """The batches of ``images``, the last one as long as what is left."""
+    starts = range(images.start, images.stop, device_batch_size)
+    return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
+
+
+def joined(batches: Iterable[range]) -> list[range]:
+    """The ranges that lie without a gap in ``batches``, which ascend."""
+    spans: list[range] = []
+    for batch in batches:
+        if spans and spans[-1].stop == batch.start:
+            spans[-1] = range(spans[-1].start, batch.stop)
+        else:
+            spans.append(batch)
+    return spans
+
+
 class Split(Protocol):
-    """Who does which range when, by the replicas' numbers.
+    """Who does which range when, by the replicas' numbers; made of the batches to do, by ascending index.
 
     ahead: how many ranges a replica may have at once. step_s: seconds of each global batch, where there are such.
     """
@@ -33,20 +51,24 @@ class AsyncSplit:
 
     ahead = 2  # the next one lies ready, so that nobody waits for the driver
 
-    def __init__(self, images: range, device_batch_size: int, replicas: int):
-        self._next, self._stop, self._batch, self._replicas = images.start, images.stop, device_batch_size, replicas
+    def __init__(self, batches: Sequence[range], replicas: int):
+        self._batches, self._replicas = deque(batches), replicas
         self.step_s: list[float] = []  # it has no steps
         self._again: deque[range] = deque()
 
     def take(self, replica: int, images_per_s: float) -> range | None:
         if self._again:
             return self._again.popleft()
-        left = -(-(self._stop - self._next) // self._batch)
-        fair = left // (2 * self._replicas)
-        batches = max(1, min(round(RANGE_S * images_per_s / self._batch), fair, LONGEST_BATCHES))
-        indices = range(self._next, min(self._next + batches * self._batch, self._stop))
-        self._next = indices.stop
-        return indices or None
+        if not self._batches:
+            return None
+        fair = len(self._batches) // (2 * self._replicas)
+        at_rate = round(RANGE_S * images_per_s / len(self._batches[0]))
+        indices = self._batches.popleft()
+        for _ in range(min(at_rate, fair, LONGEST_BATCHES) - 1):
+            if self._batches[0].start != indices.stop:  # what lies between was done before
+                break
+            indices = range(indices.start, self._batches.popleft().stop)
+        return indices
 
     def give_back(self, indices: range, replica: int) -> None:
         self._again.append(indices)
@@ -56,25 +78,25 @@ class AsyncSplit:
 
 
 class SyncSplit:
-    """Each global batch is cut into one contiguous shard a replica; the next one begins when all are done.
+    """Each global batch, of a batch a replica, is cut into these; the next one begins when all are done.
 
-    step_s: seconds of each global batch, from the first shard handed out to the last one back.
+    What a lost replica had is its successor's. step_s: seconds of each global batch, from the first shard handed out to
+    the last one back.
     """
 
     ahead = 1
 
-    def __init__(self, images: range, device_batch_size: int, replicas: int):
-        self._next, self._stop, self._batch, self._replicas = images.start, images.stop, device_batch_size, replicas
+    def __init__(self, batches: Sequence[range], replicas: int):
+        self._batches, self._replicas = deque(batches), replicas
         self._shards: dict[int, range] = {}
         self._open: set[range] = set()
         self.step_s: list[float] = []
         self._step()
 
     def _step(self) -> None:
-        starts = range(self._next, self._stop, self._batch)[: self._replicas]
-        self._shards = {k: range(start, min(start + self._batch, self._stop)) for k, start in enumerate(starts)}
+        count = min(self._replicas, len(self._batches))
+        self._shards = {k: self._batches.popleft() for k in range(count)}
         self._open = set(self._shards.values())
-        self._next = max((shard.stop for shard in self._open), default=self._stop)
         self._began = now()
 
     def take(self, replica: int, images_per_s: float) -> range | None:

@@ -12,16 +12,25 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import now, versions
 
 
 class Place(NamedTuple):
-    """Where a replica runs. cores: the numbers of those that its machine lets it use. code: the vitdemo it has."""
+    """Where a replica runs.
+
+    created: when its process was, in seconds since 1970, which together with the pid says which one it is. cores: the
+    numbers of those that its machine lets it use. code, versions: the vitdemo it has, and the packages.
+    """
 
     pid: int
+    created: float
     host: str
     cores: list[int]
     code: str
+    versions: dict[str, str | None]
 
 
 class Shard(NamedTuple):
@@ -46,7 +55,8 @@ class Replica:
 
     def place(self) -> Place:
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        return Place(os.getpid(), socket.gethostname(), sorted(affinity), code_fingerprint())
+        process, host = psutil.Process(), socket.gethostname()
+        return Place(process.pid, process.create_time(), host, sorted(affinity), code_fingerprint(), versions())
 
     def bind(self, cores: list[int]) -> None:
         """Take ``cores``, before anything that counts them is imported."""
@@ -75,13 +85,13 @@ class Replica:
             self._engine = ticket.open(lambda: ray.get(recipe[0]), self._threads)
         except VitdemoError as error:
             raise VitdemoError(f"replica on {socket.gethostname()}: {error}") from None
-        return {"load_s": self._engine.load_s, "threads": self._engine.threads}
+        return {"threads": self._engine.threads, "precision_ran": self._engine.precision_ran}
 
     def run(self, number: int, indices: range, device_batch_size: int, input_path: str) -> Shard:
         """The rows of ``indices``; ``number`` is this replica's. Raises EngineFailure when the engine breaks."""
         from vitdemo.inference.loop import predict
         from vitdemo.inference.records import csv_lines
-        from vitdemo.measure.clock import Phases, cores, now, peak_memory_bytes
+        from vitdemo.measure.clock import Phases, cores, peak_memory_bytes
 
         lines, times, phases = [], [], Phases()
         options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
@@ -96,13 +106,8 @@ class Replica:
 
     def call(self, device_batch_size: int) -> float:
         """Seconds of one call on random pixels, made at the first call of that size."""
-        import torch
-
-        from vitdemo.measure.clock import now
-
         if getattr(self, "_pixels", None) is None or len(self._pixels) != device_batch_size:
-            shape = device_batch_size, *self._engine.info.preprocessing.input_size
-            self._pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
+            self._pixels = self._engine.info.random_pixels(device_batch_size)
         start = now()
         self._engine(self._pixels)
         return now() - start

@@ -93,6 +93,11 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def versions() -> dict[str, str | None]:
+    """The installed versions of all that shapes a result."""
+    return {name: installed_version(name) for name in PACKAGES}
+
+
 def installed_version(package: str) -> str | None:
     """The installed version of a distribution, or None; imports nothing."""
     try:
@@ -116,7 +121,7 @@ def machine_record() -> dict:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
