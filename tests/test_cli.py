@@ -146,6 +146,7 @@ def test_busy_output_folder(capsys, tmp_path):
     for arguments in (
         ["evaluate", "vit_shapes20", "--data", TAR],
         ["extract", "--archives", str(data_path("shapes20"))],
+        ["workshop"],
     ):
         assert main([*arguments, "--out", str(tmp_path)]) == 2
         assert str(tmp_path) in capsys.readouterr().err
@@ -180,6 +181,12 @@ def test_truncated_bundled_archive(capsys, archives, tmp_path):
         assert main([*command, "--out", str(tmp_path / "out")]) == 2
         assert "truncated" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_workshop_writes_the_copies(capsys, tmp_path):
+    assert main(["workshop", "--out", str(tmp_path / "students")]) == 0
+    copies = list((tmp_path / "students").glob("*.ipynb"))
+    assert f"{tmp_path / 'students'}: {len(copies)} notebooks without solutions" in capsys.readouterr().out
 
 
 def test_convert_verify_and_cache(capsys):

@@ -179,6 +179,14 @@ def _merge(args) -> int:
     return 0
 
 
+def _workshop(args) -> int:
+    from vitdemo.runs import write_workshop
+
+    copies = write_workshop(args.out)
+    print(f"{copies[0].parent}: {len(copies)} notebooks without solutions; open them with: jupyter lab {args.out}")
+    return 0
+
+
 MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
 
 
@@ -286,6 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders, or files, of `vitdemo benchmark`")
     merge.add_argument("--layout", metavar="L", help="as other projects have it: ttmetal, aitemplate or flagperf")
     merge.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .csv, .md or .html")
+
+    workshop = command("workshop", _workshop, "write student copies of the notebooks, without the solutions")
+    workshop.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder for the copies")
     return parser
 
 

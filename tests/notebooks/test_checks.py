@@ -53,6 +53,31 @@ def name(subject: str, value):
     return apply
 
 
+def undone(*subjects: str) -> list:
+    """Each answer of an exercise left as it stands."""
+    return [name(subject, lambda _: None) for subject in subjects]
+
+
+def predicting(compute=1.0, eager_ms=0.8, sizes=(4, 2, 1), combine=max):
+    """Break the prediction of 05's exercise in one of its parts; with the defaults it is right."""
+
+    def apply(names):
+        def predicted_ms(row):
+            compute_ms = compute * row["batch"] * row["flops_per_image"] / row["roof_tflops"] / 1e9
+            size = dict(zip(("fp32", "bf16", "int8"), sizes, strict=True))[row["precision"]]
+            memory_ms = 1e3 * row["parameters"] * size / names["bandwidth"]
+            return combine((compute_ms, memory_ms)) + (eager_ms if row["engine"] == "eager" else 0)
+
+        names["predicted_ms"] = predicted_ms
+
+    return apply
+
+
+def other_answers(names):
+    names["singly"] = replace(names["singly"], rows=names["singly"].rows.assign(predicted_1=-1))
+    names["same"] = 0
+
+
 ROWS = [
     part("evaluation", "rows", lambda run: run.rows.iloc[:-1]),  # the last image dropped
     part("evaluation", "rows", lambda run: run.rows.iloc[[*range(len(run.rows)), 0]]),  # one counted twice
@@ -65,6 +90,13 @@ BREAKS = {
             attribute("images", labels=lambda d: [len(d.classes), *d.labels[1:]]),
         ],
         [*ROWS, metric("evaluation", correct=1), metric("evaluation", top1=0.123)],
+        [
+            *undone("singly", "same"),
+            part("singly", "rows", lambda run: run.rows.iloc[:-1]),
+            metric("singly", device_batch_size=8),
+            name("same", lambda same: same - 1),
+            other_answers,
+        ],
     ],
     "01_dataset": [
         [name("computed", lambda digest: digest[::-1])],
@@ -83,7 +115,14 @@ BREAKS = {
             name("from_tar", lambda d: Reread(d)),
         ],
         [part("report", "rows", lambda report: report.rows.assign(error="", warning=""))],
+        [part("diagnosis", "hypotheses", lambda d: [replace(h, correct=h.before) for h in d.tested])],
         [lambda names: names.update(healthy=diagnose(names["convert"](names["patient"]), names["patient"], SHAPES20))],
+        [
+            *undone("index_of_id"),
+            name("index_of_id", lambda answer: {1: answer[1], 2: answer[2]}),
+            name("index_of_id", lambda answer: {id: id - 1 for id in answer}),
+        ],
+        [*undone("still_right"), name("still_right", lambda count: count + 1)],
     ],
     "02_convert": [
         [name("engines", lambda engines: engines | {"eager bf16": engines["eager fp32"]})],
@@ -93,6 +132,15 @@ BREAKS = {
             )
         ],
         [lambda names: names.update(wrong_mean={"fp32": names["reports"]["eager fp32"]})],
+        [
+            name("wrong_eps", lambda reports: reports | {"fp32": reports["bf16"]}),
+            name("wrong_eps", lambda reports: reports | {"bf16": reports["fp32"]}),
+        ],
+        [
+            *undone("infer"),
+            name("infer", lambda _: lambda self, x: self.module(x.float() / 255)),  # not normalised
+            name("infer", lambda right: lambda self, x: right(self, x).softmax(dim=1)),  # no logits
+        ],
     ],
     "03_single_device": [
         [
@@ -105,6 +153,13 @@ BREAKS = {
             name("same", lambda same: same // 2),
             metric("other", precision_ran={"fp32": 1.0}),
         ],
+        [
+            *undone("rates", "tuned"),
+            name("rates", lambda rates: {1: rates[1]}),
+            metric("tuned", device_batch_size=2),
+            part("tuned", "rows", lambda run: run.rows.iloc[:-1]),
+            part("tuned", "rows", lambda run: run.rows.assign(predicted_1=-1)),
+        ],
     ],
     "04_data_parallel": [
         [
@@ -114,13 +169,21 @@ BREAKS = {
             metric("two", replicas={"each": [{"images": 29}]}),
         ],
         [
-            name("scaling", lambda table: table.assign(top1=range(len(table)))),
             name("runs", lambda runs: {k: (replace(run, rows=run.rows.iloc[1:]), n) for k, (run, n) in runs.items()}),
+            name(
+                "runs",
+                lambda runs: {k: (replace(r, rows=r.rows.assign(predicted_1=-1)), n) for k, (r, n) in runs.items()},
+            ),
         ],
         [
             part("killed", "rows", lambda run: run.rows.iloc[:-1]),
             part("killed", "rows", lambda run: run.rows.iloc[[*range(len(run.rows)), 0]]),
             metric("killed", correct=1),
+        ],
+        [
+            *undone("steps", "last"),
+            name("steps", lambda steps: steps - 1),  # the incomplete one forgotten
+            name("last", lambda last: last - 1),
         ],
     ],
     "05_benchmark": [
@@ -128,7 +191,7 @@ BREAKS = {
             name("rows", lambda rows: rows[rows["engine"] != "eager"]),
             name("rows", lambda rows: rows.assign(status="skipped: 9 s a batch")),
             name("rows", lambda rows: rows.assign(accuracy=["", *rows["accuracy"][1:]])),
-            name("rows", lambda rows: rows.assign(p90_ms=0.1 * rows["p50_ms"])),
+            name("rows", lambda rows: rows.assign(p50_ms=1.0)),
         ],
         [
             name("chosen", lambda row: row.replace({row["p90_ms"]: 1e6})),
@@ -136,6 +199,13 @@ BREAKS = {
             name("chosen", lambda row: row.replace({row["images_per_s"]: 0.1})),
         ],
         [name("answer", lambda answer: [answer[0], "99 % nothing"])],
+        [
+            *undone("predicted_ms"),
+            predicting(compute=1000),  # seconds taken for milliseconds
+            predicting(eager_ms=0),
+            predicting(sizes=(4, 4, 4)),
+            predicting(combine=sum),
+        ],
     ],
 }
 

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 import vitdemo
+from tests.notebooks.exercises import PARTS, answers_of, exercises, names_given
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 MOST_LINES, MOST_COLUMNS = 15, 110  # what a page of the report shows without scrolling
@@ -96,12 +97,38 @@ def test_has_the_sections_of_a_lesson_in_order(notebook):
     assert sum(heading.startswith("# ") for heading in headings) == 1, "one title"
 
 
-def test_the_exercise_has_a_solution_below_it(notebook):
-    sources = [cell.source for cell in notebook.cells]
-    exercise = next(i for i, source in enumerate(sources) if re.search(r"^## Exercise$", source, re.MULTILINE))
-    solutions = tagged(notebook, "solution")
-    assert solutions and all(cell.cell_type == "code" for cell in solutions)
-    assert min(notebook.cells.index(cell) for cell in solutions) > exercise
+def test_each_exercise_is_a_stub_a_solution_and_a_check_in_this_order(notebook):
+    tags = [[tag for tag in PARTS if tag in cell.metadata.get("tags", [])] for cell in notebook.cells]
+    assert all(len(some) <= 1 for some in tags)
+    assert all(cell.cell_type == "code" for part in PARTS for cell in tagged(notebook, part))
+    order = "".join(f"{tag} " for some in tags for tag in some)
+    assert re.fullmatch(r"(check )*(exercise (solution )+(check )+)+", order), order
+    heads = [next(i for i, cell in enumerate(notebook.cells) if s in cell.source.splitlines()) for s in SECTIONS]
+    section = tags[heads[0] : heads[1]]
+    assert ["exercise"] in section and ["check"] in section
+
+
+def test_a_learner_s_own_answer_is_what_goes_on(notebook):
+    for stub, solutions, check in exercises(notebook):
+        assert all(re.fullmatch(r"\w+ = None", ast.unparse(line)) for line in ast.parse(stub.source).body), stub.source
+        assert "#" in stub.source, f"says nothing of what to write: {stub.source}"
+        filled = set()
+        for statement in [statement for cell in solutions for statement in python_of(cell).body]:
+            given = names_given(statement) & answers_of(stub)
+            guard = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
+            assert given <= {guard.removesuffix(" is None")}, f"overwrites an answer:\n{ast.unparse(statement)}"
+            filled |= given
+        assert filled == answers_of(stub), "the solution leaves an answer out"
+        assert not names_given(python_of(check)) & answers_of(stub), f"overwrites an answer:\n{check.source}"
+
+
+def test_the_check_of_an_exercise_says_what_is_not_done_and_gives_a_hint(notebook):
+    for stub, _, check in exercises(notebook):
+        asserts = [node for node in ast.walk(python_of(check)) if isinstance(node, ast.Assert) and node.msg]
+        undone = [ast.unparse(node.test) for node in asserts if "not done yet: " in ast.unparse(node.msg)]
+        for name in answers_of(stub):
+            assert any(f"{name} is not None" in test for test in undone), f"does not ask for {name}:\n{check.source}"
+        assert "hint: " in check.source, check.source
 
 
 def test_its_code_cells_are_short(notebook):

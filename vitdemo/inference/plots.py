@@ -71,7 +71,7 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     start = shown["decode_began"].min()
     parts = {
         "decoding": ("decode_began", "decode_ended", RIGHT, ""),
-        "waiting for the engine": ("decode_ended", "submitted", GREY, ""),
+        "ready, waiting for its turn": ("decode_ended", "submitted", GREY, ""),
         "engine (from submission to logits)": ("submitted", "finished", WRONG, "//"),
     }
     for label, (begin, end, color, hatch) in parts.items():

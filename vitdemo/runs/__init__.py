@@ -1,11 +1,19 @@
 """Notebooks executed as tests: plan (which, with what), kernels (run one), runner (the verb), report (HTML).
 
+Beside them workshop: the notebooks without their solutions, to be handed out.
+
 Imported at first use, because `vitdemo doctor` has to list the notebooks also where papermill is missing.
 """
 
 from importlib import import_module
 
-_HOME = {"choose_notebooks": "plan", "parse_parameter": "plan", "RunReport": "runner", "run_notebooks": "runner"}
+_HOME = {
+    "choose_notebooks": "plan",
+    "parse_parameter": "plan",
+    "RunReport": "runner",
+    "run_notebooks": "runner",
+    "write_workshop": "workshop",
+}
 __all__ = list(_HOME)
 
 
