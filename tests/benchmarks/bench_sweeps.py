@@ -2,7 +2,7 @@
 
 - Two sweeps of vit_shapes20 in a row: the median of each ratio to eager, one over the other.
 - ViT-B/16 with random weights in every engine at batches 1 and 8: the minutes it takes, built before.
-- A sweep's eager beside ``torch.utils.benchmark``, its OpenVINO beside benchmark_app: sweep and tools by turns.
+- What a sweep's worker measures of eager beside ``torch.utils.benchmark``, of OpenVINO beside benchmark_app, by turns.
 
 Run it as ``python -m tests.benchmarks.bench_sweeps --out FILE.csv``; ``make soak`` holds it to its targets.
 """
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +23,18 @@ from torch.utils.benchmark import Timer
 
 from vitdemo import benchmark, convert, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.gate import RATIO, compare
+from vitdemo.benchmarking.worker import EngineBench
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.engines.openvino import GRAPH, HINTS
 from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, now
+from vitdemo.measure.clock import cores, median_interval, now
 from vitdemo.paths import replacing
 
-VIT, TURNS = "vit_base_patch16_224", 5
+VIT, TURNS = "vit_base_patch16_224", 9
 NAMES = {"eager": "torch.utils.benchmark", "openvino": "benchmark_app"}
 REPEATED, MINUTES, AGREED = 0.05, 6.0, 0.05
-TOOL_S = 5
+TOOL_S = 3.0
 
 
 def repeated(folder: Path) -> pd.DataFrame:
@@ -55,34 +56,27 @@ def in_time(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([{"what": f"{VIT}: minutes of {len(rows)} rows", "value": (now() - start) / 60}])
 
 
-def as_others(folder: Path) -> list[dict]:
-    """A sweep's median latency over another tool's, a sweep and then the tools, over and over."""
+def as_others() -> list[dict]:
+    """The median latency as a sweep's worker measures it over another tool's, by turns."""
     model = load_model(VIT, "random")
     eager, openvino = convert(model), convert(model, "openvino", "int8")
-    tools = {"eager": partial(_torch_s, eager), "openvino": partial(_tool_s, openvino)}
-    ratios: dict[tuple, list[float]] = {}
-    for turn in range(TURNS):
-        options = dict(engines="openvino:int8", device_batch_sizes=[1, 8], out=folder / f"turn_{turn}")
-        for row in benchmark(VIT, weights="random", **options).itertuples():
-            other = tools[row.engine](row.batch)
-            ratios.setdefault((row.engine, row.precision, row.batch), []).append(row.p50_ms / 1e3 / other)
-    return [
-        {
-            "what": f"{engine} {precision} over {NAMES[engine]}",
-            "device_batch_size": batch,
-            "value": np.median(values) - 1,
-            "low": min(values) - 1,
-            "high": max(values) - 1,
-        }
-        for (engine, precision, batch), values in ratios.items()
-    ]
+    rows = []
+    for (engine, tool), batch in product(((eager, _torch_s), (openvino, _tool_s)), (1, 8)):
+        bench = EngineBench(engine)
+        bench.first_call(batch)
+        bench.warm_up(TOOL_S)
+        ratios = [np.median(bench.turn(TOOL_S)) / tool(engine, batch) for _ in range(TURNS)]
+        median, low, high = median_interval(np.array(ratios))
+        what = f"{engine.name} {engine.precision} over {NAMES[engine.name]}"
+        rows.append({"what": what, "device_batch_size": batch, "value": median - 1, "low": low - 1, "high": high - 1})
+    return rows
 
 
 def _torch_s(engine: Engine, batch: int) -> float:
     """Seconds of the median call, by torch.utils.benchmark."""
     x = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
     timer = Timer("engine(x)", globals={"engine": engine, "x": x}, num_threads=cores())
-    return timer.blocked_autorange(min_run_time=2 * TOOL_S).median
+    return timer.blocked_autorange(min_run_time=TOOL_S).median
 
 
 def _tool_s(engine: Engine, batch: int) -> float:
@@ -90,14 +84,14 @@ def _tool_s(engine: Engine, batch: int) -> float:
     folder = artifacts_root() / engine.recipe.folder_name
     command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(folder / GRAPH), "-d", "CPU"]
     command += ["-hint", "latency", "-api", "sync", "-infer_precision", HINTS[engine.precision]]
-    command += ["-data_shape", f"[{batch},3,224,224]", "-t", str(TOOL_S), "-inference_only"]
+    command += ["-data_shape", f"[{batch},3,224,224]", "-t", str(int(TOOL_S)), "-inference_only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(re.search(r"Median:\s+([\d.]+) ms", done.stdout).group(1)) / 1e3
 
 
 def measure() -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
-        rows = [in_time(Path(folder)), repeated(Path(folder)), pd.DataFrame(as_others(Path(folder)))]
+        rows = [in_time(Path(folder)), repeated(Path(folder)), pd.DataFrame(as_others())]
     keep = ["what", "device_batch_size", "value", "low", "high", f"{RATIO}_baseline", RATIO]
     return pd.concat(rows, ignore_index=True).reindex(columns=keep)
 

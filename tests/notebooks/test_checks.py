@@ -179,6 +179,7 @@ BREAKS = {
             part("killed", "rows", lambda run: run.rows.iloc[:-1]),
             part("killed", "rows", lambda run: run.rows.iloc[[*range(len(run.rows)), 0]]),
             metric("killed", correct=1),
+            metric("killed", replicas={"lost": 0}),
         ],
         [
             *undone("steps", "last"),
