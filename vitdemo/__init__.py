@@ -88,6 +88,13 @@ _HOME = {
     "plot_split": "inference.plots",
     "plot_replicas": "inference.plots",
     "plot_scaling": "inference.plots",
+    "set_faults": "inference.metrics",
+    "calibrated_on_scored": "inference.evaluation",
+    "paid_once": "measure.clock",
+    "unaccounted_s": "measure.clock",
+    "BUGS": "explore.careless",
+    "careless_run": "explore.careless",
+    "hunt": "explore.bug_hunt",
 }
 __all__ = list(_HOME)
 

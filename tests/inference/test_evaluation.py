@@ -32,7 +32,7 @@ from vitdemo import (
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.images import INPUT_PATHS
-from vitdemo.inference.metrics import covered_s
+from vitdemo.inference.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
 
 
@@ -303,6 +303,28 @@ def test_numbers_below_one_are_refused(eager, shapes20, options):
 def test_an_unknown_input_path_is_refused(eager, shapes20):
     with pytest.raises(VitdemoError, match="input_path 'quick': is not one of fast, reference"):
         evaluate(eager, shapes20, input_path="quick", progress=False)
+
+
+def test_set_faults_says_what_is_not_there_exactly_once():
+    expected = ["a", "b", "c", "d"]
+    assert set_faults(expected, expected) == set_faults([], []) == ""
+    assert set_faults(["a", "b"], expected) == "2 missing (the first is c)"
+    assert set_faults(["a", "b", "c", "d", "b", "b"], expected) == "2 too many (the first is b)"
+    assert set_faults(["a", "x", "c", "d"], expected) == "1 missing (the first is b), 1 too many (the first is x)"
+    assert set_faults(["b", "a", "c", "d"], expected) == "in another order"
+
+
+def test_first_batch_share_is_that_of_a_slow_first_batch(vit_shapes20, shapes20):
+    class SlowStart(EagerEngine):
+        def _infer(self, x):
+            time.sleep(0 if self.warm else 2)
+            self.warm = True
+            return super()._infer(x)
+
+    engine = SlowStart(vit_shapes20, "fp32", device="cpu", threads=2)
+    engine.warm = False
+    cold, warm = (evaluate(engine, shapes20, limit=24, progress=False).metrics for _ in range(2))
+    assert cold["first_batch_share"] > 0.6 > warm["first_batch_share"] >= 0
 
 
 def test_null_engine_scores_class_zero_only(shapes20, vit_shapes20):

@@ -5,7 +5,16 @@ import sys
 import numpy as np
 import pytest
 
-from vitdemo.measure.clock import Phases, describe_machine, machine_record, now, peak_memory_bytes, percentiles_ms
+from vitdemo.measure.clock import (
+    Phases,
+    describe_machine,
+    machine_record,
+    now,
+    paid_once,
+    peak_memory_bytes,
+    percentiles_ms,
+    unaccounted_s,
+)
 
 
 def test_percentiles_are_numpys_in_milliseconds():
@@ -15,6 +24,18 @@ def test_percentiles_are_numpys_in_milliseconds():
     assert result["p90"] == pytest.approx(np.percentile(seconds, 90) * 1e3, abs=1e-3)
     assert result["p50"] <= result["p90"] <= result["p99"]
     assert percentiles_ms([]) == {"count": 0}
+
+
+def test_paid_once_is_what_the_first_call_took_beyond_the_others():
+    assert paid_once([7.0, 1.0, 1.0, 1.0]) == pytest.approx(6 / 10)
+    assert paid_once([7.0, 1.0, 1.0, 5.0]) == pytest.approx(6 / 14)  # a slow call later on is not the first one's
+    assert paid_once([1.0, 1.0, 1.0]) == paid_once([0.5, 1.0, 1.0]) == 0
+    assert paid_once([3.0]) == paid_once([]) == 0
+
+
+def test_unaccounted_is_what_the_parts_leave_out():
+    assert unaccounted_s(10.0, [1.0, 2.0, 3.0]) == 4
+    assert unaccounted_s(6.0, [1.0, 2.0, 3.5]) == 0
 
 
 def test_phases_add_up_and_survive_exceptions():

@@ -17,7 +17,7 @@ from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import BatchTimes, predict
-from vitdemo.inference.metrics import Session, summarise
+from vitdemo.inference.metrics import Session, set_faults, summarise
 from vitdemo.inference.records import (
     METRICS,
     appending,
@@ -137,10 +137,12 @@ def evaluate(
             raise
         session.end()
     rows = rows_frame("".join(lines).encode())
-    if rows["file"].tolist() != data.files[:images]:
-        raise AssertionError("the rows are not the data set's images, each exactly once: a fault in vitdemo")
+    if faults := set_faults(rows["file"].tolist(), data.files[:images]):
+        raise AssertionError(
+            f"the rows are not the data set's images, each exactly once ({faults}): a fault in vitdemo"
+        )
     metrics = summarise(rows, settings, engine, session)
-    metrics["calibrated_on_scored"] = _calibrated_on_scored(engine, data, images)
+    metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
     if out:
         with named_errors(out):
             write_predictions(out, lines)  # replicas brought them in any order
@@ -229,7 +231,11 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_p
     }
 
 
-def _calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
+def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
+    """How many of the first ``images`` of ``data`` the engine was calibrated on, told by their bytes.
+
+    None where it was not calibrated, or nobody knows the files.
+    """
     files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
     if not files:
         return None

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.inference.loop import PREDICTED, BatchTimes
 from vitdemo.inference.worker import Shard
-from vitdemo.measure.clock import Phases, now, peak_memory_bytes, percentiles_ms
+from vitdemo.measure.clock import Phases, now, paid_once, peak_memory_bytes, percentiles_ms
 
 PHASES = ("decode_wait", "compute_wait", "postprocess")
 
@@ -86,7 +87,8 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
       or other programs'.
     - ``fallbacks``: images that the fast path left to the reference path, in this session.
     - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one. Of
-      replicas, each one's first, and the slowest of those.
+      replicas, each one's first, and the slowest of those. ``first_batch_share``: see ``paid_once``; the part of these
+      times that a longer run would not pay again.
     - ``peak_memory_bytes``: this process's largest resident size so far; replicas tell their own.
     - ``replicas``: None, or what ``Replicas.summary`` gives. With replicas, ``wall_s`` is by this process's clock,
       from the first range handed out to the last one back, and the times above are averages over the replicas.
@@ -131,10 +133,24 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "compute_share": (session.cpu_s - decode_cpu_s) / core_s,
         "fallbacks": sum(batch.fallbacks for batch in session.times),
         "first_batch_ms": round(max(first_s) * 1e3, 3) if first_s else None,
+        "first_batch_share": paid_once([max(first_s), *latencies_s]) if first_s else None,
         "latency_ms": percentiles_ms(latencies_s),
         "peak_memory_bytes": peak_memory_bytes(),
         "replicas": session.replicas,
     }
+
+
+def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
+    """What keeps ``files`` from being the ``expected`` images, each exactly once and in order; "" where nothing does.
+
+    Such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)".
+    """
+    found, wanted = Counter(files), Counter(expected)
+    counted = {"missing": wanted - found, "too many": found - wanted}
+    faults = [
+        f"{names.total()} {what} (the first is {next(iter(names))})" for what, names in counted.items() if names.total()
+    ]
+    return ", ".join(faults) or ("" if list(files) == list(expected) else "in another order")
 
 
 def covered_s(intervals: Iterable[tuple[float, float]]) -> float:

@@ -13,6 +13,7 @@ from vitdemo.inference.evaluation import Evaluation
 from vitdemo.inference.metrics import wilson_interval
 from vitdemo.inference.splits import SyncSplit, cut
 from vitdemo.inference.worker import Shard
+from vitdemo.measure.clock import unaccounted_s
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")
@@ -147,7 +148,7 @@ def plot_time(evaluation: Evaluation) -> Figure:
     names = {"decode_wait_s": "waiting for images", "compute_wait_s": "waiting for the engine"}
     names["postprocess_s"] = "making and writing rows"
     parts = {name: m[key] for key, name in names.items()}
-    parts["the rest"] = max(0.0, m["wall_s"] - sum(parts.values()))
+    parts["the rest"] = unaccounted_s(m["wall_s"], parts.values())
     figure, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
     left = 0.0
     for (name, seconds), color in zip(parts.items(), ("#E69F00", RIGHT, "#009E73", GREY), strict=True):

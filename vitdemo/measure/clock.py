@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
@@ -49,6 +49,24 @@ def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     rounded = {name: round(float(v), 3) for name, v in dict(p50=p50, p90=p90, p99=p99, mean=values.mean()).items()}
     return {"count": len(values), **rounded}
+
+
+def paid_once(seconds: Sequence[float]) -> float:
+    """The share of all ``seconds`` that the first call took beyond the median of the others, 0 for fewer than two.
+
+    Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
+    """
+    if len(seconds) < 2:
+        return 0.0
+    return max(0.0, seconds[0] - float(np.median(seconds[1:]))) / sum(seconds)
+
+
+def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
+    """The seconds of ``wall_s`` that are in none of ``parts_s``, which follow one another.
+
+    Of a loop whose parts are timed one by one: what it spent where nobody looked.
+    """
+    return max(0.0, wall_s - sum(parts_s))
 
 
 def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
