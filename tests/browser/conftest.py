@@ -1,9 +1,10 @@
 """A real browser, and JupyterLab on a copy of the notebooks. Without a browser these tests skip and say so."""
 
 import shutil
+from contextlib import suppress
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 from tests.browser.lab import Lab
 from tests.browser.lesson import Lesson
@@ -32,8 +33,8 @@ def browser(executable):
 
 
 @pytest.fixture
-def page(browser):
-    """A tab with storage of its own."""
+def page(browser, tmp_path):
+    """A tab with storage of its own. A picture of it is kept in tmp_path when the test fails."""
     context = browser.new_context(viewport=WINDOW)
     yield context.new_page()
     context.close()
@@ -55,10 +56,11 @@ def open_lesson(lab, page):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A test that fails keeps a picture of what its page showed, and says where it is."""
+    """A test that fails says where the picture of its page is."""
     report = yield
     if report.when == "call" and report.failed and (page := item.funcargs.get("page")):
         picture = item.funcargs["tmp_path"] / "failed.png"
-        page.screenshot(path=picture)
+        with suppress(Error):  # the page crashed: the failure itself says so
+            page.screenshot(path=picture)
         report.sections.append(("what the page showed", str(picture)))
     return report

@@ -18,7 +18,11 @@ from vitdemo.runs.kernels import MARK, end_processes, marked_processes
 from vitdemo.runs.plan import NOTEBOOKS, PROFILES, read_notebook
 
 START_S = 120  # a cold disk and a busy machine
-NO_NEWS = "user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    # What is scrolled out of sight is drawn too, so that all of a notebook can be looked at.
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}
 
 
 class Lab:
@@ -32,9 +36,10 @@ class Lab:
         shutil.copytree(NOTEBOOKS, self.folder)
         self.results.mkdir()
         self.token, self.mark = uuid.uuid4().hex, uuid.uuid4().hex
-        settings = folder / "config" / "lab" / NO_NEWS
-        settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        for name, values in SETTINGS.items():
+            settings = folder / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+            settings.parent.mkdir(parents=True)
+            settings.write_text(json.dumps(values))
         self._environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {
             MARK: self.mark,
             "JUPYTER_CONFIG_DIR": str(folder / "config"),

@@ -5,15 +5,13 @@ from playwright.sync_api import Locator, Page, expect
 from tests.browser.lab import Lab
 
 OPEN_S = 60
-LESSON_S = 300  # a notebook under the profile `smoke`, on a busy machine
+LESSON_S = 180  # a notebook under the profile `smoke`, on a busy machine
 STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'
 TRACEBACK = '[data-mime-type="application/vnd.jupyter.error"]'
 
-# Each code cell that was to run has run: its prompt is a number, or empty where an error above ended the run.
-DONE = """() => {
-  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent);
-  return prompts.some(text => /\\d/.test(text)) && !prompts.some(text => text.includes('*'));
-}"""
+# The last code cell has run, or an error above it has ended the run.
+DONE = f"""() => /\\d/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).textContent)
+              || document.querySelector('{TRACEBACK}')"""
 
 
 class Lesson:
@@ -26,13 +24,14 @@ class Lesson:
         self._wait_until_idle()
 
     def _wait_until_idle(self) -> None:
-        indicator = self.notebook.locator(".jp-Notebook-ExecutionIndicator")
-        expect(indicator).to_have_attribute("data-status", "idle", timeout=OPEN_S * 1000)
+        """JupyterLab asks which kernel to take when cells are run before one has come up."""
+        kernel = self.page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle")
+        expect(kernel).to_be_visible(timeout=OPEN_S * 1000)
 
     def _choose(self, menu: str, *entries: str) -> None:
         self.page.get_by_role("menubar").get_by_role("menuitem", name=menu, exact=True).click()
         for entry in entries:
-            self.page.get_by_role("menu").last.get_by_role("menuitem", name=entry).click()
+            self.page.locator(".lm-Menu:visible .lm-Menu-itemLabel").get_by_text(entry, exact=True).click()
 
     def run_all(self) -> None:
         """Menu Run, Run All Cells."""
@@ -40,8 +39,8 @@ class Lesson:
 
     def restart_and_run_all(self) -> None:
         """Menu Kernel, Restart Kernel and Run All Cells…, and yes."""
-        self._choose("Kernel", "Restart Kernel and Run All Cells")
-        self.page.locator(".jp-Dialog").get_by_role("button", name="Restart").click()
+        self._choose("Kernel", "Restart Kernel and Run All Cells…")
+        self.page.locator(".jp-Dialog").get_by_role("button", name="Confirm Kernel Restart").click()
 
     def use_theme(self, theme: str) -> None:
         """Menu Settings, Theme; "JupyterLab Light" or "JupyterLab Dark"."""
@@ -56,7 +55,7 @@ class Lesson:
 
     def errors(self) -> list[str]:
         """The tracebacks and what came on stderr, as shown."""
-        return self.notebook.locator(f"{STDERR}, {TRACEBACK}").all_inner_texts()
+        return self.notebook.locator(f"{STDERR}, {TRACEBACK}").all_text_contents()
 
     def cell(self, source: str) -> Locator:
         """The code cell that holds ``source``."""
@@ -64,7 +63,7 @@ class Lesson:
 
     def text(self, source: str) -> str:
         """What the code cell that holds ``source`` has printed."""
-        return "\n".join(self.cell(source).locator(".jp-OutputArea-output").all_inner_texts())
+        return "\n".join(self.cell(source).locator(".jp-OutputArea-output").all_text_contents())
 
     def prompt(self, source: str) -> Locator:
         """``[*]:`` while the cell that holds ``source`` runs or waits, ``[7]:`` when it has run."""
@@ -76,7 +75,7 @@ class Lesson:
 
     def choose_by_keyboard(self, select: Locator, option: str) -> None:
         """Move a dropdown to ``option`` with the arrow keys alone."""
-        options = select.locator("option").all_inner_texts()
+        options = select.locator("option").all_text_contents()
         steps = options.index(option) - select.evaluate("select => select.selectedIndex")
         select.focus()
         for _ in range(abs(steps)):
