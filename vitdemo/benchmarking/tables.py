@@ -138,10 +138,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def styled(table: pd.DataFrame) -> Styler:
-    """As a pandas Styler: four significant digits, a bar behind each rate."""
+    """As a pandas Styler: four significant digits, a bar behind each rate, half transparent for dark pages."""
     rates = [name for name in RATES if name in table]
     style = table.style.format(_digits).hide(axis="index")
-    return style.bar(subset=rates, color="#BFD9EC", vmin=0) if rates and len(table) else style
+    return style.bar(subset=rates, color="#4A90C480", vmin=0) if rates and len(table) else style
 
 
 def page(table: pd.DataFrame) -> str:
