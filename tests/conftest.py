@@ -8,6 +8,7 @@ import pytest
 
 from vitdemo import ImageNetVal, convert, data_path, load_model
 from vitdemo.paths import REPOSITORY
+from vitdemo.runs import RunReport, run_notebooks
 
 # A shell starts background jobs with SIGINT ignored, which children inherit: those that are sent one here must hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +35,15 @@ def vit_shapes20():
 @pytest.fixture(scope="session")
 def eager(vit_shapes20):
     return convert(vit_shapes20, "eager", "fp32")
+
+
+@pytest.fixture(scope="session")
+def smoke_run(cache, tmp_path_factory) -> RunReport:
+    """The course itself, headless, under the profile `smoke`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "Agg")  # as on servers; the figures must appear all the same
+        patch.setenv("VITDEMO_DATA", os.path.relpath(REPOSITORY / "data"))  # relative to here, not to the kernel
+        return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
 """The project's own files agree with each other, and the bundled archives are the ones that were recorded."""
 
+import ast
 import hashlib
+import inspect
 import re
 import subprocess
+import sys
 import tomllib
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -11,10 +15,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitdemo
+from vitdemo.conversion import engines
 from vitdemo.dataset.imagenet import ARCHIVE_MD5
 from vitdemo.paths import REPOSITORY, data_path, results_folder
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+README = (REPOSITORY / "README.md").read_text()
 PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split())
 
 
@@ -42,6 +48,54 @@ def test_no_registry_address_in_a_project_file(name):
     assert not re.search(r"https?://|index-url|find-links|@ file", (REPOSITORY / name).read_text())
 
 
+def test_lint_reads_the_notebooks_too():
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    read = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    assert {str(path) for path in (REPOSITORY / "notebooks").glob("*.ipynb")} <= set(read)
+
+
+def test_make_targets_in_the_readme_are_there():
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    used = {word for line in re.findall(r"(?:^|`)make ([a-z ]+)", README, re.MULTILINE) for word in line.split()}
+    assert used and used <= set(phony.split())
+
+
+def test_paths_in_the_readme_are_there():
+    named = re.findall(r"`((?:vitdemo|tests|notebooks|data)/[\w./-]*)`", README)
+    assert named and [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+HOUSE = re.search(r"```\nvitdemo/\n(.+?)```", README, re.DOTALL)[1]
+FLOORS = [names.replace(".py", "").split() for names in re.findall(r"^  (\S.*?)  ", HOUSE, re.MULTILINE)]
+MODULES = [path for path in sorted((REPOSITORY / "vitdemo").rglob("*.py")) if path.name != "__init__.py"]
+
+
+def floor(module: str) -> int:
+    """The line of the README's house in which ``module`` stands, as in ``dataset/images``."""
+    return next(number for number, names in enumerate(FLOORS) if module.startswith(tuple(names)))
+
+
+def test_files_in_the_readme_s_house_are_there():
+    there = {path.name for path in MODULES}
+    assert [name for name in re.findall(r"\w+\.py", HOUSE) if name not in there] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_file_imports_only_what_stands_above_it_in_the_readme_s_house(path):
+    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
+    ours = [name.removeprefix("vitdemo.").replace(".", "/") for name in names if name.startswith("vitdemo.")]
+    here = floor(path.relative_to(REPOSITORY / "vitdemo").as_posix())
+    assert [name for name in ours if floor(name) > here] == []
+
+
+def test_a_file_in_the_folder_of_engines_is_an_engine(tmp_path, monkeypatch):
+    source = "from vitdemo.conversion.engines.eager import EagerEngine\nclass Own(EagerEngine):\n    name = 'own'\n"
+    (tmp_path / "own.py").write_text(source)
+    monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path)])
+    assert "own" in vitdemo.find_engines.__wrapped__()
+
+
 def test_the_top_level_is_the_design_cards():
     for name in ("README.md", "environment.yml", "notebooks", "vitdemo", "data", "tests", "LICENSE", ".ci/run"):
         assert (REPOSITORY / name).exists(), name
@@ -62,6 +116,24 @@ def test_names_that_the_notebooks_use_all_exist():
         assert name in dir(vitdemo)
     with pytest.raises(AttributeError, match="nonsense"):
         vitdemo.nonsense  # noqa: B018
+
+
+def functions_of(public) -> list:
+    """The function itself, or those that a class defines for its users."""
+    members = vars(public).values() if inspect.isclass(public) else [public]
+    functions = [getattr(member, "fget", None) or getattr(member, "__func__", member) for member in members]
+    called = r"[a-z]|__(init|call|len|getitem)__"
+    return [f for f in functions if inspect.isfunction(f) and re.match(called, f.__name__)]
+
+
+@pytest.mark.parametrize("name", vitdemo.__all__)
+def test_public_names_are_annotated_throughout(name):
+    for function in functions_of(getattr(vitdemo, name)):
+        hints = get_type_hints(function)
+        wanted = {"return", *inspect.signature(function).parameters} - {"self", "cls"}
+        if function.__name__ == "__init__":
+            wanted -= {"return"}
+        assert wanted <= set(hints), function.__qualname__
 
 
 @pytest.mark.parametrize("name", ["shapes20_img_val.tar", "shapes20_devkit.tar.gz", "shapes20_calib.tar"])

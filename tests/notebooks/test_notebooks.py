@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 
 import nbformat
@@ -10,25 +9,16 @@ import pytest
 
 from vitdemo import VitdemoError
 from vitdemo.paths import REPOSITORY
-from vitdemo.runs import run_notebooks
 from vitdemo.runs.plan import choose_notebooks, read_notebook
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLBACKEND", "Agg")  # as on servers; the figures must appear all the same
-        patch.setenv("VITDEMO_DATA", os.path.relpath(REPOSITORY / "data"))  # relative to here, not to the kernel
-        return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_leaves_its_artefacts(report, path):
-    result = next(result for result in report.notebooks if result.name == path.stem)
+def test_notebook_runs_and_leaves_its_artefacts(smoke_run, path):
+    result = next(result for result in smoke_run.notebooks if result.name == path.stem)
     assert result.status == "ok", result.error
-    notebook, out = read_notebook(path), report.index.parent
+    notebook, out = read_notebook(path), smoke_run.index.parent
     for artefact in notebook.artefacts:
         assert (out / path.stem / artefact).stat().st_size > 0
     executed = nbformat.read(out / f"{path.stem}.ipynb", as_version=4)
@@ -38,8 +28,8 @@ def test_notebook_runs_and_leaves_its_artefacts(report, path):
 
 
 @pytest.mark.parametrize("name, folder", [("00_tour", "evaluation"), ("03_single_device", "candidate")])
-def test_evaluations_in_notebooks_count_every_image(report, name, folder):
-    out = report.index.parent / name / folder
+def test_evaluations_in_notebooks_count_every_image(smoke_run, name, folder):
+    out = smoke_run.index.parent / name / folder
     metrics = json.loads((out / "metrics.json").read_text())
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -47,12 +37,12 @@ def test_evaluations_in_notebooks_count_every_image(report, name, folder):
     assert metrics["top1"] == sum(int(row["correct"]) for row in rows) / 96 > 0.7
 
 
-def test_report_shows_every_notebook_with_accuracy_beside_speed(report):
-    assert report.ok
-    html = report.index.read_text()
+def test_report_shows_every_notebook_with_accuracy_beside_speed(smoke_run):
+    assert smoke_run.ok
+    html = smoke_run.index.read_text()
     for path in NOTEBOOKS:
-        assert f"{path.stem}.html" in html and (report.index.parent / f"{path.stem}.html").exists()
-    assert "top-1" in str(report) and "images/s" in str(report)
+        assert f"{path.stem}.html" in html and (smoke_run.index.parent / f"{path.stem}.html").exists()
+    assert "top-1" in str(smoke_run) and "images/s" in str(smoke_run)
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("*/README.md")], ids=str)

@@ -6,6 +6,7 @@ converts it, runs the engine, and prints one row. Here the framework's part is e
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ def evaluate_beside_reference(
     skip_validation: bool = False,
     out: Path | str,
     resume: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[list[Evaluation], Evaluation | None]:
     """``evaluate`` of the engine, ``repeat`` times, then of ``model`` in eager fp32; the runs, and the reference's.
 

@@ -112,21 +112,26 @@ def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], p
     return f"cell {progress.cell}: left early by SystemExit" if done.metadata.papermill.exception else ""
 
 
-def end_processes() -> None:
+def end_processes(token: str = TOKEN) -> None:
     """Kill whatever our kernels started that still lives; twice, for what was being started meanwhile."""
     for _ in range(2):
-        alive = [process for process in psutil.process_iter() if _is_ours(process)]
+        alive = marked_processes(token)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
 
 
-def _is_ours(process: psutil.Process) -> bool:
+def marked_processes(token: str = TOKEN) -> list[psutil.Process]:
+    """The living processes whose environment has MARK with the value ``token``."""
+    return [process for process in psutil.process_iter() if _mark_of(process) == token]
+
+
+def _mark_of(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get(MARK) == TOKEN
+        return process.environ().get(MARK)
     except (psutil.Error, OSError):  # gone, a zombie, or another user's
-        return False
+        return None
 
 
 @contextmanager

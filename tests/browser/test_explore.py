@@ -1,0 +1,51 @@
+"""06_explore in JupyterLab: its widgets moved by keyboard, clicked fast, and fed with what is no picture."""
+
+import re
+
+from playwright.sync_api import expect
+
+IMAGES, SPEEDS, BROWSER = "image_explorer(", "benchmark_explorer(", "dataset_browser("
+DRAWN = re.compile(r"^done in \d+ ms$")
+
+
+def says(lesson, source: str, text: str | re.Pattern):
+    """Wait until the widget of the cell that holds ``source`` says ``text``."""
+    expect(lesson.cell(source).locator(".jp-OutputArea").get_by_text(text)).to_be_visible(timeout=30_000)
+
+
+def picture(lesson, source: str) -> str | None:
+    """The alt text of the picture that a widget shows: it names the file and the answers."""
+    return lesson.cell(source).locator(".jp-OutputArea img").first.get_attribute("alt")
+
+
+def test_the_explorer_is_walked_and_moved(open_lesson, tmp_path):
+    lesson = open_lesson("06_explore")
+    lesson.run_all()
+    lesson.wait_until_done()
+    assert lesson.errors() == []
+    for source in (IMAGES, SPEEDS, BROWSER):
+        says(lesson, source, DRAWN)
+
+    first = picture(lesson, IMAGES)
+    lesson.choose_by_keyboard(lesson.widget(IMAGES, "mean and std"), "none (0 and 1)")
+    expect(lesson.cell(IMAGES).get_by_alt_text(first, exact=True)).to_have_count(0)
+    says(lesson, IMAGES, DRAWN)
+
+    number = lesson.widget(IMAGES, "image")
+    number.focus()
+    for _ in range(20):  # faster than a picture is drawn
+        lesson.page.keyboard.press("ArrowUp")
+    says(lesson, IMAGES, "ILSVRC2012_val_00000021.JPEG")
+    says(lesson, IMAGES, DRAWN)
+
+    (tmp_path / "notes.png").write_text("no picture")
+    with lesson.page.expect_file_chooser() as chooser:
+        lesson.cell(IMAGES).get_by_role("button", name="Upload").click()
+    chooser.value.set_files(tmp_path / "notes.png")
+    says(lesson, IMAGES, re.compile("^✗ .*notes.png"))
+    number.press("ArrowDown")  # and it goes on
+    says(lesson, IMAGES, "ILSVRC2012_val_00000020.JPEG")
+
+    lesson.choose_by_keyboard(lesson.widget(BROWSER, "class"), "striped ring")
+    says(lesson, BROWSER, "page 1 of 5")
+    assert lesson.errors() == []

@@ -1,0 +1,64 @@
+"""The lessons in JupyterLab, as a learner walks through them."""
+
+import json
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.looks import hard_to_read
+from vitdemo.runs.plan import choose_notebooks
+
+OURS = ".jp-OutputArea-output, .jp-RenderedMarkdown"  # what the notebook shows, without JupyterLab's own parts
+BROKEN_IMAGES = "images => images.filter(image => !image.naturalWidth).map(image => image.src)"
+
+
+def newest_results(lab, name: str):
+    return max(lab.results.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime)
+
+
+def assert_walked_to_its_end(lesson):
+    """Every code cell ran, none failed, every picture is there, and all of it can be read in both themes."""
+    assert lesson.errors() == []
+    prompts = lesson.notebook.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+    assert prompts == [f"[{number}]:" for number in range(1, len(prompts) + 1)]
+    assert lesson.notebook.locator("img").evaluate_all(BROKEN_IMAGES) == []
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        lesson.use_theme(theme)
+        assert hard_to_read(lesson.page, OURS) == [], theme
+
+
+def test_the_tour_is_walked_to_its_end(open_lesson, lab):
+    lesson = open_lesson("00_tour")
+    lesson.run_all()
+    lesson.wait_until_done()
+    assert_walked_to_its_end(lesson)
+    metrics = json.loads((newest_results(lab, "00_tour") / "evaluation" / "metrics.json").read_text())
+    assert metrics["images"] == 96
+    assert f"top-1 {metrics['top1']:.1%} ({metrics['correct']}/96" in lesson.text("evaluation = evaluate(")
+    for source in ("plot_gallery(images", "plot_predictions(", "plot_mistakes("):
+        ((width, height),) = lesson.pictures(source)
+        assert width > 600 and height > 200, source
+
+
+def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesson, lab):
+    lesson = open_lesson("00_tour", limit=300)
+    lesson.run_all()
+    expect(lesson.prompt("engine = convert(")).to_have_text(re.compile(r"\d"), timeout=60_000)
+    expect(lesson.prompt("assert same >=")).to_have_text("[*]:")
+    lesson.restart_and_run_all()
+    lesson.wait_until_done()
+    assert_walked_to_its_end(lesson)
+    assert json.loads((newest_results(lab, "00_tour") / "evaluation" / "metrics.json").read_text())["images"] == 300
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [lesson.name for lesson in choose_notebooks() if lesson.name != "00_tour"])
+def test_every_lesson_is_walked_to_its_end(open_lesson, lab, name):
+    lesson = open_lesson(name)
+    lesson.run_all()
+    lesson.wait_until_done(900)
+    assert_walked_to_its_end(lesson)
+    if name == "04_data_parallel":  # its section 5 kills a replica, its last cell stops Ray
+        assert "replicas lost: 1" in lesson.text('print(f"replicas lost')
+        assert [process.name() for process in lab.processes() if "ray" in process.name()] == []
