@@ -1,12 +1,10 @@
 """Where a Vision Transformer looks: its attention, block by block and rolled out, and patches that are hidden."""
 
-import copy
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from timm.models import VisionTransformer
-from timm.utils import AttentionExtract
 
 from vitdemo.conversion.graph import Normalised
 from vitdemo.conversion.models import Model
@@ -19,20 +17,36 @@ def attention_maps(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     """The attention of every block and head: float32[B, blocks, heads, T, T], rows are queries and sum to 1.
 
     pixels: uint8[B, 3, H, W]. T counts the class token, registers, and the patches. Computed in eager fp32 without
-    fused attention, which never writes the probabilities down; the model itself is left as it is. Raises VitdemoError
+    fused attention, which never writes the probabilities down; afterwards the model is as it was. Raises VitdemoError
     for what is no VisionTransformer with a class token.
     """
     module = _transformer(model)
-    tensors = chain(module.parameters(), module.buffers())
-    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})  # shares the weights
-    for block in twin.blocks:
-        block.attn.fused_attn = False
-    names = [f"blocks.{k}.attn.attn_drop" for k in range(len(twin.blocks))]
-    extract = AttentionExtract(twin, names=names, method="hook")
-    normalise = Normalised(torch.nn.Identity(), model.info.preprocessing)
-    with torch.inference_mode():
-        maps = extract(normalise(pixels))
-    return torch.stack([maps[name] for name in names], dim=1)
+    maps: list[torch.Tensor] = []
+    with _unfused(module, maps), torch.inference_mode():
+        Normalised(module, model.info.preprocessing)(pixels)
+    return torch.stack(maps, dim=1)
+
+
+@contextmanager
+def _unfused(module: VisionTransformer, maps: list[torch.Tensor]) -> Iterator[None]:
+    """Within the block, attention is computed step by step, and what it comes to is added to ``maps``, block by block.
+
+    (timm's AttentionExtract leaves its hooks in the module, and a copy of it takes longer than the model.)
+    """
+    attentions = [block.attn for block in module.blocks]
+    fused = [attention.fused_attn for attention in attentions]
+    hooks = [
+        attention.attn_drop.register_forward_hook(lambda _, __, weights: maps.append(weights))
+        for attention in attentions
+    ]
+    try:
+        for attention in attentions:
+            attention.fused_attn = False
+        yield
+    finally:
+        for attention, hook, before in zip(attentions, hooks, fused, strict=True):
+            attention.fused_attn = before
+            hook.remove()
 
 
 def rollout(model: Model, maps: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def reason_of(error: Exception) -> str:
 def html_of(figure: Figure, alt: str) -> str:
     """A figure as an HTML image with its text for those who cannot see it; the figure is closed."""
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI)
+    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
     plt.close(figure)
     return image_html(png.getvalue(), "png", alt)
 

@@ -26,6 +26,11 @@ def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = 
     return pd.concat([table for table in tables if len(table)], ignore_index=True)
 
 
+def architecture_of(rows: pd.DataFrame) -> pd.Series:
+    """Each row's model without the tag of its weights."""
+    return rows["model"].str.split(".").str[0]
+
+
 def _measured(rows: pd.DataFrame) -> pd.DataFrame:
     equal = rows["speedup_equal_precision"].where(rows["engine"] != EAGER.engine, 1.0)
     return pd.DataFrame(
@@ -33,7 +38,7 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
             "origin": MEASURED,
             "hardware": rows["machine"],
             "system": rows["engine"],
-            "model": rows["model"].str.partition(".")[0],
+            "model": architecture_of(rows),
             "precision": rows["precision"],
             "batch": rows["batch"],
             "latency_ms": rows["p50_ms"],

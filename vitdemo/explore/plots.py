@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from textwrap import shorten
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -26,15 +27,14 @@ def plot_looks(looks: dict[str, Look]) -> Figure:
 
     The answer of the first row is blue in all of them.
     """
-    figure, axes = plt.subplots(
-        len(looks), 3, figsize=(9, 2.7 * len(looks)), squeeze=False, gridspec_kw={"width_ratios": (1, 1, 1.5)}
-    )
-    figure.subplots_adjust(left=0.01, right=0.97, bottom=0.17 / len(looks), top=1 - 0.1 / len(looks), wspace=0.08)
+    figure = plt.figure(figsize=(9, 2.7 * len(looks)))
     answered = next(iter(looks.values())).top5["class"].iloc[0]
-    for line, (name, look) in zip(axes, looks.items(), strict=True):
-        _show(line[0], look.pixels, shorten(name, 44, placeholder=" …"))
-        _show_heat(line[1], look.pixels, look.rollout, "rollout")
-        plot_top5(look.top5, line[2], answered)
+    for k, (name, look) in enumerate(looks.items()):
+        bottom, height = 1 - (k + 1) / len(looks), 1 / len(looks)
+        pictures = figure.add_axes((0.01, bottom + 0.03 * height, 0.56, 0.87 * height))
+        tiles = {name: _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
+        _show_tiles(pictures, tiles, columns=2, width=44)
+        plot_top5(look.top5, figure.add_axes((0.6, bottom + 0.2 * height, 0.38, 0.7 * height)), answered)
     return figure
 
 
@@ -60,16 +60,13 @@ def plot_blocks(model: Model, look: Look) -> Figure:
     """What the class token attends to in each block, from the first to the last, and the rollout of all of them."""
     if look.maps is None:
         raise VitdemoError(f"{model.info.tag}: has no attention to show block by block; take a ViT")
-    blocks = class_attention(model, look.maps[None])[0]
-    heats = {f"block {k}": heat for k, heat in enumerate(blocks)} | {"rollout": look.rollout}
-    columns = min(7, len(heats))
-    rows = -(-len(heats) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(9, 1.65 * rows), squeeze=False)
-    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=1 - 0.2 / rows, wspace=0.05, hspace=0.32)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for ax, (name, heat) in zip(axes.flat, heats.items(), strict=False):
-        _show_heat(ax, look.pixels, heat, name)
+    heats = class_attention(model, look.maps[None])[0]
+    tiles = {f"block {k}, at most {heat.max():.0%}": _heated(look, heat) for k, heat in enumerate(heats)}
+    tiles[_rollout_title(look)] = _heated(look, look.rollout)
+    columns = min(4, len(tiles))
+    rows = -(-len(tiles) // columns)
+    figure = plt.figure(figsize=(9, 2.35 * rows))
+    _show_tiles(figure.add_axes((0.005, 0.005, 0.99, 0.985)), tiles, columns, width=30)
     return figure
 
 
@@ -96,20 +93,34 @@ def _short(name: str) -> str:
     return shorten(name, 18, placeholder=" …")
 
 
-def _show(ax: Axes, pixels: torch.Tensor, title: str) -> None:
-    ax.imshow(pixels.permute(1, 2, 0).numpy())
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=8.5, loc="left", pad=3)
+def _pixels(look: Look) -> np.ndarray:
+    return look.pixels.permute(1, 2, 0).numpy()
 
 
-def _show_heat(ax: Axes, pixels: torch.Tensor, heat: torch.Tensor | None, title: str) -> None:
-    """The picture in grey, and over it each patch's share in colour, from none to the picture's largest."""
+def _rollout_title(look: Look) -> str:
+    return "no attention to show: not a ViT" if look.rollout is None else f"rollout, at most {look.rollout.max():.1%}"
+
+
+def _heated(look: Look, heat: torch.Tensor | None) -> np.ndarray:
+    """The picture in grey, and over it each patch's share in colour, from none to the largest: uint8[H, W, 3]."""
+    grey = _pixels(look).mean(axis=2, keepdims=True).repeat(3, axis=2)
     if heat is None:
-        ax.set_axis_off()
-        ax.text(0.5, 0.5, "no attention to show:\nnot a ViT", ha="center", va="center", fontsize=8.5)
-        return
-    height, width = pixels.shape[-2:]
-    ax.imshow(pixels.float().mean(dim=0).numpy(), cmap="gray", vmin=0, vmax=255)
-    ax.imshow(heat.numpy(), cmap=HEAT, vmin=0, alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        return grey.astype(np.uint8)
+    down, across = (side // patches for side, patches in zip(grey.shape, heat.shape, strict=False))
+    shares = (heat / heat.max().clamp(min=1e-12)).numpy().repeat(down, axis=0).repeat(across, axis=1)
+    return (0.4 * grey + 0.6 * 255 * plt.get_cmap(HEAT)(shares)[..., :3]).astype(np.uint8)
+
+
+def _show_tiles(ax: Axes, tiles: dict[str, np.ndarray], columns: int, width: int) -> None:
+    """Pictures of one size in one image, which is drawn several times as fast as axes for each; titles above them."""
+    height, side, _ = next(iter(tiles.values())).shape
+    gap, head = side // 25, height // 9
+    rows = -(-len(tiles) // columns)
+    canvas = np.full((rows * (height + head), columns * (side + gap) - gap, 3), 255, np.uint8)
+    for k, (title, tile) in enumerate(tiles.items()):
+        top, left = (k // columns) * (height + head) + head, (k % columns) * (side + gap)
+        canvas[top : top + height, left : left + side] = tile
+        ax.text(left, top - 0.25 * head, shorten(title, width, placeholder=" …"), fontsize=8.5, va="bottom")
+    ax.imshow(canvas)
     ax.set_axis_off()
-    ax.set_title(f"{title}, at most {heat.max():.1%}", fontsize=8.5, loc="left", pad=3)
+    ax.set_anchor("W")

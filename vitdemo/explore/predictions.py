@@ -11,15 +11,16 @@ import torch
 from timm.data import ImageNetInfo
 from tqdm.auto import tqdm
 
-from vitdemo.conversion.artifacts import convert
 from vitdemo.conversion.comparison import ranking
 from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import Preprocessing, prefetched_batches
 from vitdemo.errors import VitdemoError
 from vitdemo.explore.attention import attention_maps, has_attention, mask_patches, rollout
 from vitdemo.explore.pictures import crop_picture
+from vitdemo.measure.clock import cores
 
 TOP = 5
 
@@ -89,6 +90,11 @@ def with_preprocessing(model: Model, preprocessing: Preprocessing) -> Model:
     return Model(model.module, replace(model.info, preprocessing=preprocessing))
 
 
+def reference_of(model: Model) -> Engine:
+    """``model`` in eager fp32, without the record that ``convert`` makes of it, which takes longer than an answer."""
+    return EagerEngine(model, "fp32", device="cpu", threads=cores())
+
+
 def answers_under(
     model: Model,
     jpeg: bytes,
@@ -103,8 +109,7 @@ def answers_under(
     """
     found = {}
     for name, preprocessing in preprocessings.items():
-        engine = convert(with_preprocessing(model, preprocessing), "eager", "fp32")
-        logits = engine(crop_picture(file, jpeg, preprocessing)[None])
+        logits = reference_of(with_preprocessing(model, preprocessing))(crop_picture(file, jpeg, preprocessing)[None])
         found[name] = logits.double().softmax(dim=1)[0]
     first = next(iter(found.values())).argmax()
     return pd.DataFrame(

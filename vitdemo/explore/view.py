@@ -1,10 +1,11 @@
-"""What the image explorer shows: one picture, one model, an engine or two, loaded when they are first asked for."""
+"""What the image explorer shows: one picture, one model, an engine or two, loaded when first asked for."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from math import ceil
 
+import pandas as pd
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -21,7 +22,7 @@ from vitdemo.explore.attention import attention_maps, mask_patches, most_looked_
 from vitdemo.explore.panel import html_of
 from vitdemo.explore.pictures import crop_picture
 from vitdemo.explore.plots import plot_blocks, plot_disagreements, plot_looks
-from vitdemo.explore.predictions import Look, disagreements, look_at, names_of, with_preprocessing
+from vitdemo.explore.predictions import Look, disagreements, look_at, names_of, reference_of, with_preprocessing
 
 ANSWER, BLOCKS, ENGINES = "answer", "block by block", "two engines"
 DATA, UPLOAD = "data set", "upload"
@@ -38,13 +39,14 @@ Say = Callable[[str], None]
 
 
 class ImageView:
-    """Holds what took long to get: the data set, the model and its engines, and the last comparison of two."""
+    """Holds what took long to get: the data set, the model and its engines, and the last look and comparison."""
 
     def __init__(self, data: ImageNetVal):
         self._data = {str(data.path): data}
         self._models: dict[str, Model] = {}
         self._engines: dict[Pair, Engine] = {}
-        self._compared: dict[tuple, object] = {}
+        self._looked: dict[tuple, Look] = {}
+        self._compared: dict[tuple, pd.DataFrame] = {}
 
     def data(self, path: str, say: Say) -> ImageNetVal:
         if path not in self._data:
@@ -71,13 +73,22 @@ class ImageView:
         if show == ENGINES:
             return self._engines_apart(images, vit, pair, rest["against"], rest["among"], say)
         file, content, truth = picture_of(images, rest["picture"], rest["index"], rest["upload"])
-        looks = look_twice(self.engine(vit, pair, say), vit, file, content, names_of(vit.info, images), **_asked(rest))
+        names, ready = names_of(vit.info, images), self.engine(vit, pair, say)
+        first = self._first_look(ready, vit, file, content, names)
+        changed = second_look(first, ready, vit, file, content, names, **_asked(rest))
+        looks = {"as the weights want it": first, **changed}
         last = list(looks.values())[-1]
-        head = f"<p>{escape(file)}{escape(truth)}</p>"
+        head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}.</p>"
         if show == BLOCKS:
             return head + html_of(plot_blocks(vit, last), f"attention of the class token, block by block: {file}")
         top = (f"{row.answer} {row.probability:.1%}" for row in last.top5.itertuples())
         return head + html_of(plot_looks(looks), f"{file}: {', '.join(top)}; the attention rollout over it")
+
+    def _first_look(self, engine: Engine, vit: Model, file: str, content: bytes, names: list[str] | None) -> Look:
+        key = engine, content
+        if key not in self._looked:
+            self._looked = {key: look_at(engine, vit, crop_picture(file, content, vit.info.preprocessing), names)}
+        return self._looked[key]
 
     def _engines_apart(self, images: ImageNetVal, vit: Model, pair: Pair, against: str, among: int, say: Say) -> str:
         other = Pair(*against.split(":"))
@@ -110,7 +121,8 @@ def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> 
     return sample.file, sample.jpeg, f", is: {short_names(images)[sample.label]}"
 
 
-def look_twice(
+def second_look(
+    first: Look,
     engine: Engine,
     model: Model,
     file: str,
@@ -123,40 +135,39 @@ def look_twice(
     down: tuple[int, int],
     across: tuple[int, int],
 ) -> dict[str, Look]:
-    """A look at a picture as the weights want it, and a second one where something is changed.
+    """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
     preprocessing: what to replace in the weights' own. hide: which patches; ``patches`` of them, or those of a window
-    of ``down`` and ``across``, in % of the sides. The second look is the engine's, unless mean or std is another: those
-    are part of an engine, so it is eager fp32's.
+    of ``down`` and ``across``, in % of the sides. It is ``engine``'s look, unless mean or std is another: those are part
+    of an engine, so it is eager fp32's.
     """
     own = model.info.preprocessing
-    pixels = crop_picture(file, content, own)
-    looks = {"as the weights want it": look_at(engine, model, pixels, names)}
-    changed = replace(own, **preprocessing)
+    changed, pixels, seen = replace(own, **preprocessing), first.pixels, first.rollout
     if changed == own and hide == NOTHING:
-        return looks
+        return {}
     if (changed.mean, changed.std) != (own.mean, own.std):
         model = with_preprocessing(model, changed)
-        engine = convert(model, "eager", "fp32")
+        engine = reference_of(model)
     said = _said(own, changed)
     if changed != own:
         pixels = crop_picture(file, content, changed)
     if hide != NOTHING:
-        places = patches_to_hide(model, pixels, hide, patches, down, across)
+        if changed != own and hide != WINDOW:
+            seen = rollout(model, attention_maps(model, pixels[None]))[0]
+        places = patches_to_hide(model, seen, hide, patches, down, across)
         pixels = mask_patches(model, pixels, places)
         said.append(f"{len(places)} patches hidden")
-    looks[f"changed: {', '.join(said)}"] = look_at(engine, model, pixels, names)
-    return looks
+    return {f"changed: {', '.join(said)}": look_at(engine, model, pixels, names)}
 
 
 def patches_to_hide(
-    model: Model, pixels: torch.Tensor, hide: str, patches: int, down: tuple[int, int], across: tuple[int, int]
+    model: Model, seen: torch.Tensor | None, hide: str, patches: int, down: tuple[int, int], across: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """The (row, column) of what ``look_twice`` hides of uint8[3, H, W]; arguments as there."""
+    """The (row, column) of what ``second_look`` hides; arguments as there. ``seen``: the rollout, for most and least."""
     rows, columns = patch_grid(model)
     if hide == WINDOW:
         return [(row, column) for row in _share(rows, down) for column in _share(columns, across)]
-    order = most_looked_at(rollout(model, attention_maps(model, pixels[None]))[0])
+    order = most_looked_at(seen)
     return (order if hide == MOST else order[::-1])[:patches]
 
 

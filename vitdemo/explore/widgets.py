@@ -20,7 +20,7 @@ from vitdemo.dataset.plots import short_names, thumbnail
 from vitdemo.errors import VitdemoError
 from vitdemo.explore.browsing import browse, pages_of, sample_of
 from vitdemo.explore.panel import Panel, html_of, image_html
-from vitdemo.explore.performance import measured_and_published
+from vitdemo.explore.performance import architecture_of, measured_and_published
 from vitdemo.explore.view import (
     ANSWER,
     AS_TRAINED,
@@ -47,7 +47,7 @@ def image_explorer(
 ) -> Panel:
     """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
 
-    Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``look_twice``); the
+    Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``second_look``); the
     attention block by block (``plot_blocks``); or the images that two engines see most differently
     (``disagreements``). The first draws within a third of a second for vit_shapes20, once it is loaded.
     """
@@ -136,7 +136,7 @@ def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None
     }
 
     def draw(_, *, model: str, show: str, precision: str, batch: object, budget_ms: float, loss: float) -> str:
-        own = rows[rows["model"].str.partition(".")[0] == model]
+        own = rows[architecture_of(rows) == model]
         chosen = f"<p>{escape(_choice(own, budget_ms, loss))}</p>"
         if show == TABLE:
             return chosen + styled(_only(table[table["model"] == model], precision, batch)).to_html()
