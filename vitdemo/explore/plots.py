@@ -27,14 +27,16 @@ def plot_looks(looks: dict[str, Look]) -> Figure:
 
     The answer of the first row is blue in all of them.
     """
-    figure = plt.figure(figsize=(9, 2.7 * len(looks)))
+    figure = plt.figure(figsize=(9, 2.9 * len(looks)))
     answered = next(iter(looks.values())).top5["class"].iloc[0]
+    height = 1 / len(looks)
     for k, (name, look) in enumerate(looks.items()):
-        bottom, height = 1 - (k + 1) / len(looks), 1 / len(looks)
-        pictures = figure.add_axes((0.01, bottom + 0.03 * height, 0.56, 0.87 * height))
-        tiles = {name: _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
-        _show_tiles(pictures, tiles, columns=2, width=44)
-        plot_top5(look.top5, figure.add_axes((0.6, bottom + 0.2 * height, 0.38, 0.7 * height)), answered)
+        bottom = 1 - (k + 1) * height
+        figure.text(0.01, bottom + 0.92 * height, shorten(name, 100, placeholder=" …"), fontsize=9.5)
+        pictures = figure.add_axes((0.01, bottom + 0.02 * height, 0.5, 0.87 * height))
+        tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
+        _show_tiles(pictures, tiles, columns=2, width=34)
+        plot_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), answered)
     return figure
 
 

@@ -138,8 +138,8 @@ def second_look(
     """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
     preprocessing: what to replace in the weights' own. hide: which patches; ``patches`` of them, or those of a window
-    of ``down`` and ``across``, in % of the sides. It is ``engine``'s look, unless mean or std is another: those are part
-    of an engine, so it is eager fp32's.
+    of ``down`` and ``across``, in % of the sides. It is ``engine``'s look, unless mean or std is another: those are
+    part of an engine, so it is eager fp32's.
     """
     own = model.info.preprocessing
     changed, pixels, seen = replace(own, **preprocessing), first.pixels, first.rollout
@@ -163,7 +163,7 @@ def second_look(
 def patches_to_hide(
     model: Model, seen: torch.Tensor | None, hide: str, patches: int, down: tuple[int, int], across: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """The (row, column) of what ``second_look`` hides; arguments as there. ``seen``: the rollout, for most and least."""
+    """The (row, column) of what ``second_look`` hides; arguments as there, and ``seen``, the rollout."""
     rows, columns = patch_grid(model)
     if hide == WINDOW:
         return [(row, column) for row in _share(rows, down) for column in _share(columns, across)]
