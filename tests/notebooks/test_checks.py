@@ -208,6 +208,30 @@ BREAKS = {
             predicting(combine=sum),
         ],
     ],
+    "06_explore": [
+        [
+            part("look", "top5", lambda look: look.top5[::-1]),
+            part("look", "maps", lambda look: 0.9 * look.maps),
+            part("look", "rollout", lambda look: 2 * look.rollout),
+        ],
+        [
+            name("moved", lambda table: table[::-1]),
+            name("moved", lambda table: table.assign(first=0.9 * table["first"])),
+            name("hidden", lambda table: table.assign(first=0.9 * table["first"])),
+            name("masked", lambda masked: 255 - masked),
+        ],
+        [
+            name("apart", lambda table: table.iloc[1:]),
+            name("apart", lambda table: table[::-1]),
+            name("apart", lambda table: table.assign(distance=2 - table["distance"].rank() / len(table))),
+            name("same", lambda same: same - 1),
+        ],
+        [
+            name("stays", lambda stays: None),
+            name("stays", lambda stays: stays | {"most": stays["most"] + 0.1}),
+            name("stays", lambda stays: {"most": stays["most"]}),
+        ],
+    ],
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -162,8 +163,10 @@ def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
     name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the Hugging
     Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in timm's hub layout
     or in Hugging Face's (ViTForImageClassification). weights: "pretrained", "random" (seed 0, for speed alone), or a
-    file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit.
+    file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit, and for a model
+    that is larger than the memory that is free.
     """
+    _check_memory(str(name), pretrained=weights == "pretrained")
     with _seeded(), nullcontext() if weights == "random" else _ParametersAsAllocated():
         tag, plan = _planned(str(name), pretrained=weights == "pretrained")
     if weights != "random":
@@ -177,6 +180,21 @@ def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
         plan.load(plan.module, state_dict, str(file))
     source = weights if weights in ("pretrained", "random") else Path(weights).name
     return Model.from_module(plan.module, plan.preprocessing, name=tag, classes=plan.classes, weights=source)
+
+
+def _check_memory(name: str, *, pretrained: bool) -> None:
+    """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
+    try:
+        with torch.device("meta"):  # shapes without values take no memory
+            _, plan = _planned(name, pretrained=pretrained)
+    except Exception:  # some need values to be built, and what is wrong with others is said when that is done
+        return
+    needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), psutil.virtual_memory().available
+    if needed > free:
+        raise VitdemoError(
+            f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "
+            "smaller model, or close other programs"
+        )
 
 
 @contextmanager

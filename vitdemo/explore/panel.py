@@ -1,0 +1,102 @@
+"""What all widgets here have in common: controls, a line that says what is done, and what came out."""
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from html import escape
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import now
+
+REST_S = 0.05  # how long the controls must rest: of a rapid series of changes only the last is drawn
+DPI = 80
+
+
+class Panel(widgets.VBox):
+    """Controls, and below them what ``draw`` makes of their values; drawn anew whenever one of them changes.
+
+    draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)`` puts a
+    line above it. lines: the controls' names, a sequence a line. What goes wrong is said in that line, and what was
+    drawn last stays. All of it happens in the kernel's own thread, so there is none to be left behind: while something
+    is drawn, further changes wait in the kernel's queue, and all but the last are dropped.
+    """
+
+    def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str], lines: Sequence[Sequence[str]]):
+        self.controls, self._draw, self._due = controls, draw, None
+        self.status, self.shown = widgets.HTML(), widgets.HTML()
+        wrapped = widgets.Layout(flex_flow="row wrap")
+        boxes = [widgets.HBox([controls[name] for name in line], layout=wrapped) for line in lines]
+        super().__init__([*boxes, self.status, self.shown])
+        for control in controls.values():
+            control.observe(self._changed, "value")
+        self.refresh()
+
+    def _changed(self, _) -> None:
+        self.say("working …")
+        if self._due:
+            self._due.cancel()
+        try:
+            self._due = asyncio.get_running_loop().call_later(REST_S, self.refresh)
+        except RuntimeError:  # no kernel: nothing queues up either
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Draw now. Called by itself after a change; in a cell that sets a control's value, by you."""
+        if self._due:
+            self._due.cancel()
+        self._due, start = None, now()
+        self.say("working …")
+        open_figures = set(plt.get_fignums())
+        try:
+            values = {name: control.value for name, control in self.controls.items()}
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # engines say what they build
+                self.shown.value = self._draw(self.say, **values)
+            self.say(f"done in {1e3 * (now() - start):.0f} ms")
+        except Exception as error:  # whatever a runtime raises: a traceback would end up where nobody sees it
+            below = " (below: what was drawn before)" if self.shown.value else ""
+            self.say(f"✗ {reason_of(error)}{below}")
+        finally:
+            for number in set(plt.get_fignums()) - open_figures:
+                plt.close(number)
+
+    def close(self) -> None:
+        """Take it off the page, with all that is in it."""
+        if self._due:
+            self._due.cancel()
+        for box in self.children:
+            for control in getattr(box, "children", ()):
+                control.close()
+            box.close()
+        super().close()
+
+    def say(self, text: str) -> None:
+        """Put one line above what is shown."""
+        self.status.value = f"<span>{escape(text)}</span>"
+
+
+def reason_of(error: Exception) -> str:
+    """One line that says what to do, where that is known."""
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:
+        return "out of memory; take a smaller model or picture, or close other notebooks"
+    return first if isinstance(error, VitdemoError) else f"{type(error).__name__}: {first}"
+
+
+def html_of(figure: Figure, alt: str) -> str:
+    """A figure as an HTML image with its text for those who cannot see it; the figure is closed."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
+    plt.close(figure)
+    return image_html(png.getvalue(), "png", alt)
+
+
+def image_html(content: bytes, kind: str, alt: str) -> str:
+    """An image's bytes as HTML; kind: "png" or "jpeg"."""
+    data = base64.b64encode(content).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" style="max-width: 100%">'
