@@ -227,6 +227,16 @@ BREAKS = {
             name("same", lambda same: same - 1),
         ],
         [
+            name("findings", lambda found: found.mask(found.index == "no bug", "4 missing")),
+            name("findings", lambda found: found.assign(set_faults="", diagnose="")),
+        ],
+        [
+            *undone("suspects"),
+            name("suspects", lambda bugs: bugs | {"run A": bugs["run B"], "run B": bugs["run A"]}),
+            name("suspects", lambda bugs: bugs | {"run C": "a bad day"}),
+            name("suspects", lambda bugs: {run: bugs[run] for run in list(bugs)[1:]}),
+        ],
+        [
             name("stays", lambda stays: None),
             name("stays", lambda stays: stays | {"most": stays["most"] + 0.1}),
             name("stays", lambda stays: {"most": stays["most"]}),
