@@ -17,6 +17,7 @@ from vitdemo.explore.careless import (
     CALIBRATED,
     COMPILE,
     DROPPED,
+    ENGINES,
     ILSVRC,
     IMAGES,
     NORMALISED,
@@ -122,9 +123,16 @@ class Hunt:
 def hunt(model: Model, data: ImageNetVal, seed: int = 0) -> Hunt:
     """One careless run without a bug and one with each of BUGS, these in an order that ``seed`` shuffles.
 
-    Arguments and errors otherwise as in ``careless_run``.
+    A bug whose engine is not installed is left out, and said. Arguments and errors otherwise as in ``careless_run``.
     """
-    order = np.random.default_rng(seed).permutation(list(BUGS)).tolist()
+    made = {None: careless_run(model, data)}
+    for bug in tqdm(BUGS, desc="hunt", unit="run"):
+        try:
+            made[bug] = careless_run(model, data, bug)
+        except VitdemoError as error:
+            if bug not in ENGINES:
+                raise
+            tqdm.write(f"left out, {bug}: {error}")
+    order = np.random.default_rng(seed).permutation([bug for bug in BUGS if bug in made]).tolist()
     bugs = {f"run {letter}": bug for letter, bug in zip(ascii_uppercase, order, strict=False)}
-    made = {bug: careless_run(model, data, bug) for bug in tqdm([None, *BUGS], desc="hunt", unit="run")}
     return Hunt({name: made[bugs.get(name)] for name in (NO_BUG, *bugs)}, bugs)
