@@ -83,8 +83,8 @@ def careless_run(model: Model, data: ImageNetVal, bug: str | None = None) -> Car
 
     Without a bug the script is plain and right: every image once, the labels of the devkit, the mean and std of the
     weights, a warm-up, and a clock that is read when the logits are there. It uses eager fp32; COMPILE needs an engine
-    that is built, and CALIBRATED one that is calibrated: those are OpenVINO's, see ENGINES. Raises VitdemoError for a bug that is
-    not known, for data other than a tar with enough images, and where OpenVINO or NNCF is missing.
+    that is built, and CALIBRATED one that is calibrated: those are OpenVINO's, see ENGINES. Raises VitdemoError for a
+    bug that is not known, for data other than a tar with enough images, and where OpenVINO or NNCF is missing.
     """
     _check_input(data, bug)
     model = _with_other_mean_and_std(model) if bug == NORMALISED else model
