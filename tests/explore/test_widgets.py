@@ -341,7 +341,8 @@ def test_a_file_that_the_disk_does_not_give(tmp_path):
 )
 def test_an_answer_within_300_ms(explorer, before, name, values):
     set_(explorer, **before)
-    set_(explorer, **{name: value for value in list(values)[:2] for name in [name]})
+    for value in list(values)[:2]:  # loaded, and drawn once
+        set_(explorer, **{name: value})
     times = []
     for value in values:
         start = time.perf_counter()
