@@ -31,8 +31,18 @@ def names_given(tree: ast.AST) -> set[str]:
     return stored | defined | {(alias.asname or alias.name).partition(".")[0] for alias in imports}
 
 
-def names_read(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+def names_read(tree: ast.Module) -> set[str]:
+    """The names that this code must find: read before its own statements, loops and arguments gave them a value."""
+    found, own = set(), set()
+    for statement in tree.body:
+        nodes = list(ast.walk(statement))
+        loaded = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        loops = [node.target for node in nodes if isinstance(node, ast.For | ast.comprehension)]
+        inner = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
+        inner |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        found |= loaded - own - inner
+        own |= names_given(statement)
+    return found
 
 
 def needed(cells: list, wanted: set[str]) -> list:

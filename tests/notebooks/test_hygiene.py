@@ -45,6 +45,7 @@ def python_of(cell) -> ast.Module:
 def test_is_a_valid_notebook_with_cell_ids(notebook):
     assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
     nbformat.validate(notebook)
+    assert all(cell.source.strip() for cell in notebook.cells), "an empty cell"
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
 
