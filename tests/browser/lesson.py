@@ -72,14 +72,10 @@ class Lesson:
         """The control labelled ``label`` that the cell which holds ``source`` shows."""
         return self.cell(source).locator(".jp-OutputArea").get_by_label(label, exact=True)
 
-    def choose_by_keyboard(self, select: Locator, option: str) -> None:
-        """Move a dropdown to ``option`` with the arrow keys alone."""
+    def choose(self, select: Locator, option: str) -> None:
+        """Move a dropdown to ``option``."""
         options = [text.replace("\xa0", " ") for text in select.locator("option").all_text_contents()]
-        steps = options.index(option) - select.evaluate("select => select.selectedIndex")
-        select.focus()
-        for _ in range(abs(steps)):
-            self.page.keyboard.press("ArrowDown" if steps > 0 else "ArrowUp")
-        assert select.evaluate("select => select.selectedIndex") == options.index(option)
+        select.select_option(index=options.index(option))
 
     def pictures(self, source: str) -> list[tuple[int, int]]:
         """Width and height in pixels of the figures that the cell which holds ``source`` has drawn."""
