@@ -7,7 +7,7 @@ from vitdemo.runs.plan import choose_notebooks
 from vitdemo.runs.report import write_index
 from vitdemo.runs.runner import Result
 
-LESSONS = [lesson.name for lesson in choose_notebooks()]
+FIRST, *OTHERS = [lesson.name for lesson in choose_notebooks()]
 LONG = "cell 12: VitdemoError: /a/very/long/path/that/does/not/break/anywhere/ILSVRC2012_img_val.tar: no such file"
 
 BAD = """<!DOCTYPE html><html lang="en"><title>Bad</title><style>
@@ -20,7 +20,7 @@ BAD = """<!DOCTYPE html><html lang="en"><title>Bad</title><style>
 <p style="color: #aaa">faint</p><p>grey on black</p><div style="width: 500px">wide</div></html>"""
 
 
-@pytest.mark.parametrize("name", ["index", *LESSONS])
+@pytest.mark.parametrize("name", ["index", FIRST, *(pytest.param(name, marks=pytest.mark.soak) for name in OTHERS)])
 def test_a_page_of_the_report_has_no_fault(smoke_run, page, name):
     assert faults(page, smoke_run.index.with_name(f"{name}.html")) == []
 
