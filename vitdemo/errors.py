@@ -20,9 +20,11 @@ class VitdemoError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """Others' errors in one line: the first one of what they say, or else their kind."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch has its own, and Ray too
-        return "out of memory; take a smaller batch, or fewer processes"
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    kind, said = type(error).__name__, str(error).strip()
+    memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"  # torch has its own, and Ray too
+    if memory or "can't allocate memory" in said:
+        return "out of memory; take a smaller batch or model, or close other programs"
+    return said.split("\n")[0] or kind
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import timm
 
 from tests.benchmarking.conftest import OPTIONS, PAIRS
 from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, load_model
-from vitdemo.benchmarking import sweeps
+from vitdemo.benchmarking import arms
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
@@ -210,7 +210,7 @@ def test_the_gate_refuses_what_it_cannot_compare(rows):
 
 
 def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps.psutil, "virtual_memory", lambda: SimpleNamespace(available=2.5 * (1 << 30)))
+    monkeypatch.setattr(arms.psutil, "virtual_memory", lambda: SimpleNamespace(available=2.5 * (1 << 30)))
     rows = benchmark("vit_shapes20", engines="openvino:fp32", device_batch_sizes=[2], out=tmp_path, **SHORT)
     assert dict(zip(pair_of(rows), rows["turns"], strict=True)) == {"eager:fp32": "together", "openvino:fp32": "alone"}
     alone = rows[rows["turns"] == "alone"].iloc[0]

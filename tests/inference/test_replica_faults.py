@@ -89,7 +89,7 @@ def test_an_engine_that_raises_makes_the_run_invalid(one_thread, shapes20, tmp_p
 
 @pytest.mark.soak
 def test_a_replica_without_memory(one_thread, shapes20, tmp_path):
-    with pytest.raises(EngineFailure, match="failed at .*: out of memory; take a smaller batch, or fewer processes"):
+    with pytest.raises(EngineFailure, match="failed at .*: out of memory; take a smaller batch or model"):
         evaluate(broken(one_thread, Greedy), shapes20, limit=8, replicas=1, out=tmp_path / "out", progress=False)
 
 

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import reason_of
 from vitdemo.measure.clock import now
 
 REST_S = 0.05  # how long the controls must rest: of a rapid series of changes only the last is drawn
@@ -78,14 +78,6 @@ class Panel(widgets.VBox):
     def say(self, text: str) -> None:
         """Put one line above what is shown."""
         self.status.value = f"<span>{escape(text)}</span>"
-
-
-def reason_of(error: Exception) -> str:
-    """One line that says what to do, where that is known."""
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    if isinstance(error, MemoryError) or "can't allocate memory" in first:
-        return "out of memory; take a smaller model or picture, or close other notebooks"
-    return first if isinstance(error, VitdemoError) else f"{type(error).__name__}: {first}"
 
 
 def html_of(figure: Figure, alt: str) -> str:

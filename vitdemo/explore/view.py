@@ -185,7 +185,7 @@ def _said(own: Preprocessing, changed: Preprocessing) -> list[str]:
 
 
 def _asked(values: dict) -> dict:
-    """The arguments of ``look_twice`` among the controls' values."""
+    """The arguments of ``second_look`` among the controls' values."""
     preprocessing = dict(SCALINGS[values["scaling"]])
     if values["crop"] != AS_TRAINED:
         preprocessing |= {"crop_mode": values["crop"], "crop_pct": values["crop_pct"]}
