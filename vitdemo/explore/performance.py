@@ -12,11 +12,11 @@ MEASURED, PUBLISHED = "measured", "published"
 def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFrame:
     """What ``benchmark`` or ``merge`` gave beside what others have published (default: ``published_performance()``).
 
-    - ``origin``: measured, or published. ``hardware``, ``system``: on what, and by what. ``model``, ``precision``,
-      ``batch``: the architecture; images in the whole batch.
+    - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores. ``system``: by what.
+    - ``model``, ``precision``, ``batch``: the architecture; images in the whole batch.
     - ``latency_ms``: a batch's, the median where measured. ``images_per_s``: all images over all seconds.
     - ``speedup``: over eager PyTorch at equal precision, same hardware, model and batch; NaN where there is none.
-    - ``accuracy``: as it was given, or that none was measured.
+    - ``accuracy``: as it was given, or that it was not measured or not published.
 
     Rates of different hardware are not comparable; speedups at equal precision are sooner. Rows without a measurement
     are left out.
@@ -36,7 +36,7 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "origin": MEASURED,
-            "hardware": rows["machine"],
+            "hardware": rows["machine"].str.split(", ").str[:2].str.join(", "),
             "system": rows["engine"],
             "model": architecture_of(rows),
             "precision": rows["precision"],
@@ -44,7 +44,7 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
             "latency_ms": rows["p50_ms"],
             "images_per_s": rows["images_per_s"],
             "speedup": equal,
-            "accuracy": rows["accuracy"].str.split(": vitdemo").str[0],  # without the command that would measure it
+            "accuracy": rows["accuracy"].str.replace("not measured.*", "not measured", regex=True),
         }
     )
 

@@ -39,7 +39,8 @@ from vitdemo.explore.view import (
 ALL = "all"
 TABLE, LATENCY, SPEEDUPS = "table", "latency and throughput", "speedups over eager"
 STYLE = {"description_width": "initial"}
-WIDE, NARROW = widgets.Layout(width="24em"), widgets.Layout(width="14em")
+WIDE, NARROW, ONE_LINE = (widgets.Layout(width=width) for width in ("24em", "14em", "max-content"))
+BUTTONS = {"layout": ONE_LINE, "style": {"button_width": "auto"}}
 
 
 def image_explorer(
@@ -75,7 +76,7 @@ def image_explorer(
 def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
     return {
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
-        "picture": widgets.ToggleButtons(options=(DATA, UPLOAD), description="from", style={"button_width": "auto"}),
+        "picture": widgets.ToggleButtons(options=(DATA, UPLOAD), description="from", **BUTTONS),
         "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
         "upload": widgets.FileUpload(accept="image/*", description="Upload"),
     }
@@ -94,9 +95,7 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
         ),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
-        "show": widgets.ToggleButtons(
-            options=(ANSWER, BLOCKS, ENGINES), description="show", style={"button_width": "auto"}
-        ),
+        "show": widgets.ToggleButtons(options=(ANSWER, BLOCKS, ENGINES), description="show", **BUTTONS),
         "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
         "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
     }
@@ -126,9 +125,7 @@ def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None
     models = list(dict.fromkeys(table["model"]))
     controls = {
         "model": widgets.Dropdown(options=models, description="model", layout=WIDE),
-        "show": widgets.ToggleButtons(
-            options=(TABLE, LATENCY, SPEEDUPS), description="show", style={"button_width": "auto"}
-        ),
+        "show": widgets.ToggleButtons(options=(TABLE, LATENCY, SPEEDUPS), description="show", **BUTTONS),
         "precision": widgets.Dropdown(options=(ALL, *dict.fromkeys(table["precision"])), description="precision"),
         "batch": widgets.Dropdown(options=(ALL, *sorted(map(int, set(table["batch"])))), description="batch"),
         "budget_ms": widgets.BoundedFloatText(100.0, min=0.1, max=1e6, description="at most, ms", style=STYLE),
@@ -139,7 +136,9 @@ def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None
         own = rows[architecture_of(rows) == model]
         chosen = f"<p>{escape(_choice(own, budget_ms, loss))}</p>"
         if show == TABLE:
-            return chosen + styled(_only(table[table["model"] == model], precision, batch)).to_html()
+            shown = _only(table[table["model"] == model], precision, batch).drop(columns="model")
+            look = "max-height: 32em; overflow: auto; line-height: 1.2"
+            return f'{chosen}<div style="{look}">{styled(shown).to_html()}</div>'
         theirs = published[published["model"] == model]
         own = _only(own, precision, batch)
         figure = plot_latency_throughput(own) if show == LATENCY else plot_speedups(own, theirs)
