@@ -73,9 +73,12 @@ class Lesson:
         return self.cell(source).locator(".jp-OutputArea").get_by_label(label, exact=True)
 
     def choose(self, select: Locator, option: str) -> None:
-        """Move a dropdown to ``option``."""
+        """Move a dropdown to ``option``, with the arrow keys alone."""
         options = [text.replace("\xa0", " ") for text in select.locator("option").all_text_contents()]
-        select.select_option(index=options.index(option))
+        select.focus()
+        steps = options.index(option) - select.evaluate("select => select.selectedIndex")
+        for _ in range(abs(steps)):
+            self.page.keyboard.press("ArrowDown" if steps > 0 else "ArrowUp")
 
     def pictures(self, source: str) -> list[tuple[int, int]]:
         """Width and height in pixels of the figures that the cell which holds ``source`` has drawn."""

@@ -9,6 +9,7 @@ from html import escape
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+from IPython.display import Javascript, display
 from matplotlib.figure import Figure
 
 from vitdemo.errors import reason_of
@@ -16,6 +17,10 @@ from vitdemo.measure.clock import now
 
 REST_S = 0.05  # how long the controls must rest: of a rapid series of changes only the last is drawn
 DPI = 80
+# JupyterLab takes arrows and letters for its shortcuts (x cuts a cell), also in a control, unless it is told not to.
+OWN_KEYS = """setTimeout(() =>  // once the output is on the page
+    element.closest('.jp-OutputArea')?.addEventListener('focusin', event =>
+        event.target.setAttribute('data-lm-suppress-shortcuts', 'true')), 100)"""
 
 
 class Panel(widgets.VBox):
@@ -64,6 +69,10 @@ class Panel(widgets.VBox):
         finally:
             for number in set(plt.get_fignums()) - open_figures:
                 plt.close(number)
+
+    def _ipython_display_(self, **_) -> None:
+        display(self._repr_mimebundle_(), raw=True)
+        display(Javascript(OWN_KEYS))
 
     def close(self) -> None:
         """Take it off the page, with all that is in it."""
