@@ -45,7 +45,7 @@ def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesso
     lesson = open_lesson("00_tour", limit=300)
     lesson.run_all()
     expect(lesson.prompt("engine = convert(")).to_have_text(re.compile(r"\d"), timeout=60_000)
-    expect(lesson.prompt("assert same >=")).to_have_text("[*]:")
+    expect(lesson.prompt("assert equal >=")).to_have_text("[*]:")
     lesson.restart_and_run_all()
     lesson.wait_until_done()
     assert_walked_to_its_end(lesson)

@@ -94,8 +94,7 @@ def test_a_replica_without_memory(one_thread, shapes20, tmp_path):
 
 
 @pytest.mark.soak
-def test_an_artifact_that_the_cache_has_lost_is_built_by_the_replica(vit_shapes20, shapes20, tmp_path, monkeypatch):
-    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path / "cache"))
+def test_an_artifact_that_the_cache_has_lost_is_built_by_the_replica(vit_shapes20, shapes20, tmp_path):
     engine = convert(vit_shapes20, "onnx", "fp32", threads=1)
     alone = evaluate(engine, shapes20, limit=19, out=tmp_path / "alone", progress=False)
     shutil.rmtree(artifacts_root() / engine.recipe.folder_name)
