@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from vitdemo.errors import reason_of
 from vitdemo.measure.clock import now
 
-REST_S = 0.05  # how long the controls must rest: of a rapid series of changes only the last is drawn
-DPI = 80
+REST_S = 0.02  # how long the controls must rest: of a rapid series of changes only the last is drawn
+DPI = 72
 # JupyterLab takes arrows and letters for its shortcuts (x cuts a cell), also in a control, unless it is told not to.
 OWN_KEYS = """setTimeout(() =>  // once the output is on the page
     element.closest('.jp-OutputArea')?.addEventListener('focusin', event =>
