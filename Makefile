@@ -17,9 +17,11 @@ demo: $(BIN)/.vitdemo
 lab: $(BIN)/.vitdemo
 	$(BIN)/jupyter lab notebooks
 
-# The runtimes' own tests are a process apart: one that breaks it must not take the others along.
+# The runtimes' own tests are a process apart: one that breaks it must not take the others along. What the first has
+# built is there for the second.
 test: $(BIN)/.vitdemo-dev
-	$(BIN)/python -m pytest -m "not soak" tests/conversion
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && export VITDEMO_TEST_CACHE="$$cache" && \
+	$(BIN)/python -m pytest -m "not soak" tests/conversion && \
 	$(BIN)/python -m pytest -m "not soak" --ignore tests/conversion
 
 soak: $(BIN)/.vitdemo-dev

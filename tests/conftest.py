@@ -16,8 +16,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> Path:
-    """A cache of this session's own, which the processes it starts share: every engine is built once."""
-    folder = tmp_path_factory.mktemp("cache")
+    """A cache that the processes of this session share: every engine is built once. It is this session's own, unless
+    VITDEMO_TEST_CACHE names one for several."""
+    folder = Path(os.environ.get("VITDEMO_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
     os.environ["VITDEMO_CACHE"] = str(folder)
     return folder
 

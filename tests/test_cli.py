@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
         while process.poll() is None and not (out.exists() and len(rows_of(out)) > 16):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert "--resume goes on" in error and "Traceback" not in error
     assert 16 < len(rows_of(out)) < 1000

@@ -42,7 +42,9 @@ def test_rates_are_total_over_total(rows):
     assert (rows["p50_ms"] <= rows["p90_ms"]).all() and (rows["p90_ms"] <= rows["p99_ms"]).all()
     flops = load_model("vit_shapes20").info.flops_per_image
     assert np.allclose(rows["tflops"], rows["images_per_s"] * flops / 1e12)
-    assert (rows["speedup_over_eager_fp32_pairs"] == 9).all(), "all had time for every round"
+    spent_s = rows["calls"] * rows["mean_ms"] / 1e3
+    whole = rows["speedup_over_eager_fp32_pairs"] == 9
+    assert (whole | (spent_s.groupby(rows["device_batch_size"]).transform("max") > OPTIONS["row_budget_s"])).all()
 
 
 def test_only_the_first_batch_size_is_cold(rows):
@@ -254,7 +256,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     assert len(workers) == 2  # eager's and the roof's
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob(PATTERN)

@@ -4,7 +4,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import Error, expect, sync_playwright
 
 from tests.browser.lab import Lab
 from tests.browser.lesson import Lesson
@@ -12,6 +12,8 @@ from tests.browser.lesson import Lesson
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 WINDOW = {"width": 1400, "height": 1000}
+
+expect.set_options(timeout=120_000)  # what is broken is to fail, not what is slow on a machine that has much else to do
 
 
 @pytest.fixture(scope="package")

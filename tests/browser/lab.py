@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 import uuid
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
@@ -106,9 +107,10 @@ class Lab:
         for session in self._ask("GET", "sessions"):
             self._ask("DELETE", f"sessions/{session['id']}")
 
-    def copy(self, name: str, **values) -> str:
+    def copy(self, name: str, before: str | None = None, **values) -> str:
         """Give a copy of notebook ``name`` the values of the profile `smoke`, or these; return its file's name.
 
+        before: words of the first cell that the copy does not have any more.
         Whenever its parameters are set, its results go to another new folder ``results/NAME-…``.
         """
         known = read_notebook(NOTEBOOKS / f"{name}.ipynb").parameters
@@ -118,5 +120,7 @@ class Lab:
         lines = [f"{key} = {value!r}" for key, value in values.items()]
         lines.append(f"import tempfile; out = tempfile.mkdtemp(prefix='{name}-', dir={str(self.results)!r})")
         cell.source = "\n".join([cell.source, *lines])
+        if before:
+            content.cells = list(takewhile(lambda cell: before not in cell.source, content.cells))
         nbformat.write(content, self.folder / f"{name}.ipynb")
         return f"{name}.ipynb"

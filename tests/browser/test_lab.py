@@ -44,7 +44,7 @@ def test_the_tour_is_walked_to_its_end(open_lesson, lab):
 def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesson, lab):
     lesson = open_lesson("00_tour", limit=300)
     lesson.run_all()
-    expect(lesson.prompt("engine = convert(")).to_have_text(re.compile(r"\d"), timeout=60_000)
+    expect(lesson.prompt("engine = convert(")).to_have_text(re.compile(r"\d"))
     expect(lesson.prompt("assert equal >=")).to_have_text("[*]:")
     lesson.restart_and_run_all()
     lesson.wait_until_done()

@@ -239,7 +239,7 @@ def cards(cache: Path) -> list[dict]:
 
 def test_builds_at_the_same_time_build_once(cache):
     children = [start_build() for _ in range(2)]
-    answers = [child.communicate(timeout=120) for child in children]
+    answers = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert len({out.splitlines()[-1] for out, _ in answers}) == 1
     assert sum("building" in err for _, err in answers) == 1

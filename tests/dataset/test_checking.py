@@ -184,7 +184,7 @@ def test_what_would_take_gigabytes_or_minutes_is_not_decoded(name):
     start = time.perf_counter()
     error = examine_jpeg(PLANTED[name])[4]
     assert "not decoded" in error or "DecompressionBomb" in error
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 def libjpegs_words(jpeg: bytes, capfd) -> str:

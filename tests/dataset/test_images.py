@@ -144,7 +144,7 @@ def test_what_would_take_gigabytes_or_minutes_is_refused(jpeg, preprocessing, re
     assert fast_crop(jpeg, preprocessing) is None
     with pytest.raises(UnreadableImage, match=f"^not decoded: .*{reason}"):
         reference_crop(jpeg, preprocessing)
-    assert now() - start < 1
+    assert now() - start < 5
 
 
 def test_a_line_that_is_not_kept_in_its_ratio_is_taken():

@@ -182,9 +182,9 @@ def test_nothing_is_left_running_and_the_run_resumes(how, vit_shapes20, tmp_path
             time.sleep(0.02)
         theirs = started_by(process.pid)
         process.send_signal(how)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=120)[1]
     assert theirs and (how == signal.SIGKILL or (process.returncode == 130 and "--resume goes on" in error)), error
-    gone, alive = psutil.wait_procs(theirs, timeout=30)
+    gone, alive = psutil.wait_procs(theirs, timeout=60)
     assert not alive
     engine = convert(vit_shapes20, "eager", "fp32")
     resumed = evaluate(engine, ImageNetVal(TAR), limit=203, out=out, resume=True, progress=False)

@@ -6,10 +6,9 @@ A range that a replica did not bring back, because it died or hangs, is done aga
 
 import socket
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +20,7 @@ from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
+from vitdemo.inference.slots import Slot, Task
 from vitdemo.inference.splits import Split
 from vitdemo.inference.worker import Place, Replica, Shard, code_fingerprint
 from vitdemo.measure.clock import now, versions
@@ -31,52 +31,6 @@ SLOWER = 10  # times a range may take what the replica's rate says, before it co
 PLACED_S = 60.0  # for all to get a process; 10 s each where there are more than six
 GOING_S = 3.0
 PREPARING = 6  # deadlines that a replica may take to be ready: it may have to build the engine
-
-
-@dataclass
-class Task:
-    """What a replica was asked for. indices: of a range of images, None while the replica is made ready."""
-
-    reference: object
-    indices: range | None
-    began: float
-
-
-@dataclass
-class Slot:
-    """A replica's place in the run, which its successors take over, and what was done there.
-
-    cpus: its share of Ray's CPUs on its node. busy_s: seconds it worked on ranges that it brought back.
-    """
-
-    number: int
-    node: str
-    cpus: float
-    gpus: int
-    actor: object = None
-    place: Place | None = None
-    process: psutil.Process | None = None
-    host: str = ""
-    cores: list[int] = field(default_factory=list)
-    threads: int = 0
-    precision_ran: dict[str, float] = field(default_factory=dict)
-    ready: bool = False
-    tasks: deque[Task] = field(default_factory=deque)
-    lost: int = 0
-    lost_in_a_row: int = 0
-    images: int = 0
-    ranges: int = 0
-    busy_s: float = 0.0
-    peak_memory_bytes: int = 0
-
-    @property
-    def pid(self) -> int | None:
-        """Of its process on its machine; None while it is being started."""
-        return self.place and self.place.pid
-
-    @property
-    def images_per_s(self) -> float:
-        return self.images / self.busy_s if self.busy_s else 0.0
 
 
 class Replicas:
@@ -170,35 +124,13 @@ class Replicas:
     def summary(self, split: str, wall_s: float) -> dict:
         """Of the last run, which took ``wall_s``: who did how much.
 
-        ``lost``: replicas that died or hung and were replaced. ``each``: by replica its machine and cores, images and
-        ranges that it brought back, ``busy_s`` (working on those), ``idle_s`` (the rest of ``wall_s``: waiting, being
-        replaced, or working on what was lost), ``images_per_s`` (over ``busy_s``), the precision that ran there, its
-        process's peak memory. ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
+        ``lost``: replicas that died or hung and were replaced. ``each``: by replica, see ``Slot.record``.
+        ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
         """
-        each = [
-            {
-                "replica": slot.number,
-                "host": slot.host,
-                "cores": slot.cores,
-                "images": slot.images,
-                "ranges": slot.ranges,
-                "busy_s": slot.busy_s,
-                "idle_s": wall_s - slot.busy_s,
-                "images_per_s": slot.images_per_s,
-                "precision_ran": slot.precision_ran,
-                "peak_memory_bytes": slot.peak_memory_bytes,
-                "lost": slot.lost,
-            }
-            for slot in self.slots
-        ]
+        each = [slot.record(wall_s) for slot in self.slots]
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
-        return {
-            "count": len(each),
-            "split": split,
-            "lost": sum(slot.lost for slot in self.slots),
-            **started,
-            "each": each,
-        }
+        lost = sum(slot.lost for slot in self.slots)
+        return {"count": len(each), "split": split, "lost": lost, **started, "each": each}
 
     def run(self, images: int, split: Split, device_batch_size: int, input_path: str) -> Iterator[Shard]:
         """The rows of the ``images`` that ``split`` holds, a shard a range, as they come back; each exactly once.
@@ -208,7 +140,7 @@ class Replicas:
         self._check_ray()
         self._failed.clear()
         for slot in self.slots:
-            slot.images, slot.ranges, slot.busy_s, slot.lost, slot.lost_in_a_row = 0, 0, 0.0, 0, 0
+            slot.forget_run()
             if slot.actor is None:
                 self._start(slot)
         left = images
@@ -297,11 +229,7 @@ class Replicas:
         if isinstance(answer, Place):
             self._place(slot, answer)
         elif isinstance(answer, Shard):
-            slot.images += len(answer.indices)
-            slot.ranges += 1
-            slot.busy_s += answer.wall_s
-            slot.lost_in_a_row = 0
-            slot.peak_memory_bytes = answer.peak_memory_bytes
+            slot.brought_back(answer)
             return answer
         else:
             slot.threads, slot.precision_ran, slot.ready = answer["threads"], answer["precision_ran"], True
