@@ -1,5 +1,6 @@
 """Costly things, built once a session: the bundled data set, its model, and engines for it."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -40,11 +41,25 @@ def eager(vit_shapes20):
 
 @pytest.fixture(scope="session")
 def smoke_run(cache, tmp_path_factory) -> RunReport:
-    """The course itself, headless, under the profile `smoke`."""
+    """The course itself, headless, under the profile `smoke`; its kernels also try the checks, see broken_checks."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "ipython" / "profile_default").mkdir(parents=True)
+    (folder / "ipython" / "profile_default" / "ipython_kernel_config.py").write_text(
+        f"import sys; sys.path.append({str(REPOSITORY)!r})\n"
+        "get_config().IPKernelApp.extensions = ['tests.notebooks.breaks']\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        patch.setenv("VITDEMO_TEST_RECORD", str(folder / "checks.jsonl"))
         patch.setenv("MPLBACKEND", "Agg")  # as on servers; the figures must appear all the same
         patch.setenv("VITDEMO_DATA", os.path.relpath(REPOSITORY / "data"))  # relative to here, not to the kernel
-        return run_notebooks(profile="smoke", out=tmp_path_factory.mktemp("runs") / "smoke")
+        return run_notebooks(profile="smoke", out=folder / "smoke")
+
+
+@pytest.fixture(scope="session")
+def broken_checks(smoke_run) -> list[dict]:
+    """How each check ended in each of its breaks, see ``tests.notebooks.breaks``."""
+    return [json.loads(line) for line in (smoke_run.index.parents[1] / "checks.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
