@@ -27,7 +27,7 @@ TAR = str(data_path("shapes20/shapes20_img_val.tar"))
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
-@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_other_numbers_of_replicas(vit_shapes20, shapes20, tmp_path, replicas, alone):
     engine = convert(vit_shapes20, "eager", "fp32")
     run = evaluate(engine, shapes20, limit=203, replicas=replicas, out=tmp_path / "out", progress=False)

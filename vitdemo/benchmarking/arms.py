@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from vitdemo.benchmarking.files import Sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import Measured, rows_of
-from vitdemo.benchmarking.turns import Failed, ReplicaBench, Worker
+from vitdemo.benchmarking.turns import Failed, Nursery, ReplicaBench, Worker
 from vitdemo.conversion.artifacts import Recipe, recipe_for
 from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.models import Model
@@ -29,7 +29,7 @@ ROUNDS, TURN_S = 9, 0.75
 WARM_UP = 0.25  # of the timed seconds, at most
 PATIENCE_S = 10.0  # a single call up to this long may be the machine's hiccup, and another one is made
 ROOF_BATCH = 8  # of whose size the model's own products are, which the roof is the best of
-PROCESS_BYTES = 1 << 30  # of a worker before it has a model
+PROCESS_BYTES = 1 << 29  # of a worker before it has a model, beside what it shares
 SHAPES20 = "shapes20"
 
 
@@ -107,26 +107,24 @@ class Run:
 
     def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> None:
         arms: list[Arm] = []
-        roof = Worker()
         try:
-            for pair, recipe in recipes.items():
-                ended = self._sweep.ended(pair)
-                arms.append(Arm(pair, recipe, None if self._replicas or ended else Worker(), ended=ended))
-            try:
-                for worker in [roof, *(arm.bench for arm in arms if arm.bench)]:
-                    worker.wait()
+            with ExitStack() as ending:
+                nursery = Nursery()
+                ending.callback(nursery.end)
+                roof = Worker(nursery)
+                ending.callback(roof.end)
                 roof.ask("roof", self._shapes)
-            except Failed as failure:
-                raise VitdemoError(f"benchmark: a process to measure in did not start: {failure}") from None
-            for size in sizes:
-                with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
-                    found = self._measure(arms, roof, size, bar)
-                self._inspect(arms)
-                self._add(found, turns)
-        finally:
-            roof.end()
-            for arm in arms:
-                arm.end()
+                for pair, recipe in recipes.items():
+                    ended = self._sweep.ended(pair)
+                    arms.append(Arm(pair, recipe, None if self._replicas or ended else Worker(nursery), ended=ended))
+                    ending.callback(arms[-1].end)
+                for size in sizes:
+                    with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
+                        found = self._measure(arms, roof, size, bar)
+                    self._inspect(arms)
+                    self._add(found, turns)
+        except Failed as failure:
+            raise VitdemoError(f"benchmark: {failure}") from None
 
     def _measure(self, arms: list[Arm], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
         """One batch size: what each arm's calls took, and the roof in each round."""

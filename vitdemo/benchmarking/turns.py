@@ -2,15 +2,18 @@
 
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
 import psutil
 
-from vitdemo.benchmarking.worker import EngineBench, Failure
+from vitdemo.benchmarking.worker import ANSWER, EngineBench, Failure
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import reason_of
@@ -21,6 +24,47 @@ class Failed(Exception):
     """A bench could not do what it was asked. The message is one line."""
 
 
+class Nursery:
+    """A process that has imported what benches need and starts theirs, see ``worker.nurse``. Raises Failed where it
+    does not come up."""
+
+    def __init__(self):
+        self._socket, end = socket.socketpair()
+        command = [sys.executable, "-m", "vitdemo.benchmarking.worker", "nurse", str(end.fileno())]
+        path = os.pathsep.join(filter(None, sys.path))  # what this process can import, that one can
+        # A process with threads could not be forked safely; no engine uses OpenBLAS's.
+        environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+        # A group of its own: Ctrl-C and Ctrl-Z are for the parent, who ends this one.
+        own = dict(env=environment, stdin=subprocess.DEVNULL, process_group=0)
+        self._process = subprocess.Popen(command, pass_fds=[end.fileno()], **own)
+        end.close()
+        self._answer()
+
+    def start(self, end: Connection) -> int:
+        """The pid of a new process, which serves ``end``."""
+        return self._ask(0, [end.fileno()])
+
+    def exit_code(self, pid: int) -> int:
+        """Of a process that was started here, once it has ended."""
+        return self._ask(pid)
+
+    def _ask(self, number: int, fds: Sequence[int] = ()) -> int:
+        with suppress(BrokenPipeError):
+            socket.send_fds(self._socket, [ANSWER.pack(number)], fds)
+        return self._answer()
+
+    def _answer(self) -> int:
+        if not (message := self._socket.recv(ANSWER.size)):
+            raise Failed(f"the process that starts the others ended (exit code {self._process.wait()})")
+        return ANSWER.unpack(message)[0]
+
+    def end(self) -> None:
+        """End the process; on Linux those that it has started end with it."""
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
+
+
 class Worker:
     """A process with one bench, stopped by the system except while an answer is waited for.
 
@@ -28,25 +72,12 @@ class Worker:
     it is left running: a stopped one would stay for ever.
     """
 
-    def __init__(self):
+    def __init__(self, nursery: Nursery):
+        self._nursery = nursery
         self._pipe, end = Pipe()
-        command = [sys.executable, "-m", "vitdemo.benchmarking.worker", str(end.fileno())]
-        path = os.pathsep.join(filter(None, sys.path))  # what this process can import, that one can
-        environment = os.environ | {"PYTHONPATH": path}
-        # A group of its own: Ctrl-C and Ctrl-Z are for the parent, who ends this one.
-        own = dict(env=environment, stdin=subprocess.DEVNULL, process_group=0)
-        self._process = subprocess.Popen(command, pass_fds=[end.fileno()], **own)
+        self._pid = nursery.start(end)
         end.close()
-        self._control = psutil.Process(self._process.pid) if sys.platform == "linux" else None
-
-    def wait(self) -> None:
-        """Until the process has imported what it needs. Raises Failed."""
-        try:
-            self._pipe.recv_bytes()
-            if self._control:
-                self._control.suspend()
-        except (EOFError, OSError, psutil.NoSuchProcess):
-            raise Failed(self._last_words()) from None
+        self._control = psutil.Process(self._pid) if sys.platform == "linux" else None
 
     def ask(self, name: str, *arguments):
         """What the bench's method ``name`` answers; the first ask makes the bench. Raises Failed."""
@@ -69,17 +100,22 @@ class Worker:
             self._control.suspend()
 
     def _last_words(self) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-        self._process.kill()
-        code = self._process.wait()
+        code = self._kill()
         killed = "killed, as it is where memory runs out" if code == -9 else f"exit code {code}"
         return f"its process ended ({killed})"
 
+    def _kill(self) -> int:
+        """Its exit code: its own where it was ending already."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        pid, self._pid = self._pid, None  # another process may have the number from now on
+        return self._nursery.exit_code(pid)
+
     def end(self) -> None:
         """End the process, whatever it does."""
-        self._process.kill()
-        self._process.wait()
+        with suppress(Failed):
+            if self._pid is not None:
+                self._kill()
         self._pipe.close()
 
 

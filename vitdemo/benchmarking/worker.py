@@ -1,11 +1,16 @@
 """What measures one pair of model and engine: in a process of its own, which does what it is asked over a pipe.
 
-Started as ``python -m vitdemo.benchmarking.worker FD``, so that a caller's own script is not run again in it.
+Such processes come from a nursery, started as ``python -m vitdemo.benchmarking.worker nurse FD``, so that a caller's
+own script is not run again in it.
 """
 
+import os
 import pickle
 import signal
+import socket
 import statistics
+import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +29,7 @@ from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.measure.clock import now, peak_memory_bytes
 from vitdemo.measure.roof import Products, Shape
 
+ANSWER = struct.Struct("i")  # of the nursery's messages, both ways
 INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
 EXPLORE_S = 1.0
 STABLE, LAST = 0.05, 3  # warm, when the last calls lie within this share of their median
@@ -126,7 +132,7 @@ class RoofBench:
             return
         try:
             products = self._products[precision] = Products(precision, {*self._shapes, *shapes})
-            products.keep_best(EXPLORE_S)
+            products.keep(1, EXPLORE_S, least=1)
         except VitdemoError:
             self._products[precision] = None
 
@@ -166,16 +172,58 @@ def serve(pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def main() -> None:
-    with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if sys.platform == "linux":  # the kernel ends this process with its parent, also while it is stopped
+def nurse(here: socket.socket) -> None:
+    """Start a process for each message 0, which brings its pipe along, and answer its pid; for the pid of one that
+    has ended or is about to, answer its exit code. Until the other end is closed."""
+    import vitdemo.inference.evaluation  # noqa: F401 - what benches import later, so that they share it too
+
+    here.send(ANSWER.pack(0))
+    while True:
+        message, pipes, *_ = socket.recv_fds(here, ANSWER.size, 1)
+        if not message:
+            return
+        (pid,) = ANSWER.unpack(message)
+        if pid:
+            answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        else:
+            answer = start(pipes[0], here)
+            os.close(pipes[0])
+        here.send(ANSWER.pack(answer))
+
+
+def start(pipe: int, here: socket.socket) -> int:
+    """The pid of a new process that serves ``pipe``. Forked, it shares what is imported; elsewhere than on Linux a fork
+    is not safe, and it imports anew."""
+    if sys.platform != "linux":
+        command = [sys.executable, "-m", "vitdemo.benchmarking.worker", "serve", str(pipe)]
+        return subprocess.Popen(command, pass_fds=[pipe]).pid
+    if pid := os.fork():
+        return pid
+    try:
+        here.close()
+        end_with_parent()
+        with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        serve(Connection(pipe))
+    finally:
+        os._exit(0)  # the nursery's own way back is not this process's
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent, also while it is stopped. On Linux alone."""
+    if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    pipe = Connection(int(sys.argv[1]))
-    pipe.send_bytes(b"ready")
-    serve(pipe)
+
+
+def main() -> None:
+    role, number = sys.argv[1:]
+    if role == "nurse":
+        end_with_parent()
+        nurse(socket.socket(fileno=int(number)))
+    else:
+        serve(Connection(int(number)))
 
 
 if __name__ == "__main__":

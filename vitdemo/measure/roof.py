@@ -28,6 +28,7 @@ Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 3
+FINALISTS = 3  # products that take part in the rounds after the first
 FILE = "roof.json"
 COPIED = 256 << 20  # bytes, more than any cache holds
 
@@ -63,8 +64,9 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     """The roof of this machine in ``precision``: "fp32", "bf16" or "int8".
 
     The best of square products and of ``shapes``, such as a model's own (``linear_shapes``), in torch and, where it is
-    installed, in OpenVINO; the median call of the best shape, the best of three rounds. What was measured is kept in
-    the cache, for this machine, these versions and shapes, until ``fresh`` asks for it anew. Takes a few seconds.
+    installed, in OpenVINO; the median call of the best shape, the best of three rounds, the last two of them among the
+    three fastest. What was measured is kept in the cache, for this machine, these versions and shapes, until ``fresh``
+    asks for it anew. Takes ten seconds or so.
     Raises VitdemoError where nothing here multiplies in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
@@ -77,8 +79,8 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
         if fresh or key not in kept:
             print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
             products = Products(precision, shapes)
-            best = max((products.best(seconds=2) for _ in range(ROUNDS)), key=lambda roof: roof.flops_per_s)
-            kept[key] = best
+            rounds = [products.keep(FINALISTS, seconds=2), *(products.best(seconds=2) for _ in range(ROUNDS - 1))]
+            kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
             with replacing(path) as file:
                 json.dump({key: asdict(roof) for key, roof in kept.items()}, file, indent=2)
     return replace(kept[key], shape=tuple(kept[key].shape))
@@ -133,19 +135,27 @@ class Products:
                 f"no roof in {precision} here: install openvino, or take one of {', '.join(TORCH_TYPES)}"
             )
 
-    def keep_best(self, seconds: float) -> None:
-        """Time each, one call at least, and go on with the fastest alone."""
-        best = self.best(seconds, least=1)
-        self._calls = {(best.runtime, best.shape): self._calls[best.runtime, best.shape]}
+    def keep(self, count: int, seconds: float, least: int = 2) -> Roof:
+        """As ``best``; from now on only the ``count`` fastest take part."""
+        rates = self._rates(seconds, least)
+        fastest = sorted(rates, key=rates.get, reverse=True)[:count]
+        self._calls = {key: self._calls[key] for key in fastest}
+        return self._roof(rates)
 
     def best(self, seconds: float, least: int = 2) -> Roof:
         """Time each product for an equal part of ``seconds``, ``least`` calls after a cold one; the fastest, by its
         median call."""
+        return self._roof(self._rates(seconds, least))
+
+    def _rates(self, seconds: float, least: int) -> dict[tuple[str, Shape], float]:
         torch.set_num_threads(cores())
         rates = {}
         for (runtime, shape), call in self._calls.items():
             median = statistics.median(_timed(call, seconds / len(self._calls), least))
             rates[runtime, shape] = 2 * np.prod(shape, dtype=np.int64).item() / median
+        return rates
+
+    def _roof(self, rates: dict[tuple[str, Shape], float]) -> Roof:
         runtime, shape = max(rates, key=rates.get)
         measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
