@@ -18,6 +18,7 @@ from vitdemo import (
     VitdemoError,
     benchmark_explorer,
     browse,
+    convert,
     data_path,
     dataset_browser,
     extract,
@@ -242,7 +243,9 @@ def test_whatever_goes_wrong_is_one_line():
     assert said(panel) == "✗ ValueError"
 
 
-def test_leaves_no_thread_and_no_figure(shapes20, capfd):
+def test_leaves_no_thread_and_no_figure(shapes20, vit_shapes20, capfd):
+    for precision in ("fp32", "bf16"):
+        convert(vit_shapes20, "openvino", precision)  # the first build starts torch's own threads, for good
     threads, figures = set(threading.enumerate()), plt.get_fignums()
     panels = [image_explorer(shapes20), dataset_browser(shapes20)]
     for name, value in CHANGES.items():

@@ -25,6 +25,8 @@ def test_notebook_runs_and_leaves_its_artefacts(smoke_run, path):
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code" and cell.source)
     figures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert figures, "no figure was drawn"
+    shown = [output.get("data", {}).get("text/plain") for c in executed.cells for output in c.get("outputs", [])]
+    assert "Output()" not in shown, "an empty output, as of another package's progress bar"
 
 
 @pytest.mark.parametrize("name, folder", [("00_tour", "evaluation"), ("03_single_device", "candidate")])

@@ -180,15 +180,19 @@ def quantised(graph, pixels: torch.Tensor):
 
 @contextmanager
 def silent_console() -> Iterator[None]:
-    """NNCF's own progress bars, one after the other, are not drawn inside."""
+    """NNCF's own progress bars, one after the other, are not drawn inside, nor as empty outputs of a notebook; and
+    torch does not warn that the CUDA compiler which NNCF makes it look for has no GPU."""
     import rich
 
-    console = rich.get_console()
-    console.quiet, before = True, console.quiet
+    console, torchs = rich.get_console(), logging.getLogger("torch.utils.cpp_extension")
+    before = console.quiet, console.is_jupyter, torchs.level
+    console.quiet, console.is_jupyter = True, False
+    torchs.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        console.quiet = before
+        console.quiet, console.is_jupyter = before[:2]
+        torchs.setLevel(before[2])
 
 
 def macs_by_precision(runtime_graph) -> Counter[str]:
