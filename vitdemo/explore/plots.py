@@ -22,13 +22,13 @@ ANSWER, OTHER, CANDIDATE, REFERENCE, NEITHER = "#0072B2", "#BBBBBB", "#0072B2", 
 HEAT = "inferno"
 
 
-def plot_looks(looks: dict[str, Look]) -> Figure:
+def plot_looks(looks: dict[str, Look], blue: int | None = None) -> Figure:
     """A row a look, by its name: the pixels, the rollout over them, and the top-5 as bars.
 
-    The answer of the first row is blue in all of them.
+    ``blue``: which class stands out in all of them, by default the answer of the first row.
     """
     figure = plt.figure(figsize=(9, 2.9 * len(looks)))
-    answered = next(iter(looks.values())).top5["class"].iloc[0]
+    blue = next(iter(looks.values())).top5["class"].iloc[0] if blue is None else blue
     height = 1 / len(looks)
     for k, (name, look) in enumerate(looks.items()):
         bottom = 1 - (k + 1) * height
@@ -36,7 +36,7 @@ def plot_looks(looks: dict[str, Look]) -> Figure:
         pictures = figure.add_axes((0.01, bottom + 0.02 * height, 0.5, 0.87 * height))
         tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
         _show_tiles(pictures, tiles, columns=2, width=34)
-        plot_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), answered)
+        plot_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), blue)
     return figure
 
 

@@ -46,6 +46,7 @@ class ImageView:
         self._models: dict[str, Model] = {}
         self._engines: dict[Pair, Engine] = {}
         self._looked: dict[tuple, Look] = {}
+        self._drawn: tuple[str, Look | None, str] = ("", None, "")  # the first look, its file and its HTML
         self._compared: dict[tuple, pd.DataFrame] = {}
 
     def data(self, path: str, say: Say) -> ImageNetVal:
@@ -76,13 +77,16 @@ class ImageView:
         names, ready = names_of(vit.info, images), self.engine(vit, pair, say)
         first = self._first_look(ready, vit, file, content, names)
         changed = second_look(first, ready, vit, file, content, names, **_asked(rest))
-        looks = {"as the weights want it": first, **changed}
-        last = list(looks.values())[-1]
+        last = next(iter(changed.values()), first)
         head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}.</p>"
         if show == BLOCKS:
             return head + html_of(plot_blocks(vit, last), f"attention of the class token, block by block: {file}")
-        top = (f"{row.answer} {row.probability:.1%}" for row in last.top5.itertuples())
-        return head + html_of(plot_looks(looks), f"{file}: {', '.join(top)}; the attention rollout over it")
+        blue = first.top5["class"].iloc[0]
+        drawn_file, drawn, html = self._drawn
+        if drawn is not first or drawn_file != file:  # it is drawn once for all that is changed beside it
+            html = look_html("as the weights want it", first, file, blue)
+            self._drawn = file, first, html
+        return head + html + "".join(look_html(name, look, file, blue) for name, look in changed.items())
 
     def _first_look(self, engine: Engine, vit: Model, file: str, content: bytes, names: list[str] | None) -> Look:
         key = engine, content
@@ -107,6 +111,12 @@ class ImageView:
             text += f" Only {pair} is right {counts['worse']} times, only {other} {counts['better']} times."
         figure = plot_disagreements(table, images, names_of(vit.info, images))
         return f"<p>{escape(text)}</p>" + html_of(figure, text)
+
+
+def look_html(name: str, look: Look, file: str, blue: int) -> str:
+    """``plot_looks`` of one look, with its answers in words."""
+    top = (f"{row.answer} {row.probability:.1%}" for row in look.top5.itertuples())
+    return html_of(plot_looks({name: look}, blue), f"{file}, {name}: {', '.join(top)}; the attention rollout over it")
 
 
 def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
