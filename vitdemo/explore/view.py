@@ -116,7 +116,8 @@ class ImageView:
 def look_html(name: str, look: Look, file: str, blue: int) -> str:
     """``plot_looks`` of one look, with its answers in words."""
     top = (f"{row.answer} {row.probability:.1%}" for row in look.top5.itertuples())
-    return html_of(plot_looks({name: look}, blue), f"{file}, {name}: {', '.join(top)}; the attention rollout over it")
+    alt = f"{file}, {name}: {', '.join(top)}; the attention rollout over it"
+    return f"<div>{html_of(plot_looks({name: look}, blue), alt)}</div>"
 
 
 def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
