@@ -12,7 +12,8 @@ import time
 import pytest
 
 from vitdemo import find_engines
-from vitdemo.cli import _parser, main
+from vitdemo.arguments import parser_of
+from vitdemo.cli import VERBS, main
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.paths import REPOSITORY, data_path
 from vitdemo.runs.plan import assign_parameters, choose_notebooks, parse_parameter
@@ -122,7 +123,7 @@ COMMANDS = re.findall(r"^vitdemo (\w.*)$", "\n".join(p.read_text() for p in READ
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_readmes_are_understood(command):
-    args = _parser().parse_args(shlex.split(command))
+    args = parser_of(VERBS).parse_args(shlex.split(command))
     if args.command == "run" and args.profile != "imagenet":
         given = dict(map(parse_parameter, args.parameter))
         assign_parameters(choose_notebooks(args.names or None), args.profile, None, given)

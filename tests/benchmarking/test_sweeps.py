@@ -17,12 +17,13 @@ import timm
 
 from tests.benchmarking.conftest import OPTIONS, PAIRS
 from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, load_model
+from vitdemo.arguments import parser_of
 from vitdemo.benchmarking import arms
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
-from vitdemo.cli import _parser
+from vitdemo.cli import VERBS
 
 SHORT = dict(row_budget_s=0.5, images=8)
 
@@ -131,7 +132,7 @@ def test_random_weights_have_no_accuracy_and_say_how_to_get_one(skipped):
     assert rows["top1"].isna().all()
     said, _, command = rows["accuracy"].iloc[0].partition(": vitdemo ")
     assert said == "not measured (random weights, no images)"
-    asked = _parser().parse_args(command.split())
+    asked = parser_of(VERBS).parse_args(command.split())
     assert asked.model == "resnet18.a1_in1k" and timm.is_model_pretrained(asked.model)
     (record,) = folder.glob("perf_resnet18_random-*.json")
     assert json.loads(record.read_text())["machine"]["cores"]
