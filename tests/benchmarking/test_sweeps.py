@@ -23,6 +23,7 @@ from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
+from vitdemo.benchmarking.turns import Failed, Nursery, Worker
 from vitdemo.cli import VERBS
 
 SHORT = dict(row_budget_s=0.5, images=8)
@@ -262,6 +263,20 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob(PATTERN)
     assert list(read_perf(path)["device_batch_size"]) == [1, 2, 4]
+
+
+def test_workers_end_with_the_process_that_started_them_and_it_is_said():
+    nursery = Nursery()
+    worker = Worker(nursery)
+    worker.ask("roof", [])
+    starter = psutil.Process(worker._pid).parent()
+    own = starter.children()
+    starter.kill()
+    assert len(own) == 1 and psutil.wait_procs(own, timeout=60)[1] == []
+    with pytest.raises(Failed, match="the process that starts the others ended .exit code -9"):
+        worker.ask("explore", "fp32")
+    worker.end()
+    nursery.end()
 
 
 def test_replicas_share_each_batch(tmp_path):

@@ -54,7 +54,10 @@ class Nursery:
         return self._answer()
 
     def _answer(self) -> int:
-        if not (message := self._socket.recv(ANSWER.size)):
+        message = b""
+        with suppress(ConnectionResetError):
+            message = self._socket.recv(ANSWER.size)
+        if not message:
             raise Failed(f"the process that starts the others ended (exit code {self._process.wait()})")
         return ANSWER.unpack(message)[0]
 
