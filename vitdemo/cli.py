@@ -138,7 +138,8 @@ def _evaluate(args) -> int:
 
 def _benchmark(args) -> int:
     from vitdemo.benchmarking.files import read_perf
-    from vitdemo.benchmarking.gate import check_baseline, check_share, compare, passes
+    from vitdemo.benchmarking.gate import check_baseline, check_overlap, check_share, compare, passes
+    from vitdemo.benchmarking.pairs import choose_pairs
     from vitdemo.benchmarking.sweeps import benchmark
     from vitdemo.benchmarking.tables import markdown, summary
 
@@ -146,6 +147,7 @@ def _benchmark(args) -> int:
     check_share(args.worse_by)
     if baseline is not None:
         check_baseline(baseline)
+        check_overlap(baseline, choose_pairs(args.engines), args.device_batch_sizes)
     options = dict(engines=args.engines, device_batch_sizes=args.device_batch_sizes, weights=args.weights)
     options |= dict(replicas=args.replicas, row_budget_s=args.row_budget_s, data=args.data, images=args.images)
     options |= dict(calibration=args.calibration, out=args.out, resume=args.resume)
@@ -163,6 +165,8 @@ def _benchmark(args) -> int:
         return 0
     compared = compare(rows, baseline, args.worse_by)
     print(f"against {args.against}, measured on {baseline['machine'].iloc[0]}:\n{markdown(compared)}")
+    if baseline["machine"].iloc[0] != rows["machine"].iloc[0]:
+        print("vitdemo: the baseline is of another machine, where ratios may be others", file=sys.stderr)
     return 0 if passes(compared) else 1
 
 

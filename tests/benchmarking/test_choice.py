@@ -45,7 +45,10 @@ def test_says_when_there_is_none():
         choose_engine(rows(machine=["this", "this", "that", "that"]), 100, 0)
 
 
-@pytest.mark.parametrize(("engine", "precision"), [("eager", "fp32"), ("onnx", "fp32"), ("openvino", "int8")])
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("eager", "fp32"), ("onnx", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("inductor", "bf16")],
+)
 def test_its_script_runs_without_vitdemo(engine, precision, tmp_path):
     made = convert(load_model("vit_shapes20"), engine, precision)
     script = write_script(made, tmp_path / "app", SHAPES20.class_names)

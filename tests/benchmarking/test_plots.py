@@ -59,5 +59,26 @@ def test_published_speedups_are_joined_on_the_batch(rows):
     plt.close("all")
 
 
+def test_published_speedups_of_two_precisions_are_two_lines(rows):
+    def lines(model):
+        figure = plot_speedups(rows, published_performance().query("model == @model"))
+        plt.close("all")
+        labels = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+        return {label: x for label, x in labels.items() if label.startswith("published")}
+
+    large = lines("vit_large_patch16_224")
+    assert [(("fp16" in label, "over PyTorch 1.13" in label), x) for label, x in large.items()] == [
+        ((True, True), [64]),
+        ((False, True), [32]),
+    ]
+    assert list(lines("resnet18").values()) == [[1, 8, 16, 32, 256, 512]]
+
+
+def test_rows_of_an_older_file_are_drawn_too(draw, rows):
+    old = rows.assign(machine="an older one").drop(columns=["weights", "replicas"])
+    assert len(draw(old).axes) == len(draw(rows).axes)
+    assert len(draw(pd.concat([rows, old], ignore_index=True)).axes) == 2 * len(draw(rows).axes)
+
+
 def test_memory_bandwidth_is_plausible():
     assert 1e9 < memory_bandwidth() < 2e12

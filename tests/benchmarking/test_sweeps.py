@@ -1,5 +1,6 @@
 """A sweep measures what it says, whatever breaks on the way, and goes on where it was stopped."""
 
+import inspect
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, ev
 from vitdemo.arguments import parser_of
 from vitdemo.benchmarking import arms
 from vitdemo.benchmarking.files import PATTERN, read_perf
-from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, compare, passes
+from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
 from vitdemo.benchmarking.turns import Failed, Nursery, Worker
-from vitdemo.cli import VERBS
+from vitdemo.benchmarking.worker import until_stable
+from vitdemo.cli import VERBS, main
 
 SHORT = dict(row_budget_s=0.5, images=8)
 
@@ -93,6 +95,15 @@ def test_equal_precision_is_what_ran_on_the_same_device():
     assert np.isnan(ratio(device="cpu", precision_ran={"fp32": 1.0})), "a CPU without bf16 ran fp32"
     assert np.isnan(ratio(device="cuda", precision_ran={"bf16": 1.0}))
 
+    before = rows_of([eager], info, none, "together")
+
+    def alone(**facts):
+        other = Measured(Pair("openvino", "bf16"), 1, facts, rounds=[[0.1]], roof=[1e12])
+        return rows_of([other], info, before, "alone")["speedup_equal_precision"].iloc[0]
+
+    assert alone(device="cpu", precision_ran={"bf16": 0.98}) == pytest.approx(4)
+    assert np.isnan(alone(device="cpu", precision_ran={"fp32": 1.0}))
+
 
 def test_a_row_above_the_roof_is_held_against_another():
     info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
@@ -102,6 +113,7 @@ def test_a_row_above_the_roof_is_held_against_another():
     (found,) = rows_of([row], info, none, "together").to_dict("records")
     assert found["of_roof"] == found["mfu"] == pytest.approx(0.5)
     assert found["images_per_s"] == pytest.approx(10), "the rate is of the rounds with the others"
+    assert found["mfu_convention"].endswith("sought anew in rounds of its own")
 
 
 def test_the_accuracy_is_that_of_evaluate(rows):
@@ -200,6 +212,25 @@ def test_the_gate_sees_a_planted_slowdown(rows, tmp_path, break_openvino):
     assert set(lost["verdict"]) == {GONE} and not passes(lost)
 
 
+def test_the_gate_in_ci_ends_with_1_and_says_what_it_compares(rows, tmp_path, capsys):
+    def gate(name, ratio, **columns):
+        baseline = rows.assign(speedup_over_eager_fp32=ratio, **columns)
+        baseline.to_csv(tmp_path / name, index=False)
+        sizes = "3" if name == "none.csv" else "1"
+        command = ["benchmark", "vit_shapes20", "--engines", "openvino:fp32", "--device-batch-sizes", sizes]
+        command += ["--row-budget-s", "0.5", "--images", "8", "--out", str(tmp_path / "out")]
+        return main([*command, "--against", str(tmp_path / name)]), capsys.readouterr()
+
+    code, said = gate("worse.csv", 1000.0)
+    assert code == 1 and WORSE in said.out and "another machine" not in said.err
+    code, said = gate("better.csv", 0.001, machine="a faster one")
+    assert code == 0 and STALE in said.out and "the baseline is of another machine" in said.err
+    sweeps = len(list((tmp_path / "out").glob(PATTERN)))
+    code, said = gate("none.csv", 1.0, device_batch_size=7)
+    assert code == 2 and said.err.strip().endswith("no row of these engines, precisions and batch sizes")
+    assert len(list((tmp_path / "out").glob(PATTERN))) == sweeps, "it was found before anything was measured"
+
+
 def test_the_gate_refuses_what_it_cannot_compare(rows):
     with pytest.raises(VitdemoError, match="no row of the same"):
         compare(rows.assign(device_batch_size=7), rows)
@@ -211,6 +242,15 @@ def test_the_gate_refuses_what_it_cannot_compare(rows):
     assert passes(compare(unmeasured, unmeasured)), "what had no ratio before needs none now"
     with pytest.raises(VitdemoError, match="between 0 and 1"):
         compare(rows, rows, 1.5)
+
+
+def test_the_shells_defaults_are_the_functions():
+    asked = parser_of(VERBS).parse_args(["benchmark", "vit_shapes20", "--out", "x"])
+    own = inspect.signature(benchmark).parameters
+    assert list(asked.device_batch_sizes) == list(own["device_batch_sizes"].default)
+    for name in ("engines", "weights", "replicas", "row_budget_s", "data", "images", "calibration", "resume"):
+        assert getattr(asked, name) == own[name].default, name
+    assert asked.worse_by == WORSE_BY
 
 
 def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch):
@@ -263,6 +303,36 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob(PATTERN)
     assert list(read_perf(path)["device_batch_size"]) == [1, 2, 4]
+
+
+def test_what_is_killed_beside_others_is_tried_alone(tmp_path, break_openvino):
+    once = tmp_path / "once"
+    break_openvino(f"""if not os.path.exists({str(once)!r}):
+        open({str(once)!r}, 'w').close()
+        os.kill(os.getpid(), signal.SIGKILL)""")
+    rows = benchmark("vit_shapes20", engines="openvino:fp32", device_batch_sizes=[2], out=tmp_path / "out", **SHORT)
+    assert dict(zip(pair_of(rows), rows["turns"], strict=True)) == {"eager:fp32": "together", "openvino:fp32": "alone"}
+    assert set(rows["status"]) == {"ok"}
+
+
+def test_a_roof_that_dies_costs_its_share_alone(tmp_path, monkeypatch):
+    ask = Worker.ask
+
+    def killing(self, name, *arguments):
+        if name == "flops_per_s":
+            os.kill(self._pid, signal.SIGKILL) if self._pid else None
+        return ask(self, name, *arguments)
+
+    monkeypatch.setattr(Worker, "ask", killing)
+    (row,) = benchmark("vit_shapes20", engines="eager:fp32", device_batch_sizes=[2], out=tmp_path, **SHORT).to_dict(
+        "records"
+    )
+    assert row["status"] == "ok" and row["images_per_s"] > 0 and np.isnan(row["of_roof"])
+
+
+@pytest.mark.parametrize(("call_s", "seconds", "calls"), [(0.4, 1.0, 2), (0.1, 1.0, 3), (2.0, 1.0, 1)])
+def test_warming_up_ends_when_calls_are_equal_or_the_time_is_over(call_s, seconds, calls):
+    assert until_stable(lambda: call_s, seconds) == [call_s] * calls
 
 
 def test_workers_end_with_the_process_that_started_them_and_it_is_said():

@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 
 from vitdemo import benchmark, convert, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.gate import RATIO, compare
-from vitdemo.benchmarking.worker import EngineBench
+from vitdemo.benchmarking.turns import Nursery, Worker
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.engines.openvino import GRAPH, HINTS
@@ -39,10 +39,7 @@ TOOL_S = 3.0
 
 def repeated(folder: Path) -> pd.DataFrame:
     """Each ratio to eager in two sweeps in a row."""
-    first, second = (
-        benchmark("vit_shapes20", engines="eager,openvino,onnx", device_batch_sizes=[1, 8], images=100, out=folder / k)
-        for k in "ab"
-    )
+    first, second = (benchmark("vit_shapes20", device_batch_sizes=[1, 8], images=100, out=folder / k) for k in "ab")
     found = compare(second, first)
     return found.assign(what="repeated: " + found["engine"] + " " + found["precision"], value=found["change"])
 
@@ -60,15 +57,18 @@ def as_others() -> list[dict]:
     """The median latency as a sweep's worker measures it over another tool's, by turns."""
     model = load_model(VIT, "random")
     eager, openvino = convert(model), convert(model, "openvino", "int8")
-    rows = []
+    rows, nursery = [], Nursery()
     for (engine, tool), batch in product(((eager, _torch_s), (openvino, _tool_s)), (1, 8)):
-        bench = EngineBench(engine)
-        bench.first_call(batch)
-        bench.warm_up(TOOL_S)
-        ratios = [np.median(bench.turn(TOOL_S)) / tool(engine, batch) for _ in range(TURNS)]
+        worker = Worker(nursery)
+        worker.ask("engine", engine.recipe if engine is eager else engine.recipe.ticket(), cores())
+        worker.ask("first_call", batch)
+        worker.ask("warm_up", TOOL_S)
+        ratios = [np.median(worker.ask("turn", TOOL_S)) / tool(engine, batch) for _ in range(TURNS)]
+        worker.end()
         median, low, high = median_interval(np.array(ratios))
         what = f"{engine.name} {engine.precision} over {NAMES[engine.name]}"
         rows.append({"what": what, "device_batch_size": batch, "value": median - 1, "low": low - 1, "high": high - 1})
+    nursery.end()
     return rows
 
 

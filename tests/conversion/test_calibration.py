@@ -86,7 +86,7 @@ def test_wrong_pixels_are_refused(vit_shapes20, pixels):
 def test_other_weights_need_images_of_their_own(vit_shapes20, tmp_path):
     file = data_path("shapes20/vit_shapes20/model.safetensors")
     model = load_model("vit_shapes20", str(file))
-    with pytest.raises(VitdemoError, match="int8 needs images for its calibration; give --calibration PATH"):
+    with pytest.raises(VitdemoError, match="int8 needs images for its calibration; give calibration"):
         calibration_for(model)
     with pytest.raises(VitdemoError, match="nowhere"):
         calibration_for(vit_shapes20, tmp_path / "nowhere")

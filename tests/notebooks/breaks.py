@@ -294,5 +294,5 @@ def end(source: str, apply, names: dict) -> str:
             apply(names)
             exec(source, names)
     except Exception as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
     return ""

@@ -55,8 +55,9 @@ def course(tmp_path_factory):
     folder.mkdir()
     where = "import os, sys; print(sys.executable, os.getcwd(), limit, sep='\\n')"
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '999'], start_new_session=True).pid)"
-    widget = "import ipywidgets; ipywidgets.IntSlider()"
-    make_notebook(folder, "00_good", where, FIGURE, orphan, widget, leave())
+    widget = "import ipywidgets; from vitdemo.explore.panel import Panel\nipywidgets.IntSlider()"
+    panel = "Panel({}, lambda say: 'drawn', [])"
+    make_notebook(folder, "00_good", where, FIGURE, orphan, widget, leave(), panel)
     make_notebook(folder, "01_raises", leave(), "raise ValueError('first line\\nthe number is wrong')", "1")
     make_notebook(folder, "02_lazy", "1")
     make_notebook(folder, "03_few", leave(images=63))
@@ -126,9 +127,9 @@ def test_the_headline_is_read_from_the_artefacts(course):
 
 def test_progress_without_a_terminal_is_a_line_for_each_heading(course):
     lines = course.index.parent.with_name("stderr").read_text().splitlines()
-    assert lines[0] == "[1/7] 00_good  cell 1/7  What does 00_good do?"
-    assert lines[2] == "[1/7] 00_good  cell 4/7  Step 2 <of> 00_good"
-    assert lines[6].startswith("[1/7] 00_good  ok  ")
+    assert lines[0] == "[1/7] 00_good  cell 1/8  What does 00_good do?"
+    assert lines[2] == "[1/7] 00_good  cell 4/8  Step 2 <of> 00_good"
+    assert lines[7].startswith("[1/7] 00_good  ok  ")
     assert all(line.startswith("[") for line in lines), "nothing else is written between them"
 
 
@@ -136,16 +137,18 @@ def test_progress_on_a_terminal_is_one_updating_line(monkeypatch):
     master, slave = pty.openpty()
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys, "stderr", open(slave, "w"))
-    progress = kernels.Progress("[2/3] 01_dataset", 23)
+    progress = kernels.Progress("[2/3] 01_dataset", 2)
     progress.cell_start(new_markdown_cell("# Extract the archive, slowly"), 0)
     progress.cell_start(new_code_cell("1"), 1)
     progress.cell_start(new_code_cell("2"), 2)
+    progress.cell_start(new_markdown_cell("## Summary"), 3)
     progress.close("ok  1.0 s")
     written = ""
     while "\n" not in written:
         written += os.read(master, 10_000).decode()
     shown = [part.removesuffix("\x1b[K") for part in written.split("\r") if part.strip()]
-    assert shown[2] == "[2/3] 01_dataset  cell 2/23  Extract th" and all(len(part) < 40 for part in shown)
+    assert shown[2] == "[2/3] 01_dataset  cell 2/2  Extract the" and all(len(part) < 40 for part in shown)
+    assert shown[3] == "[2/3] 01_dataset  cell 2/2  Summary"
     assert shown[-1].removeprefix("\x1b[K") == "[2/3] 01_dataset  ok  1.0 s" and written.count("\n") == 1
 
 
@@ -183,6 +186,7 @@ def test_the_report_names_every_notebook_its_status_and_its_numbers(course):
     assert "cell 4: ValueError: the number is wrong" in text
     page = course.index.with_name("00_good.html").read_text(encoding="utf-8")
     assert "</h1>" in page and "IntSlider(value" not in page, "a widget without its kernel says nothing"
+    assert page.count("controls to move: open the notebook in JupyterLab") == 1
 
 
 @pytest.fixture

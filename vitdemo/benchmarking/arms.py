@@ -16,7 +16,7 @@ from vitdemo.benchmarking.files import Sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.benchmarking.turns import Failed, Nursery, ReplicaBench, Worker
-from vitdemo.conversion.artifacts import Recipe, recipe_for
+from vitdemo.conversion.artifacts import Recipe, artifacts_root, recipe_for
 from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import ImageNetVal
@@ -36,7 +36,7 @@ SHAPES20 = "shapes20"
 @dataclass
 class Arm:
     """A pair and its bench, None while there is none. facts: of its engine. ended: why it takes no further part, ""
-    while it does."""
+    while it does. crowded: it was killed beside others, and is to run alone."""
 
     pair: Pair
     recipe: Recipe
@@ -44,6 +44,7 @@ class Arm:
     facts: dict = field(default_factory=dict)
     has_run: bool = False
     ended: str = ""
+    crowded: bool = False
 
     def end(self, why: str = "") -> None:
         """Give back what it holds; ``why`` goes into the rows to come."""
@@ -70,6 +71,7 @@ class Run:
         self._shapes = sorted({*SQUARE, *linear_shapes(model, ROOF_BATCH)})
         self._budget_s = self._settings["row_budget_s"]
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
+        self._alone = False  # whether the pair that is measured has the memory to itself
         self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
 
     def do(self, pairs: list[Pair]) -> None:
@@ -78,11 +80,14 @@ class Run:
         if not any(self._sweep.lacks(pair, size) for pair, size in product(pairs, sizes)):
             return
         recipes = dict(self._recipes(pairs))
+        for recipe in recipes.values():  # before the others are there: a build takes memory
+            if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
+                with suppress(VitdemoError):  # its row will say why
+                    recipe.engine(cores()).close()
         together, alone = self._fitting(recipes)
-        for number, group in enumerate([together, *([pair] for pair in alone)]):
-            left = [size for size in sizes if any(self._sweep.lacks(pair, size) for pair in group)]
-            if left:
-                self._measure_group({pair: recipes[pair] for pair in group}, left, "alone" if number else "together")
+        crowded = self._measure_group({pair: recipes[pair] for pair in together}, sizes, "together")
+        for pair in [*crowded, *alone]:
+            self._measure_group({pair: recipes[pair]}, sizes, "alone")
 
     def _recipes(self, pairs: list[Pair]) -> Iterator[tuple[Pair, Recipe]]:
         """Of each pair that can run here; a row that says why for the others."""
@@ -105,8 +110,13 @@ class Run:
             return pairs, []
         return pairs[: max(room, 1)], pairs[max(room, 1) :]
 
-    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> None:
+    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> list[Pair]:
+        """Measure what these lack; those that were killed beside the others, and have no row for it."""
+        sizes = [size for size in sizes if any(self._sweep.lacks(pair, size) for pair in recipes)]
         arms: list[Arm] = []
+        self._alone = len(recipes) == 1
+        if not sizes:
+            return []
         try:
             with ExitStack() as ending:
                 nursery = Nursery()
@@ -122,9 +132,10 @@ class Run:
                     with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
                         found = self._measure(arms, roof, size, bar)
                     self._inspect(arms)
-                    self._add(found, turns)
+                    self._add([each for arm, each in zip(arms, found, strict=True) if not arm.crowded], turns)
         except Failed as failure:
             raise VitdemoError(f"benchmark: {failure}") from None
+        return [arm.pair for arm in arms if arm.crowded]
 
     def _measure(self, arms: list[Arm], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
         """One batch size: what each arm's calls took, and the roof in each round."""
@@ -181,10 +192,12 @@ class Run:
             measured.second_run_s, arm.has_run = second, True
             usual = min(second, arm.bench.ask("step")) if self._budget_s < second < PATIENCE_S else second
             if usual > self._budget_s:
-                measured.status = f"skipped: {usual:.3g} s a batch"
-                arm.end(f"skipped: batch {measured.batch} took {usual:.3g} s")
+                taken = f"{usual:.3g} s" if usual < 100 else f"{usual:.0f} s"
+                measured.status = f"skipped: {taken} a batch"
+                arm.end(f"skipped: batch {measured.batch} took {taken}")
             else:
-                measured.warm_up_s = second + arm.bench.ask("warm_up", WARM_UP * ROUNDS * self._turn_s - second)
+                left_s = WARM_UP * ROUNDS * self._turn_s - second
+                measured.warm_up_s = second + (arm.bench.ask("warm_up", left_s) if left_s > second else 0)
         except Failed as failure:
             self._fail(arm, measured, failure)
         return measured
@@ -215,11 +228,12 @@ class Run:
             self._fail(arm, measured, failure)
             return []
 
-    @staticmethod
-    def _fail(arm: Arm, measured: Measured, failure: Failed) -> None:
+    def _fail(self, arm: Arm, measured: Measured, failure: Failed) -> None:
         measured.status = f"failed: {failure}"
         arm.end(f"skipped: batch {measured.batch} failed")
-        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
+        arm.crowded = failure.for_memory and not self._alone
+        later = "; it will be tried alone" if arm.crowded else ""
+        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}{later}", file=sys.stderr)
 
     def _inspect(self, arms: list[Arm]) -> None:
         """Whether the answers are right, once an arm, after its first batch size: its first call was to be cold."""

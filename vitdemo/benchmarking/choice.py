@@ -11,7 +11,6 @@ import torch
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
 from vitdemo.conversion.artifacts import artifacts_root
-from vitdemo.conversion.cache import CARD
 from vitdemo.conversion.engines import onnx, openvino
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine
 from vitdemo.conversion.engines.eager import DTYPES
@@ -61,9 +60,8 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
         raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
     out = claim_folder(out)
     if isinstance(engine, CompiledEngine):
-        for file in (artifacts_root() / recipe.folder_name).iterdir():
-            if file.name != CARD:
-                shutil.copy2(file, out)
+        for file in (artifacts_root() / recipe.folder_name).glob("model.*"):  # and not what only verify reads
+            shutil.copy2(file, out)
     else:
         dtype = DTYPES[engine.precision]
         module = copy.deepcopy(recipe.model.module).to(dtype)
@@ -102,8 +100,9 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
     "inductor": """
 import torch
 
-model = torch._inductor.aoti_load_package(str(HERE / "model.pt2"))
-logits = lambda x: model(torch.from_numpy(x)).numpy()
+# torch._inductor.aoti_load_package would ask the compiler, for twenty seconds
+model = torch._C._aoti.AOTIModelPackageLoader(str(HERE / "model.pt2"), "model", False, 1, -1)
+logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 """,
     "onnx": f"""
 import onnxruntime

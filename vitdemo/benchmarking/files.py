@@ -100,11 +100,15 @@ def _to_resume(out: Path, settings: dict) -> Path | None:
 
 
 def read_perf(path: Path) -> pd.DataFrame:
-    """The rows of one sweep's file. Raises VitdemoError, naming it, where it is none, or a column is there twice."""
+    """The rows of one sweep's file. Raises VitdemoError, naming it, where it is none, a column is there twice, or a
+    row is longer or shorter than the header."""
     with named_errors(path):
         try:
             with open(path, encoding="utf-8", newline="") as file:
-                header = next(csv.reader(file), [])
+                header, *rows = list(csv.reader(file)) or [[]]
+            for number, row in enumerate(rows, 1):
+                if len(row) != len(header):
+                    raise VitdemoError(f"{path}: row {number} has {len(row)} values for {len(header)} columns; mend it")
             table = pd.read_csv(path) if header else pd.DataFrame()
         except (UnicodeDecodeError, pd.errors.ParserError, csv.Error):
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None

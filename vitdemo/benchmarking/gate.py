@@ -3,9 +3,11 @@
 A ratio, because the two sides of it slow down together on a busy machine. Of another machine it is another ratio.
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError
 
@@ -45,6 +47,14 @@ def check_baseline(baseline: pd.DataFrame) -> None:
         raise VitdemoError(f"against: the baseline has no column {missing[0]!r}; measure it with `vitdemo benchmark`")
     if baseline["machine"].nunique() > 1:
         raise VitdemoError("against: the baseline holds the rows of several machines; give one sweep's file")
+
+
+def check_overlap(baseline: pd.DataFrame, pairs: Sequence[Pair], device_batch_sizes: Sequence[int]) -> None:
+    """Raise VitdemoError where the baseline has nothing of what is going to be measured."""
+    found = _ratios(baseline)
+    own = (found["engine"] + ":" + found["precision"]).isin(list(map(str, pairs)))
+    if not (own & found["device_batch_size"].isin(device_batch_sizes)).any():
+        raise VitdemoError("against: the baseline has no row of these engines, precisions and batch sizes")
 
 
 def check_share(worse_by: float) -> None:

@@ -116,6 +116,8 @@ def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", column
     good = rows[(rows["status"] == OK) & rows[needed].notna()]
     if good.empty:
         raise VitdemoError(f"{title}: no row has {needed}; measure some first")
+    for name, default in {"weights": "not recorded", "replicas": 1}.items():  # columns that others' files may lack
+        good = good.assign(**{name: good[name].fillna(default) if name in good else default})
     apart = [name for name in ("machine", "model", "weights", "replicas", "file") if name in good]
     groups = [(own.iloc[0], own) for _, own in good.groupby(apart, sort=False)]
     size = (8 if columns == 1 else 10, 4.2 * len(groups))
@@ -150,16 +152,16 @@ def _with_interval(ax: Axes, line: pd.DataFrame, name: str, look: dict) -> None:
 
 
 def _published_speedups(published: pd.DataFrame | None) -> Iterator[tuple[str, pd.Series]]:
-    """By system and hardware, engine's rate over its baseline's, joined on the batch."""
+    """By system, hardware and precision, the engine's rate over its baseline's, joined on the batch."""
     if published is None:
         return
-    for (_, hardware), table in published.groupby(["source", "hardware"], sort=False):
-        base = table[table["baseline"]].set_index("batch")["images_per_s"]
-        engine = table[~table["baseline"]]
-        ratio = (engine.set_index("batch")["images_per_s"] / base).dropna()
-        if len(ratio) and engine["precision"].iloc[0] == table.loc[table["baseline"], "precision"].iloc[0]:
+    for (_, hardware, precision), table in published.groupby(["source", "hardware", "precision"], sort=False):
+        base, engine = table[table["baseline"]], table[~table["baseline"]]
+        ratio = (engine.set_index("batch")["images_per_s"] / base.set_index("batch")["images_per_s"]).dropna()
+        if len(ratio):
+            over = "" if "eager" in base["system"].iloc[0] else f" over {base['system'].iloc[0]}"
             one = engine.iloc[0]
-            yield f"{one['system']} {one['precision']} of {one['model']}, {hardware}", ratio
+            yield f"{one['system']} {precision} of {one['model']}{over}, {hardware}", ratio
 
 
 def _intensity(rows: pd.DataFrame) -> pd.Series:

@@ -97,10 +97,6 @@ class Measured:
         return self.device_batch_size * self.replicas
 
     @property
-    def timed_s(self) -> float:
-        return sum(map(sum, self.rounds))
-
-    @property
     def calls(self) -> list[float]:
         """Seconds of every timed call."""
         return [second for calls in self.rounds for second in calls]
@@ -197,7 +193,8 @@ def _speedups(measured: Measured, good: dict[Pair, Measured], before: pd.DataFra
         else:
             size = before["device_batch_size"] == measured.device_batch_size
             same = before[size & (before["engine"] == other.engine) & (before["precision"] == other.precision)]
-            if len(same) and same["status"].iloc[0] == OK:
+            like = measured.ran_as_asked and (same["device"] == measured.facts.get("device")).all()
+            if len(same) and same["status"].iloc[0] == OK and (name == "speedup_over_eager_fp32" or like):
                 row[name] = measured.rate / same["images_per_s"].iloc[0]
     return row
 
@@ -209,12 +206,16 @@ def _comparable(one: Measured, other: Measured) -> bool:
 def _of_roof(measured: Measured, flops_per_image: int) -> dict:
     row = {"tflops": measured.rate * flops_per_image / 1e12}
     beside = measured.again or measured
+    if not measured.facts.get("precision_ran"):
+        return row | {"mfu_convention": "n/a: which precision ran is not known"}
     if not measured.ran_as_asked:
         return row | {"mfu_convention": "n/a: most ran in another precision than was asked for"}
     if not len(shares := beside.of_roof(flops_per_image)):
         return row | {"mfu_convention": "n/a: no roof was measured in this precision here"}
     roof = np.nanmedian(beside.roof)
     row |= {"roof_tflops": roof / 1e12, "mfu": beside.rate * flops_per_image / roof, "mfu_convention": MFU_CONVENTION}
+    if measured.again:
+        row["mfu_convention"] += ", sought anew in rounds of its own"
     return row | _interval("of_roof", shares)
 
 

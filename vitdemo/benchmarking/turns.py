@@ -21,7 +21,12 @@ from vitdemo.inference.replicas import Replicas
 
 
 class Failed(Exception):
-    """A bench could not do what it was asked. The message is one line."""
+    """A bench could not do what it was asked. The message is one line. for_memory: it was killed, as the system does
+    where memory runs out."""
+
+    def __init__(self, message: str, for_memory: bool = False):
+        super().__init__(message)
+        self.for_memory = for_memory
 
 
 class Nursery:
@@ -84,12 +89,14 @@ class Worker:
 
     def ask(self, name: str, *arguments):
         """What the bench's method ``name`` answers; the first ask makes the bench. Raises Failed."""
+        if self._pid is None:
+            raise Failed("its process has ended")
         try:
             with self._awake():
                 self._pipe.send_bytes(pickle.dumps((name, *arguments)))
                 answer = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError, psutil.NoSuchProcess):
-            raise Failed(self._last_words()) from None
+            raise self._last_words() from None
         if isinstance(answer, Failure):
             raise Failed(answer.reason)
         return answer
@@ -102,10 +109,11 @@ class Worker:
         if self._control:
             self._control.suspend()
 
-    def _last_words(self) -> str:
+    def _last_words(self) -> Failed:
         code = self._kill()
-        killed = "killed, as it is where memory runs out" if code == -9 else f"exit code {code}"
-        return f"its process ended ({killed})"
+        killed = code == -signal.SIGKILL
+        why = "killed, as it is where memory runs out" if killed else f"exit code {code}"
+        return Failed(f"its process ended ({why})", killed)
 
     def _kill(self) -> int:
         """Its exit code: its own where it was ending already."""

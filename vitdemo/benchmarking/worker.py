@@ -143,9 +143,10 @@ class RoofBench:
 
 
 def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
-    """The calls' seconds until the last LAST lie within STABLE of their median, or ``seconds`` are over."""
+    """The calls' seconds until the last LAST lie within STABLE of their median, or another call would take longer
+    than what is left of ``seconds``."""
     taken: list[float] = []
-    while sum(taken) < seconds:
+    while sum(taken) + (taken[-1] if taken else 0) < seconds:
         taken.append(step())
         last = taken[-LAST:]
         if len(last) == LAST and max(last) - min(last) <= STABLE * statistics.median(last):

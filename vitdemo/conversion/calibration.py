@@ -56,8 +56,8 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
             return Calibration(info.random_pixels(RANDOM_IMAGES), "random pixels")
         if info.tag not in BUNDLED_CALIBRATION or info.weights != "pretrained":
             raise VitdemoError(
-                f"{info.tag}: int8 needs images for its calibration; give --calibration PATH, images like those it "
-                "will see but not those it is scored on (some of ImageNet's train set, say)"
+                f"{info.tag}: int8 needs images for its calibration; give calibration (--calibration PATH in a shell), "
+                "images like those it will see but not those it is scored on (some of ImageNet's train set, say)"
             )
         given = data_path(BUNDLED_CALIBRATION[info.tag])
     if isinstance(given, torch.Tensor):

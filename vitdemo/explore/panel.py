@@ -24,7 +24,8 @@ OWN_KEYS = """setTimeout(() =>  // once the output is on the page
 
 
 class Panel(widgets.VBox):
-    """Controls, and below them what ``draw`` makes of their values; drawn anew whenever one of them changes.
+    """Controls, and below them what ``draw`` makes of their values; drawn when it is displayed, and anew
+    whenever one of them changes.
 
     draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)`` puts a
     line above it. lines: the controls' names, a sequence a line. What goes wrong is said in that line, and what was
@@ -40,7 +41,6 @@ class Panel(widgets.VBox):
         super().__init__([*boxes, self.status, self.shown])
         for control in controls.values():
             control.observe(self._changed, "value")
-        self.refresh()
 
     def _changed(self, _) -> None:
         self.say("working …")
@@ -52,7 +52,7 @@ class Panel(widgets.VBox):
             self.refresh()
 
     def refresh(self) -> None:
-        """Draw now. Called by itself after a change; in a cell that sets a control's value, by you."""
+        """Draw now. Called by itself when it is displayed and after a change; in a cell that sets a value, by you."""
         if self._due:
             self._due.cancel()
         self._due, start = None, now()
@@ -73,6 +73,8 @@ class Panel(widgets.VBox):
     def _ipython_display_(self, **_) -> None:
         display(self._repr_mimebundle_(), raw=True)
         display(Javascript(OWN_KEYS))
+        if not self.shown.value:  # now that what it says meanwhile can be read
+            self.refresh()
 
     def close(self) -> None:
         """Take it off the page, with all that is in it."""

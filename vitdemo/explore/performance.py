@@ -18,7 +18,7 @@ def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = 
     - ``speedup``: over eager PyTorch at equal precision, same hardware, model and batch; NaN where there is none.
     - ``accuracy``: as it was given, or that it was not measured or not published.
 
-    Rates of different hardware are not comparable; speedups at equal precision are sooner. Rows without a measurement
+    Rates of different hardware cannot be compared; speedups at equal precision sooner can. Rows without a measurement
     are left out.
     """
     published = published_performance() if published is None else published

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from math import ceil
+from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vitdemo.benchmarking.pairs import Pair
+from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.conversion.artifacts import convert
 from vitdemo.conversion.comparison import compare_answers
-from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.conversion.models import Model, load_model
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import Preprocessing
@@ -24,6 +26,7 @@ from vitdemo.explore.pictures import crop_picture
 from vitdemo.explore.plots import plot_blocks, plot_disagreements, plot_looks
 from vitdemo.explore.predictions import Look, disagreements, look_at, names_of, reference_of, with_preprocessing
 
+OWN = "as the weights want it"
 ANSWER, BLOCKS, ENGINES = "answer", "block by block", "two engines"
 DATA, UPLOAD = "data set", "upload"
 AS_TRAINED = "the weights' own"
@@ -35,13 +38,16 @@ SCALINGS = {
 }
 NOTHING, MOST, LEAST, WINDOW = "nothing", "what is looked at most", "what is looked at least", "a window"
 
+BUILD_MEMORY = 6  # times the weights: a little more than the largest build took
+KEPT_ENGINES = 3  # each holds its weights
 Say = Callable[[str], None]
 
 
 class ImageView:
     """Holds what took long to get: the data set, the model and its engines, and the last look and comparison."""
 
-    def __init__(self, data: ImageNetVal):
+    def __init__(self, data: ImageNetVal, calibration: Path | str | None = None):
+        self._calibration = calibration
         self._data = {str(data.path): data}
         self._models: dict[str, Model] = {}
         self._engines: dict[Pair, Engine] = {}
@@ -63,8 +69,10 @@ class ImageView:
 
     def engine(self, model: Model, pair: Pair, say: Say) -> Engine:
         if pair not in self._engines:
+            check_room_to_build(model, pair)
             say(f"getting {pair} of {model.info.tag} ready; building it takes seconds to minutes, once …")
-            self._engines[pair] = convert(model, *pair)
+            kept = list(self._engines.items())[1 - KEPT_ENGINES :]
+            self._engines = {**dict(kept), pair: convert(model, *pair, calibration=self._calibration)}
         return self._engines[pair]
 
     def draw(self, say: Say, *, data: str, model: str, engine: str, precision: str, show: str, **rest) -> str:
@@ -77,14 +85,15 @@ class ImageView:
         names, ready = names_of(vit.info, images), self.engine(vit, pair, say)
         first = self._first_look(ready, vit, file, content, names)
         changed = second_look(first, ready, vit, file, content, names, **_asked(rest))
-        last = next(iter(changed.values()), first)
-        head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}.</p>"
+        head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}; attention: {EAGER}.</p>"
         if show == BLOCKS:
-            return head + html_of(plot_blocks(vit, last), f"attention of the class token, block by block: {file}")
+            how, last = next(iter(changed.items()), (OWN, first))
+            text = f"attention of the class token, block by block: {file}, {how}"
+            return head + f"<p>{escape(how)}</p>" + html_of(plot_blocks(vit, last), text)
         blue = first.top5["class"].iloc[0]
         drawn_file, drawn, html = self._drawn
         if drawn is not first or drawn_file != file:  # it is drawn once for all that is changed beside it
-            html = look_html("as the weights want it", first, file, blue)
+            html = look_html(OWN, first, file, blue)
             self._drawn = file, first, html
         return head + html + "".join(look_html(name, look, file, blue) for name, look in changed.items())
 
@@ -111,6 +120,17 @@ class ImageView:
             text += f" Only {pair} is right {counts['worse']} times, only {other} {counts['better']} times."
         figure = plot_disagreements(table, images, names_of(vit.info, images))
         return f"<p>{escape(text)}</p>" + html_of(figure, text)
+
+
+def check_room_to_build(model: Model, pair: Pair) -> None:
+    """Raise VitdemoError where a build could take more memory than there is: the kernel would be killed."""
+    weights = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    needed, free = BUILD_MEMORY * weights, psutil.virtual_memory().available
+    if issubclass(find_engines()[pair.engine], CompiledEngine) and needed > free:
+        raise VitdemoError(
+            f"{pair}: building it may take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; close "
+            "other programs, or take eager"
+        )
 
 
 def look_html(name: str, look: Look, file: str, blue: int) -> str:
@@ -156,10 +176,11 @@ def second_look(
     changed, pixels, seen = replace(own, **preprocessing), first.pixels, first.rollout
     if changed == own and hide == NOTHING:
         return {}
+    said = _said(own, changed)
     if (changed.mean, changed.std) != (own.mean, own.std):
         model = with_preprocessing(model, changed)
         engine = reference_of(model)
-    said = _said(own, changed)
+        said.append(f"answered by {EAGER}")
     if changed != own:
         pixels = crop_picture(file, content, changed)
     if hide != NOTHING:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from html import escape
+from pathlib import Path
 
 import ipywidgets as widgets
 import pandas as pd
@@ -44,9 +45,15 @@ BUTTONS = {"layout": ONE_LINE, "style": {"button_width": "auto"}}
 
 
 def image_explorer(
-    data: ImageNetVal, model: str = "vit_shapes20", engine: str = "eager", precision: str = "fp32"
+    data: ImageNetVal,
+    model: str = "vit_shapes20",
+    engine: str = "eager",
+    precision: str = "fp32",
+    calibration: Path | str | None = None,
 ) -> Panel:
     """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
+
+    calibration: images for int8, as in ``convert``.
 
     Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``second_look``); the
     attention block by block (``plot_blocks``); or the images that two engines see most differently
@@ -70,7 +77,7 @@ def image_explorer(
         ("scaling", "crop", "crop_pct"),
         ("hide", "patches", "down", "across"),
     )
-    return Panel(controls, ImageView(data).draw, lines)
+    return Panel(controls, ImageView(data, calibration).draw, lines)
 
 
 def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
@@ -78,7 +85,7 @@ def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
         "picture": widgets.ToggleButtons(options=(DATA, UPLOAD), description="from", **BUTTONS),
         "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
-        "upload": widgets.FileUpload(accept="image/*", description="Upload"),
+        "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
     }
 
 
@@ -154,7 +161,7 @@ def _only(table: pd.DataFrame, precision: str, batch: object) -> pd.DataFrame:
 
 
 def _choice(rows: pd.DataFrame, budget_ms: float, loss: float) -> str:
-    what = f"within {budget_ms:g} ms and with at most {loss:g} % of top-1 lost"
+    what = f"of all precisions and batches, within {budget_ms:g} ms and with at most {loss:g} % of top-1 lost"
     try:
         best = choose_engine(rows, budget_ms, loss / 100)
     except VitdemoError as error:

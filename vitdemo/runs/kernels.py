@@ -57,7 +57,8 @@ class Progress:
         if found:
             self.heading = found
         if (is_code and self.terminal) or found:
-            self.show(f"cell {self.cell if is_code else self.cell + 1}/{self.cells}  {self.heading}")
+            number = self.cell if is_code else min(self.cell + 1, self.cells)  # text belongs to the cell below it
+            self.show(f"cell {number}/{self.cells}  {self.heading}")
 
     def show(self, text: str) -> None:
         line = f"{self.label}  {text}"

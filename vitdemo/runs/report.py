@@ -21,6 +21,7 @@ from vitdemo.runs.plan import heading
 HERE = Path(__file__).parent
 THUMBNAIL_PX = (440, 300)  # twice the size shown, for screens with dense pixels
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PANEL = "(controls to move: open the notebook in JupyterLab)\n"
 
 
 @dataclass
@@ -52,11 +53,15 @@ def write_page(executed: Path, notebooks: Path) -> None:
 
 
 def _drop_widgets(content) -> None:
-    """A live widget needs a kernel and a script from the network, and the text in its place is a bar at 0 %."""
+    """A live widget needs a kernel and a script from the network, and the text in its place is a bar at 0 %. Where
+    vitdemo's own controls were, a line says so."""
     content.metadata.pop("widgets", None)
     for cell in content.cells:
         if "outputs" in cell:
+            words = any(output.get("data", {}).get("text/plain", "").startswith("Panel(") for output in cell.outputs)
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            if words:
+                cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text=PANEL))
 
 
 def _pictures(content) -> Iterator[tuple[str, str, dict]]:

@@ -26,7 +26,7 @@ PROVIDERS = {
 ON_CUDA = {"TensorrtExecutionProvider", "CUDAExecutionProvider"}
 
 PRECISION_OF = {"float": "fp32", "uint8": "int8", "int8": "int8", "float16": "fp16", "bfloat16": "bf16"}
-CALIBRATION_BATCH = 8  # images whose every activation is in memory at once
+CALIBRATION_BATCH = 2  # images whose every activation is in memory at once; more are no faster
 
 
 class ONNXEngine(CompiledEngine):
