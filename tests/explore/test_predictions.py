@@ -169,7 +169,7 @@ def test_a_second_look(eager, vit_shapes20, shapes20, pixels):
     wrong = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
     ((name, scaled),) = second_look(*arguments, preprocessing=wrong, hide=NOTHING, **SETTINGS).items()
     under = answers_under(vit_shapes20, jpeg, {"wrong": replace(vit_shapes20.info.preprocessing, **wrong)})
-    assert name == "changed: mean 0 std 1"
+    assert name == "changed: mean 0 std 1, answered by eager:fp32"
     assert scaled.top5["probability"][0] == pytest.approx(under["probability"].iloc[0])
     squash = dict(crop_mode="squash", crop_pct=1.0)
     ((name, cropped),) = second_look(*arguments, preprocessing=squash, hide=MOST, **SETTINGS).items()

@@ -20,7 +20,7 @@ from vitdemo.runs.plan import heading
 
 HERE = Path(__file__).parent
 THUMBNAIL_PX = (440, 300)  # twice the size shown, for screens with dense pixels
-WIDGET = "application/vnd.jupyter.widget-view+json"
+LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 PANEL = "(controls to move: open the notebook in JupyterLab)\n"
 
 
@@ -59,7 +59,7 @@ def _drop_widgets(content) -> None:
     for cell in content.cells:
         if "outputs" in cell:
             words = any(output.get("data", {}).get("text/plain", "").startswith("Panel(") for output in cell.outputs)
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [output for output in cell.outputs if LIVE.isdisjoint(output.get("data", {}))]
             if words:
                 cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text=PANEL))
 
