@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock
 
@@ -31,6 +32,8 @@ from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.measure.clock import cores, installed_version, now
 from vitdemo.paths import PART
+
+BUILD_MEMORY = 6  # times the weights: a little more than the largest build of a ViT-B/16 took
 
 
 def convert(
@@ -166,7 +169,7 @@ class Recipe:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _check_room(self, folder: Path) -> None:
-        """Asked before, as a disk that fills while torch writes ends the process."""
+        """Asked before, as a disk that fills while torch writes ends the process, and memory that runs out too."""
         weights = sum(tensor.nbytes for tensor in self.model.module.state_dict().values())
         needed = 3 * weights + (16 << 20)  # an exported copy beside the artifact, and what a runtime adds
         free = shutil.disk_usage(folder).free
@@ -174,6 +177,12 @@ class Recipe:
             raise VitdemoError(
                 f"{folder}: a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; make room, "
                 "or set VITDEMO_CACHE to another folder"
+            )
+        needed, free = BUILD_MEMORY * weights, psutil.virtual_memory().available
+        if needed > free:
+            raise VitdemoError(
+                f"{self.cls.name} {self.precision} of {self.model.info.tag}: building it may take {needed / 1e9:.1f} GB "
+                f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
             )
 
 

@@ -7,14 +7,13 @@ from math import ceil
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.conversion.artifacts import convert
 from vitdemo.conversion.comparison import compare_answers
-from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_engines
+from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.models import Model, load_model
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import Preprocessing
@@ -38,7 +37,6 @@ SCALINGS = {
 }
 NOTHING, MOST, LEAST, WINDOW = "nothing", "what is looked at most", "what is looked at least", "a window"
 
-BUILD_MEMORY = 6  # times the weights: a little more than the largest build took
 KEPT_ENGINES = 3  # each holds its weights
 Say = Callable[[str], None]
 
@@ -69,7 +67,6 @@ class ImageView:
 
     def engine(self, model: Model, pair: Pair, say: Say) -> Engine:
         if pair not in self._engines:
-            check_room_to_build(model, pair)
             say(f"getting {pair} of {model.info.tag} ready; building it takes seconds to minutes, once …")
             kept = list(self._engines.items())[1 - KEPT_ENGINES :]
             self._engines = {**dict(kept), pair: convert(model, *pair, calibration=self._calibration)}
@@ -120,17 +117,6 @@ class ImageView:
             text += f" Only {pair} is right {counts['worse']} times, only {other} {counts['better']} times."
         figure = plot_disagreements(table, images, names_of(vit.info, images))
         return f"<p>{escape(text)}</p>" + html_of(figure, text)
-
-
-def check_room_to_build(model: Model, pair: Pair) -> None:
-    """Raise VitdemoError where a build could take more memory than there is: the kernel would be killed."""
-    weights = sum(tensor.nbytes for tensor in model.module.state_dict().values())
-    needed, free = BUILD_MEMORY * weights, psutil.virtual_memory().available
-    if issubclass(find_engines()[pair.engine], CompiledEngine) and needed > free:
-        raise VitdemoError(
-            f"{pair}: building it may take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; close "
-            "other programs, or take eager"
-        )
 
 
 def look_html(name: str, look: Look, file: str, blue: int) -> str:
