@@ -213,7 +213,7 @@ def test_an_engine_that_may_not_fit_into_memory(explorer, monkeypatch, tmp_path)
     monkeypatch.setattr(artifacts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e6))
     set_(explorer, engine="openvino", precision="int8")
     assert re.search(
-        r"openvino int8 of vit_shapes20: building it may take 0\.\d GB of memory, and 0\.0 GB are free", said(explorer)
+        r"openvino int8 of vit_shapes20: building may take 0\.\d GB of memory, and 0\.0 GB are free", said(explorer)
     )
     set_(explorer, engine="eager")
     assert said(explorer).startswith("done in")

@@ -181,7 +181,7 @@ class Recipe:
         needed, free = BUILD_MEMORY * weights, psutil.virtual_memory().available
         if needed > free:
             raise VitdemoError(
-                f"{self.cls.name} {self.precision} of {self.model.info.tag}: building it may take {needed / 1e9:.1f} GB "
+                f"{self.cls.name} {self.precision} of {self.model.info.tag}: building may take {needed / 1e9:.1f} GB "
                 f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
             )
 
