@@ -26,7 +26,7 @@ from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.calibration import calibration_for
 from vitdemo.conversion.comparison import LayerErrors, compare_answers, compare_logits
 from vitdemo.conversion.engines.eager import EagerEngine
-from vitdemo.conversion.plots import plot_error_over_depth, plot_flips
+from vitdemo.conversion.plots import engine_look, plot_error_over_depth, plot_flips
 from vitdemo.conversion.verdict import TOLERANCES, loosened
 from vitdemo.conversion.verification import verify
 
@@ -352,8 +352,11 @@ def test_error_over_depth_figure(eager_reports):
     assert (ax.lines[0].get_ydata() > 0).all() and ax.get_yscale() == "log"
     assert {text.get_text() for text in ax.texts} == {"fp32\ntolerance", "bf16\ntolerance"}
     assert len(ax.get_xticklabels()) == 1 + 3 * 6 + 2
-    figure = plot_error_over_depth({"a good one": eager_reports["fp32"]})
-    assert [text.get_text() for text in figure.legends[0].texts] == ["a good one"]
+
+
+def test_every_engine_looks_different():
+    looks = [engine_look(*pair) for pair in PAIRS]
+    assert len({(look["color"], look["marker"], look["linestyle"]) for look in looks}) == len(PAIRS)
 
 
 def test_flips_figure_without_flips(eager_reports, shapes20):

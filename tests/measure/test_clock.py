@@ -1,6 +1,9 @@
 import json
+import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,3 +66,10 @@ def test_machine_record_is_complete_and_serialisable():
     assert record["cores"] >= 1 and record["memory_bytes"] > 1e9 and record["versions"]["torch"]
     line = describe_machine(record)
     assert record["cpu"] in line and f"{record['cores']} cores" in line
+
+
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="/proc/cpuinfo elsewhere")
+@pytest.mark.parametrize("flag", ["amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni"])
+def test_the_machine_names_what_small_numbers_are_quick_by(flag):
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split()
+    assert (flag in machine_record()["isa"].split()) == (flag in flags)

@@ -109,6 +109,12 @@ def test_each_exercise_is_a_stub_a_solution_and_a_check_in_this_order(notebook):
     assert ["exercise"] in section and ["check"] in section
 
 
+def test_solutions_are_folded(notebook):
+    for cell in notebook.cells:
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert hidden == ("solution" in cell.metadata.get("tags", [])), cell.source
+
+
 def test_a_learner_s_own_answer_is_what_goes_on(notebook):
     for stub, solutions, check in exercises(notebook):
         assert all(re.fullmatch(r"\w+ = None", ast.unparse(line)) for line in ast.parse(stub.source).body), stub.source

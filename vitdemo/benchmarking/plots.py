@@ -12,14 +12,11 @@ from matplotlib.ticker import LogFormatter
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
+from vitdemo.conversion.plots import DASHES, engine_look
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.metrics import wilson_interval
 
-# Okabe and Ito's palette, safe for colour-blind readers: an engine a colour; a precision a line and a marker.
-COLORS = {"eager": "#000000", "inductor": "#CC79A7", "onnx": "#009E73", "openvino": "#0072B2"}
-OTHER, GREY = "#E69F00", "#777777"
-DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
-MARKERS = {"fp32": "o", "bf16": "s", "int8": "^"}
+GREY = "#777777"
 PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")
 
 
@@ -28,7 +25,7 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
     figure, panels = _panels(rows, "images/s over latency")
     for ax, own in panels:
         for pair, line in _lines(own):
-            ax.plot(line["p50_ms"], line["images_per_s"], **_look(*pair))
+            ax.plot(line["p50_ms"], line["images_per_s"], **engine_look(*pair))
             for point in line.iloc[[0, -1] if len(line) > 1 else [0]].itertuples():
                 ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points", size=7)
         ax.set(xscale="log", yscale="log", xlabel="median latency of a batch, ms", ylabel="images/s")
@@ -46,9 +43,9 @@ def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> 
     figure, panels = _panels(rows, "speedup over eager", columns=2, titles=titles)
     for (equal, own), (mixed, _) in zip(panels[::2], panels[1::2], strict=True):
         for pair, line in _lines(own[own["engine"] != EAGER.engine]):
-            _with_interval(equal, line, "speedup_equal_precision", _look(*pair))
+            _with_interval(equal, line, "speedup_equal_precision", engine_look(*pair))
         for pair, line in _lines(own[own["precision"] != EAGER.precision]):
-            _with_interval(mixed, line, "speedup_over_eager_fp32", _look(*pair))
+            _with_interval(mixed, line, "speedup_over_eager_fp32", engine_look(*pair))
         for (name, line), color in zip(_published_speedups(published), PUBLISHED, strict=False):
             equal.plot(line.index, line, color=color, marker=".", linewidth=1, label=f"published: {name}")
         for ax in (equal, mixed):
@@ -72,7 +69,7 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
             ax.plot(x, ceiling, color=GREY, linestyle=DASHES.get(precision, "-."), linewidth=1)
             ax.annotate(f"roof {precision}", (x[-1], roof), (-2, 3), textcoords="offset points", size=8, ha="right")
         for pair, line in _lines(own):
-            ax.plot(_intensity(line), line["tflops"], **_look(*pair) | {"linestyle": ""})
+            ax.plot(_intensity(line), line["tflops"], **engine_look(*pair) | {"linestyle": ""})
         ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
         ax.grid(alpha=0.3)
@@ -86,7 +83,7 @@ def plot_accuracy_speed(rows: pd.DataFrame) -> Figure:
         best = own.loc[own.groupby(["engine", "precision"])["images_per_s"].idxmax()]
         for point in best.itertuples():
             low, high = wilson_interval(round(point.top1 * point.images), int(point.images))
-            look = _look(point.engine, point.precision) | {"linestyle": ""}
+            look = engine_look(point.engine, point.precision) | {"linestyle": ""}
             error = [[100 * (point.top1 - low)], [100 * (high - point.top1)]]
             ax.errorbar(point.images_per_s, 100 * point.top1, yerr=error, elinewidth=0.8, **look)
         ax.set(xlabel="images/s at its best batch", ylabel=f"top-1 in % of {int(own['images'].max())} images")
@@ -100,7 +97,7 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
     figure, panels = _panels(rows, "predicted (x) and measured latency")
     for ax, own in panels:
         for pair, line in _lines(own):
-            look = _look(*pair)
+            look = engine_look(*pair)
             ax.plot(line["batch"], line["p50_ms"], **look)
             guesses = [predicted_ms(row) for _, row in line.iterrows()]
             ax.plot(line["batch"], guesses, color=look["color"], linestyle="", marker="x", markersize=9)
@@ -137,11 +134,6 @@ def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", column
 def _lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
     for pair, line in rows.groupby(["engine", "precision"], sort=False):
         yield pair, line.sort_values("batch")
-
-
-def _look(engine: str, precision: str) -> dict:
-    known = dict(color=COLORS.get(engine, OTHER), linestyle=DASHES.get(precision, "-."))
-    return known | dict(marker=MARKERS.get(precision, "D"), markersize=5, linewidth=1.3, label=f"{engine} {precision}")
 
 
 def _with_interval(ax: Axes, line: pd.DataFrame, name: str, look: dict) -> None:

@@ -11,34 +11,38 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.plots import picture_grid, short_names, thumbnail
 from vitdemo.errors import VitdemoError
 
-# Okabe and Ito's palette, safe for colour-blind readers; markers and dashes tell the lines apart without it.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, DASHES = "os^Dv<P", ("-", "--", "-.")
+# Okabe and Ito's palette, safe for colour-blind readers: an engine a colour; a precision a line and a marker.
+COLORS = {"eager": "#000000", "inductor": "#CC79A7", "onnx": "#009E73", "openvino": "#0072B2"}
+OTHER = "#E69F00"
+DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
+MARKERS = {"fp32": "o", "bf16": "s", "int8": "^"}
 CANDIDATE, REFERENCE, GREY = "#0072B2", "#D55E00", "#666666"  # whose answer is right
 SMALLEST = 1e-8  # no error at all is drawn here, as there is no zero on a logarithmic axis
 
 
-def plot_error_over_depth(reports: Sequence[Report] | dict[str, Report]) -> Figure:
-    """Relative L2 error of each layer, from the input on, a line a report; dotted: each precision's tolerance.
+def engine_look(engine: str, precision: str) -> dict:
+    """How every figure of the course draws this pair: matplotlib's ``plot`` takes it, label included."""
+    known = dict(color=COLORS.get(engine, OTHER), linestyle=DASHES.get(precision, "-."))
+    return known | dict(marker=MARKERS.get(precision, "D"), markersize=5, linewidth=1.3, label=f"{engine} {precision}")
 
-    On real images where all reports have some, else on random ones. A dict names the lines, which are otherwise called
-    by engine and precision. An engine that fuses a layer with the next does not show it: its line passes by. Raises
-    VitdemoError for reports without layers, or with those of different models.
+
+def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
+    """Relative L2 error of each layer, from the input on, a line a report; grey: each precision's tolerance.
+
+    On real images where all reports have some, else on random ones. An engine that fuses a layer with the next does not
+    show it: its line passes by. Raises VitdemoError for reports without layers, or with those of different models.
     """
-    if not isinstance(reports, dict):
-        reports = {f"{report.engine} {report.precision}": report for report in reports}
-    kind = REAL if all(REAL in set(report.layers["kind"]) for report in reports.values()) else RANDOM
-    tables = {name: report.layers[report.layers["kind"] == kind] for name, report in reports.items()}
+    pairs = {(report.engine, report.precision): report for report in reports}
+    kind = REAL if all(REAL in set(report.layers["kind"]) for report in reports) else RANDOM
+    tables = {pair: report.layers[report.layers["kind"] == kind] for pair, report in pairs.items()}
     layers = max((list(table["layer"]) for table in tables.values()), key=len, default=[])
     if not layers or any(table.empty or not set(table["layer"]) <= set(layers) for table in tables.values()):
         raise VitdemoError("error over depth: give reports of one model, of engines that show their layers")
     place = {layer: x for x, layer in enumerate(layers)}
     figure, ax = plt.subplots(figsize=(9, 4.8), layout="constrained")
-    for k, (name, table) in enumerate(tables.items()):
-        look = dict(color=COLORS[k % len(COLORS)], marker=MARKERS[k % len(MARKERS)], linestyle=DASHES[k % len(DASHES)])
-        x = table["layer"].map(place)
-        ax.plot(x, table["relative_l2"].clip(lower=SMALLEST), **look, markersize=4, linewidth=1.3, label=name)
-    for precision, table in {reports[name].precision: table for name, table in tables.items()}.items():
+    for pair, table in tables.items():
+        ax.plot(table["layer"].map(place), table["relative_l2"].clip(lower=SMALLEST), **engine_look(*pair))
+    for precision, table in {precision: table for (_, precision), table in tables.items()}.items():
         ax.plot(table["layer"].map(place), table["tolerance"], color=GREY, linestyle=":", linewidth=1.2)
         text = dict(color=GREY, fontsize=8, va="center", transform=ax.get_yaxis_transform())
         ax.text(1.01, table["tolerance"].iloc[-1], f"{precision}\ntolerance", **text)

@@ -17,6 +17,7 @@ from vitdemo.paths import REPOSITORY
 now = time.perf_counter
 
 PACKAGES = ("vitdemo", "torch", "torchvision", "timm", "pillow", "openvino", "nncf", "onnxruntime", "ray")
+SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
 
 
 class Phases:
@@ -135,12 +136,20 @@ def machine_record() -> dict:
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": _instructions(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+def _instructions() -> str:
+    """What PyTorch computes with, and what bf16 and int8 are quick by: ``AVX512 avx512_bf16 avx512_vnni``."""
+    import torch
+
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that is allowed may not know
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in SMALL_NUMBERS if has.get(name))])
 
 
 @cache
@@ -154,7 +163,7 @@ def source_commit() -> str:
 
 
 def describe_machine(record: dict) -> str:
-    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512, no GPU, torch 2.15.0``."""
+    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, no GPU, torch 2.15.0``."""
     memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
     parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], record["gpu"] or "no GPU"]
     return ", ".join([*parts, f"torch {record['versions']['torch']}"])
