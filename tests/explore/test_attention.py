@@ -53,7 +53,7 @@ def test_is_transformers_attention_with_the_same_weights(tmp_path):
     torch.manual_seed(0)
     theirs = ViTForImageClassification(ViTConfig(**SMALL, attn_implementation="eager")).eval()
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=1.0)
+        torch.nn.init.normal_(parameter, std=0.3)  # attention is far from even, and no score so large that it rounds
     theirs.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     ours = load_model(tmp_path)

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from html import escape
@@ -29,12 +30,14 @@ class Panel(widgets.VBox):
 
     draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)`` puts a
     line above it. lines: the controls' names, a sequence a line. What goes wrong is said in that line, and what was
-    drawn last stays. All of it happens in the kernel's own thread, so there is none to be left behind: while something
-    is drawn, further changes wait in the kernel's queue, and all but the last are dropped.
+    drawn last stays. It is drawn in the thread that made the panel, in a kernel the main one, between two cells: what
+    JupyterLab reports of a control may come in a thread beside it (a subshell), while a cell runs. So there is no thread
+    to be left behind, and of all changes that come while something is drawn only the last is. Interrupting the kernel
+    stops what is being drawn.
     """
 
     def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str], lines: Sequence[Sequence[str]]):
-        self.controls, self._draw, self._due = controls, draw, None
+        self.controls, self._draw, self._due, self._loop = controls, draw, None, _running_loop()
         self.status, self.shown = widgets.HTML(), widgets.HTML()
         wrapped = widgets.Layout(flex_flow="row wrap")
         boxes = [widgets.HBox([controls[name] for name in line], layout=wrapped) for line in lines]
@@ -44,12 +47,26 @@ class Panel(widgets.VBox):
 
     def _changed(self, _) -> None:
         self.say("working …")
+        if self._loop is None:  # no kernel
+            self.refresh()
+        elif self._loop is _running_loop():
+            self._wait_for_rest()
+        else:
+            self._loop.call_soon_threadsafe(self._wait_for_rest)
+
+    def _wait_for_rest(self) -> None:
         if self._due:
             self._due.cancel()
+        self._due = self._loop.call_later(REST_S, self._refresh_between_cells)
+
+    def _refresh_between_cells(self) -> None:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a kernel ignores it between its cells
         try:
-            self._due = asyncio.get_running_loop().call_later(REST_S, self.refresh)
-        except RuntimeError:  # no kernel: nothing queues up either
             self.refresh()
+        except KeyboardInterrupt:  # the line has said so
+            pass
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def refresh(self) -> None:
         """Draw now. Called by itself when it is displayed and after a change; in a cell that sets a value, by you."""
@@ -57,15 +74,19 @@ class Panel(widgets.VBox):
             self._due.cancel()
         self._due, start = None, now()
         self.say("working …")
+        below = " (below: what was drawn before)" if self.shown.value else ""
         open_figures = set(plt.get_fignums())
         try:
             values = {name: control.value for name, control in self.controls.items()}
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # engines say what they build
+            # Engines say what they build. Interactive figures would be shown, and closed, by a subshell's next message.
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), plt.ioff():
                 self.shown.value = self._draw(self.say, **values)
             self.say(f"done in {1e3 * (now() - start):.0f} ms")
         except Exception as error:  # whatever a runtime raises: a traceback would end up where nobody sees it
-            below = " (below: what was drawn before)" if self.shown.value else ""
             self.say(f"✗ {reason_of(error)}{below}")
+        except KeyboardInterrupt:
+            self.say(f"✗ stopped; change something to go on{below}")
+            raise
         finally:
             for number in set(plt.get_fignums()) - open_figures:
                 plt.close(number)
@@ -89,6 +110,14 @@ class Panel(widgets.VBox):
     def say(self, text: str) -> None:
         """Put one line above what is shown."""
         self.status.value = f"<span>{escape(text)}</span>"
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """This thread's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def html_of(figure: Figure, alt: str) -> str:
