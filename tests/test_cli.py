@@ -1,6 +1,7 @@
 """The shell's door: exit codes, one line for bad input, and the verbs end to end."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -89,6 +90,23 @@ def test_doctor_answers_without(package):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"missing  cannot be told without {package}" in done.stdout and "ok  " in done.stdout
+
+
+def test_doctor_answers_where_packages_do_not_fit_together(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms is unknown')")
+    command, path = [sys.executable, "-m", "vitdemo", "doctor"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "missing  cannot be told (operator torchvision::nms is unknown): install again" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below"])
+def test_an_output_folder_that_cannot_be(capsys, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "00", "--out", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be an output folder" in said and len(said.splitlines()) == 1
 
 
 def test_engine_that_breaks_is_exit_code_1(capsys, monkeypatch, tmp_path):

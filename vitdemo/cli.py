@@ -1,6 +1,7 @@
 """``vitdemo …``: a thin door to the library's verbs. Exit codes: 0 done, 1 a check failed, 2 bad input."""
 
 import sys
+from pathlib import Path
 
 from vitdemo.arguments import parser_of
 from vitdemo.errors import VitdemoError
@@ -118,10 +119,7 @@ def _evaluate(args) -> int:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"vitdemo: stopped; what was done is in {args.out}, the same command with --resume goes on", file=sys.stderr
-        )
-        return 130
+        return _stopped(args.out, "run.json")
     e2e_s, evaluation = now() - start, runs[0]
     print(*runs, sep="\n")
     if reference not in (None, evaluation):
@@ -136,29 +134,35 @@ def _evaluate(args) -> int:
     return 0
 
 
+def _stopped(out: Path, record: str) -> int:
+    """Say what a Ctrl-C left. record: the file that a run which can go on has somewhere in ``out``."""
+    begun = any(out.rglob(record))
+    left = f"; what was done is in {out}, the same command with --resume goes on" if begun else ""
+    print(f"vitdemo: stopped{left}", file=sys.stderr)
+    return 130
+
+
 def _benchmark(args) -> int:
     from vitdemo.benchmarking.files import read_perf
     from vitdemo.benchmarking.gate import check_baseline, check_overlap, check_share, compare, passes
     from vitdemo.benchmarking.pairs import choose_pairs
     from vitdemo.benchmarking.sweeps import benchmark
     from vitdemo.benchmarking.tables import markdown, summary
+    from vitdemo.conversion.models import load_model
 
     baseline = read_perf(args.against) if args.against else None
     check_share(args.worse_by)
     if baseline is not None:
         check_baseline(baseline)
-        check_overlap(baseline, choose_pairs(args.engines), args.device_batch_sizes)
+        models = [load_model(name, args.weights).info for name in args.models]
+        check_overlap(baseline, models, choose_pairs(args.engines), args.device_batch_sizes, args.replicas)
     options = dict(engines=args.engines, device_batch_sizes=args.device_batch_sizes, weights=args.weights)
     options |= dict(replicas=args.replicas, row_budget_s=args.row_budget_s, data=args.data, images=args.images)
     options |= dict(calibration=args.calibration, out=args.out, resume=args.resume)
     try:
         rows = benchmark(args.models, **options)
     except KeyboardInterrupt:
-        print(
-            f"vitdemo: stopped; the rows so far are in {args.out}, the same command with --resume goes on",
-            file=sys.stderr,
-        )
-        return 130
+        return _stopped(args.out, "perf_*.json")
     print(markdown(summary(rows)))
     print(f"machine: {rows['machine'].iloc[0]}\nresults: {args.out}")
     if baseline is None:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.paths import data_path
 
 BUNDLED = ("shapes20/shapes20_img_val.tar", "shapes20/shapes20_devkit.tar.gz", "shapes20/vit_shapes20")
@@ -37,6 +37,8 @@ def _looked(look: Callable[[], list[str]]) -> list[str]:
         return [f"missing  {error}"]
     except ImportError as error:
         return [f"missing  cannot be told without {error.name or error}: install again as the README says"]
+    except Exception as error:  # packages that do not fit together fail in a dozen ways while they are imported
+        return [f"missing  cannot be told ({reason_of(error)}): install again as the README says"]
 
 
 def _machine() -> list[str]:

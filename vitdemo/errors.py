@@ -24,6 +24,8 @@ def reason_of(error: BaseException) -> str:
     memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"  # torch has its own, and Ray too
     if memory or "can't allocate memory" in said:
         return "out of memory; take a smaller batch or model, or close other programs"
+    if isinstance(error, KeyError):  # says nothing but the key
+        return f"{kind}: {said}"
     return said.split("\n")[0] or kind
 
 

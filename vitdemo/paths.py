@@ -45,12 +45,12 @@ def claim_folder(path: Path | str) -> Path:
     Raises VitdemoError when it holds something already: results are never mixed or overwritten.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VitdemoError(f"{path}: cannot create this output folder ({error.strerror})") from None
+        raise VitdemoError(f"{path}: cannot be an output folder ({error.strerror}); give another") from None
     return path
 
 

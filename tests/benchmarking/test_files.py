@@ -5,9 +5,18 @@ import pandas as pd
 import pytest
 
 from vitdemo import VitdemoError, merge
+from vitdemo.benchmarking import recorded as recorded_module
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.recorded import BEGIN, END, readme_table, recorded, shown
-from vitdemo.benchmarking.tables import aitemplate_table, flagperf_table, laid_out, markdown, styled, ttmetal_table
+from vitdemo.benchmarking.tables import (
+    aitemplate_table,
+    flagperf_table,
+    laid_out,
+    markdown,
+    page,
+    styled,
+    ttmetal_table,
+)
 from vitdemo.cli import main
 from vitdemo.paths import REPOSITORY
 
@@ -55,6 +64,27 @@ def test_a_file_that_is_not_ours_is_refused_by_its_name(spoil, what, copied, cap
     out = copied.with_name("perf.csv")
     assert main(["merge", str(copied.parent), "--out", str(out)]) == 2
     assert capsys.readouterr().err.startswith(f"vitdemo: {copied}") and not out.exists()
+
+
+@pytest.mark.parametrize("commit", ["0123456", "12345e7"])
+def test_a_commit_is_no_number(commit, copied):
+    read_perf(copied).assign(commit=commit, artifact="00").to_csv(copied, index=False)
+    found = merge([copied])
+    assert set(found["commit"]) == {commit} and set(found["artifact"]) == {"00"}
+
+
+def test_a_table_for_a_page_shows_what_a_runtime_said(copied):
+    rows = merge([copied])
+    assert "failed: &lt;class x&gt;" in page(rows.assign(status="failed: <class x>"))
+
+
+def test_the_last_sweep_is_the_one_with_the_latest_time(copied, tmp_path, monkeypatch):
+    rows = read_perf(copied)
+    copied.unlink()
+    for name, rate in {"random-2-cores_2026-01-01": 1.0, "pretrained-16-cores_2026-02-01": 2.0}.items():
+        rows.assign(images_per_s=rate).to_csv(tmp_path / f"perf_m_{name}_000000_1.csv", index=False)
+    monkeypatch.setattr(recorded_module, "data_path", lambda _: tmp_path)
+    assert set(recorded("here")["images_per_s"]) == {2.0}
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):

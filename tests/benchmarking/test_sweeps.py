@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -227,7 +226,9 @@ def test_the_gate_in_ci_ends_with_1_and_says_what_it_compares(rows, tmp_path, ca
     assert code == 0 and STALE in said.out and "the baseline is of another machine" in said.err
     sweeps = len(list((tmp_path / "out").glob(PATTERN)))
     code, said = gate("none.csv", 1.0, device_batch_size=7)
-    assert code == 2 and said.err.strip().endswith("no row of these engines, precisions and batch sizes")
+    assert code == 2 and "the baseline has no row of the same model, weights, engine" in said.err
+    code, said = gate("none.csv", 1.0, device_batch_size=3, model="another")
+    assert code == 2 and "the baseline has no row of the same model, weights, engine" in said.err
     assert len(list((tmp_path / "out").glob(PATTERN))) == sweeps, "it was found before anything was measured"
 
 
@@ -254,7 +255,7 @@ def test_the_shells_defaults_are_the_functions():
 
 
 def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(arms.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.2 * (1 << 30)))
+    monkeypatch.setattr(arms, "free_memory_bytes", lambda: 1.2 * (1 << 30))
     rows = benchmark("vit_shapes20", engines="openvino:fp32", device_batch_sizes=[2], out=tmp_path, **SHORT)
     assert dict(zip(pair_of(rows), rows["turns"], strict=True)) == {"eager:fp32": "together", "openvino:fp32": "alone"}
     alone = rows[rows["turns"] == "alone"].iloc[0]

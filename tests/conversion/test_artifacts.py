@@ -260,6 +260,20 @@ def test_failed_build_is_one_line_and_leaves_nothing(tiny, cache):
     assert "\n" not in str(caught.value) and not folders(cache)
 
 
+class UnloadableEngine(ExportedEngine):
+    @classmethod
+    def load(cls, *arguments, **options):
+        raise RuntimeError("model.so: failed to map segment from shared object")
+
+
+def test_what_is_built_and_cannot_be_loaded_is_one_line(tiny, cache):
+    with pytest.raises(
+        VitdemoError, match=r"tiny: it was built, and cannot be loaded \(model.so: failed to map"
+    ) as caught:
+        recipe(tiny, cls=UnloadableEngine).cached(1, force=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_full_disk_is_one_line(tiny, tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vitdemo import (
+    Model,
+    Preprocessing,
     VitdemoError,
     attention_maps,
     class_attention,
+    convert,
     load_model,
+    look_at,
     mask_patches,
     most_looked_at,
     reference_crop,
@@ -131,6 +136,24 @@ def test_a_mask_changes_its_patches_and_nothing_else(vit_shapes20, pixels):
     assert (masked[..., changed] == 128).all()
     assert torch.equal(masked[..., ~changed], before[..., ~changed])
     assert torch.equal(pixels, before)
+
+
+def test_patches_of_a_hybrid_are_those_of_its_grid():
+    hybrid = load_model("vit_tiny_r_s16_p8_224", weights="random")  # its patches are of features, 32 pixels each
+    masked = mask_patches(hybrid, torch.zeros(3, 224, 224, dtype=torch.uint8), [(0, 0), (6, 6)])
+    assert (masked == 128).sum() == 2 * 3 * 32 * 32 and (masked[:, -32:, -32:] == 128).all()
+
+
+def test_blocks_that_do_two_things_at_once_show_no_attention():
+    preprocessing = Preprocessing((3, 32, 32), 0.9, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    for block in (ParallelThingsBlock, ParallelScalingBlock):
+        module = VisionTransformer(**sizes, block_fn=block).eval()
+        model = Model.from_module(module, preprocessing, name="parallel")
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        assert look_at(convert(model), model, pixels).rollout is None
+        with pytest.raises(VitdemoError, match="parallel: is no VisionTransformer"):
+            attention_maps(model, pixels[None])
 
 
 @pytest.mark.parametrize("place", [(14, 0), (0, -1)])

@@ -6,7 +6,18 @@ import inspect
 import pytest
 
 import vitdemo
-from vitdemo import BUGS, ImageNetVal, VitdemoError, calibrated_on_scored, careless_run, data_path, evaluate, hunt
+from vitdemo import (
+    BUGS,
+    ImageNetVal,
+    VitdemoError,
+    calibrated_on_scored,
+    careless_run,
+    convert,
+    data_path,
+    evaluate,
+    find_engines,
+    hunt,
+)
 from vitdemo.explore.bug_hunt import CHECKS, NO_BUG, SEEN_BY
 from vitdemo.explore.careless import (
     AS_TEXT,
@@ -23,9 +34,6 @@ from vitdemo.explore.careless import (
 )
 from vitdemo.measure.clock import installed_version
 
-pytestmark = pytest.mark.skipif(
-    not (installed_version("openvino") and installed_version("nncf")), reason="needs openvino and nncf"
-)
 QUICK = [check for check in CHECKS if check != "diagnose"]
 
 # bug -> check -> a part of what it says; where it is left out, the check says nothing
@@ -44,6 +52,8 @@ TABLE = {
 
 @pytest.fixture(scope="module")
 def game(vit_shapes20, shapes20):
+    if not (installed_version("openvino") and installed_version("nncf")):
+        pytest.skip("needs openvino and nncf")
     return hunt(vit_shapes20, shapes20, seed=3)
 
 
@@ -145,6 +155,28 @@ def test_hint_helps_without_giving_the_answer_away(game):
     assert game.hint({}).startswith("0 of 8") and game.hint(dict.fromkeys(game.bugs)).startswith("0 of 8")
     assert game.hint({first: "a bad day"}) == f"{first}: 'a bad day' is none of the 8; take a name from BUGS"
     assert game.hint({"run Z": DROPPED}) == "'run Z' is no run of this hunt"
+
+
+def test_without_openvino_two_bugs_are_left_out_and_said(vit_shapes20, shapes20, monkeypatch, capsys):
+    def missing():
+        raise VitdemoError("engine openvino: needs the package openvino")
+
+    monkeypatch.setattr(find_engines()["openvino"], "check_requirements", missing)
+    found = hunt(vit_shapes20, shapes20)
+    assert len(found.runs) == 7 and sorted(found.bugs.values()) == sorted(set(BUGS) - {COMPILE, CALIBRATED})
+    said = capsys.readouterr().err
+    assert all(f"left out, {bug}: engine openvino: needs" in said for bug in (COMPILE, CALIBRATED))
+    assert found.hint(found.bugs) == ""
+
+
+@pytest.mark.skipif(not installed_version("openvino"), reason="needs openvino")
+def test_a_build_that_is_timed_leaves_the_cache_alone(vit_shapes20, shapes20, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path))
+    convert(vit_shapes20, "openvino", "fp32")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run = careless_run(vit_shapes20, shapes20, COMPILE)
+    assert CHECKS["paid_once"](run)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_bad_input_is_refused(vit_shapes20, shapes20):

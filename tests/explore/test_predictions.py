@@ -24,6 +24,7 @@ from vitdemo import (
     top5,
     with_preprocessing,
 )
+from vitdemo.dataset.plots import thumbnail
 from vitdemo.explore.view import LEAST, MOST, NOTHING, WINDOW, patches_to_hide, second_look
 from vitdemo.paths import data_path
 
@@ -149,6 +150,11 @@ def test_hostile_pictures_are_refused_in_one_line(vit_shapes20, name):
         crop_picture(name, content, vit_shapes20.info.preprocessing)
     message = str(error.value)
     assert reason in message and "\n" not in message and message.endswith("ordinary size")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pictures_are_a_grey_thumbnail(name):
+    assert thumbnail(HOSTILE[name][0]).getcolors() == [(240 * 240, (211, 211, 211))]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "JPEG"])

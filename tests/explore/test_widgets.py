@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from types import SimpleNamespace
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -55,6 +54,8 @@ CHANGES = {  # every control of the image explorer, and a value that it does not
     "against": "openvino:fp32",
     "among": 9,
 }
+
+NO_ANSWER = ("model", "picture")  # a name that is none, and no upload yet
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,16 @@ def test_an_upload(explorer):
     assert "mine.png" not in explorer.shown.value
 
 
+def test_the_same_file_once_more(explorer):
+    for _ in range(2):
+        set_(explorer, upload=uploaded("mine.png", picture()))
+        assert "mine.png" in images_in(explorer)[0][1]
+        set_(explorer, index=7)
+        assert "mine.png" not in images_in(explorer)[0][1]
+    set_(explorer, picture="upload")
+    assert "mine.png" in images_in(explorer)[0][1], "what was uploaded last stays at hand"
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_upload_is_said_and_the_widget_goes_on(explorer, name):
     content, reason = HOSTILE[name]
@@ -212,7 +223,7 @@ def test_a_model_that_is_no_vit(explorer, monkeypatch):
 def test_an_engine_that_may_not_fit_into_memory(explorer, monkeypatch, tmp_path):
     set_(explorer, engine="onnx")
     monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path))  # where it is not built yet
-    monkeypatch.setattr(artifacts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e6))
+    monkeypatch.setattr(artifacts, "free_memory_bytes", lambda: 1e6)
     set_(explorer, engine="openvino", precision="int8")
     assert re.search(
         r"openvino int8 of vit_shapes20: building may take 0\.\d GB of memory, and 0\.0 GB are free", said(explorer)
@@ -257,12 +268,16 @@ def test_what_comes_in_another_thread_is_drawn_in_the_kernel_s_own():
     """JupyterLab sends what happens to controls to a subshell, a thread with a loop of its own, while a cell runs."""
     control, drawn = ipywidgets.IntText(0), []
 
+    def draw(say, index):
+        drawn.append((index, threading.get_ident()))
+        return str(index)
+
     async def move():
         for index in (1, 2, 3):
             control.value = index
 
     async def cell():
-        displayed(Panel({"index": control}, lambda say, index: drawn.append((index, threading.get_ident())), [["index"]]))
+        displayed(Panel({"index": control}, draw, [["index"]]))
         subshell = threading.Thread(target=lambda: asyncio.run(move()))
         subshell.start()
         subshell.join()
@@ -335,7 +350,9 @@ def test_leaves_no_thread_and_no_figure(shapes20, vit_shapes20, capfd):
     panels = [displayed(image_explorer(shapes20)), displayed(dataset_browser(shapes20))]
     for name, value in CHANGES.items():
         set_(panels[0], **{name: value})
-    set_(panels[0], model="vit_shapes20", picture="data set", against="eager:fp32", show="two engines")
+        assert said(panels[0]).startswith("✗ " if name in NO_ANSWER else "done in"), f"{name}: {said(panels[0])}"
+        set_(panels[0], model="vit_shapes20", picture="data set")
+    set_(panels[0], against="eager:fp32", show="two engines")
     assert said(panels[0]).startswith("done in")
     for panel in panels:
         panel.close()

@@ -1,4 +1,5 @@
 import json
+import os
 import platform
 import re
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitdemo.measure import clock
 from vitdemo.measure.clock import (
     Phases,
     describe_machine,
+    free_memory_bytes,
     machine_record,
     now,
     paid_once,
@@ -66,6 +69,23 @@ def test_machine_record_is_complete_and_serialisable():
     assert record["cores"] >= 1 and record["memory_bytes"] > 1e9 and record["versions"]["torch"]
     line = describe_machine(record)
     assert record["cpu"] in line and f"{record['cores']} cores" in line
+
+
+def test_a_container_s_limits_hold(tmp_path, monkeypatch):
+    groups = tmp_path / "a" / "b"
+    groups.mkdir(parents=True)
+    monkeypatch.setattr(clock, "GROUPS", tmp_path)
+    monkeypatch.setattr(clock, "OWN_GROUP", tmp_path / "own")
+    whole = free_memory_bytes()
+    assert clock.cores() == len(os.sched_getaffinity(0)), "no limits, no files"
+    (tmp_path / "own").write_text("1:cpu:/\n0::/a/b\n")
+    (groups / "cpu.max").write_text("max 100000\n")
+    (groups / "memory.max").write_text("max\n")
+    assert clock.cores() == len(os.sched_getaffinity(0)), "groups without a limit"
+    (tmp_path / "a" / "cpu.max").write_text("50000 100000\n")
+    for name, content in {"max": "1000", "current": "900", "stat": "anon 700\ninactive_file 150\n"}.items():
+        (tmp_path / "a" / f"memory.{name}").write_text(content)
+    assert clock.cores() == 1 and free_memory_bytes() == 250 < whole
 
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="/proc/cpuinfo elsewhere")

@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from vitdemo.errors import VitdemoError
-from vitdemo.runs import kernels, parse_parameter, run_notebooks
+from vitdemo.runs import kernels, parse_parameter, plan, run_notebooks
 
 METRICS = {
     "valid": True,
@@ -98,7 +99,7 @@ def test_each_notebook_gets_its_verdict_and_the_others_still_run(course):
 
 
 def test_a_cell_that_hangs_fails_its_notebook(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "CELL_TIMEOUT_S", 2)
+    monkeypatch.setitem(plan.CELL_TIMEOUT_S, "bundled", 2)
     make_notebook(tmp_path, "00_hangs", "import time; time.sleep(99)", leave())
     (hangs,) = run_notebooks(out=tmp_path / "out", notebooks=tmp_path).notebooks
     assert hangs.status == "failed"
@@ -108,6 +109,33 @@ def test_a_cell_that_hangs_fails_its_notebook(tmp_path, monkeypatch):
 def test_the_kernel_is_this_interpreter_in_the_notebooks_folder_with_the_profiles_values(course):
     executable, folder, limit = printed(course, "00_good").splitlines()[:3]
     assert (executable, Path(folder).name, limit) == (sys.executable, "notebooks", "96")
+
+
+def test_a_folder_with_braces_in_its_name(tmp_path):
+    make_notebook(tmp_path, "00_good", leave())
+    (good,) = run_notebooks(out=tmp_path / "{today} {}", notebooks=tmp_path).notebooks
+    assert (good.status, good.error) == ("ok", "")
+    assert {path.name for path in (tmp_path / "{today} {}").glob("*.*")} == {
+        "00_good.ipynb",
+        "00_good.html",
+        "index.html",
+    }
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a small tmpfs here")
+    make_notebook(tmp_path, "00_fills", "pathlib = __import__('pathlib')", "print('x' * 10**6)", leave())
+    make_notebook(tmp_path, "01_next", leave())
+    try:
+        with pytest.raises(VitdemoError, match="the disk is full; make room") as caught:
+            run_notebooks(out=disk / "out", notebooks=tmp_path)
+        assert "\n" not in str(caught.value)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_what_a_cell_started_is_gone(course):
@@ -246,11 +274,12 @@ def test_a_parameters_value_is_a_literal_or_a_string():
     assert parse_parameter("sizes=[1, 8]") == ("sizes", [1, 8])
     assert parse_parameter("model=vit_shapes20") == ("model", "vit_shapes20")
     assert parse_parameter("expression=a=b") == ("expression", "a=b")
+    assert parse_parameter("limit={{1}}") == ("limit", "{{1}}"), "a literal that cannot be built"
     with pytest.raises(VitdemoError, match="NAME=VALUE"):
         parse_parameter("limit")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_nothing_is_left_running_and_what_was_done_is_kept(tmp_path, number):
     start = (
         "import subprocess\n"
@@ -264,9 +293,11 @@ def test_interrupted_nothing_is_left_running_and_what_was_done_is_kept(tmp_path,
     run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     waiting = out / "00_waits" / "waiting"
     deadline = time.monotonic() + 60
-    while not waiting.exists():
-        assert time.monotonic() < deadline and run.poll() is None, run.stderr.read()
+    while not waiting.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
+    if not waiting.exists():
+        run.kill()
+        pytest.fail(run.stderr.read())
     family = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(number)
     _, stderr = run.communicate(timeout=120)

@@ -9,19 +9,19 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import psutil
 from tqdm.auto import tqdm
 
 from vitdemo.benchmarking.files import Sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.benchmarking.turns import Failed, Nursery, ReplicaBench, Worker
-from vitdemo.conversion.artifacts import Recipe, artifacts_root, recipe_for
+from vitdemo.conversion.artifacts import Recipe, recipe_for
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
-from vitdemo.measure.clock import cores, now
+from vitdemo.measure.clock import cores, free_memory_bytes, now
 from vitdemo.measure.roof import SQUARE, linear_shapes
 from vitdemo.paths import data_path
 
@@ -104,7 +104,7 @@ class Run:
         """Which pairs fit into memory together, the reference first, and which do not."""
         weights = sum(tensor.nbytes for tensor in self._model.module.state_dict().values())
         each = PROCESS_BYTES + 3 * weights  # the file's, the runtime's own layout, and room to make it
-        room = int(psutil.virtual_memory().available // each) - 1  # the roof's
+        room = int(free_memory_bytes() // each) - 1  # the roof's
         pairs = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)
         if self._replicas:
             return pairs, []

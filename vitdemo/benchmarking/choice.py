@@ -4,20 +4,21 @@ import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
-from vitdemo.conversion.artifacts import artifacts_root
+from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines import onnx, openvino
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine
 from vitdemo.conversion.engines.eager import DTYPES
 from vitdemo.conversion.graph import export_graph
 from vitdemo.conversion.models import Model
-from vitdemo.errors import VitdemoError
-from vitdemo.paths import claim_folder, replacing
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import PART, claim_folder, replacing
 
 SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
 
@@ -51,26 +52,39 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
     """Write ``classify.py`` and what it needs into the new folder ``out``; the path of the script.
 
     It takes paths of images and prints the likeliest classes of each; it needs numpy, Pillow and the engine's runtime,
-    and no vitdemo. class_names: by class index; by default the wnids. Raises VitdemoError for an engine that
-    ``convert`` did not make, for one on another device than the CPU, and for an input that is not square.
+    and no vitdemo. class_names: by class index; by default the wnids. The script is written last: a folder that has it
+    is whole. Raises VitdemoError for an engine that ``convert`` did not make, whose artifact is gone from the cache, or
+    whose runtime has no script here, for one on another device than the CPU, and for an input that is not square.
     """
     preprocessing, recipe = engine.info.preprocessing, engine.recipe
     _, height, width = preprocessing.input_size
     if recipe is None or engine.device != "cpu" or height != width:
         raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
+    if engine.name not in RUNTIMES:
+        raise VitdemoError(f"{engine.name}: no script is written for it; there are {', '.join(RUNTIMES)}")
     out = claim_folder(out)
-    if isinstance(engine, CompiledEngine):
-        for file in (artifacts_root() / recipe.folder_name).glob("model.*"):  # and not what only verify reads
-            shutil.copy2(file, out)
-    else:
-        dtype = DTYPES[engine.precision]
-        module = copy.deepcopy(recipe.model.module).to(dtype)
-        torch.export.save(export_graph(Model(module, engine.info), dtype=dtype), out / PROGRAM)
-    names = class_names or engine.info.classes or ()
-    (out / CLASSES).write_text("\n".join(names), encoding="utf-8")
+    with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
+        for file in _model_files(engine, Path(part)):
+            file.rename(out / file.name)
+    (out / CLASSES).write_text("\n".join(class_names or engine.info.classes or ()), encoding="utf-8")
     with replacing(out / SCRIPT) as file:
         file.write(_script(engine))
     return out / SCRIPT
+
+
+def _model_files(engine: Engine, folder: Path) -> list[Path]:
+    """What the runtime reads, put into ``folder``."""
+    if isinstance(engine, CompiledEngine):
+        artifact = artifacts_root() / engine.recipe.folder_name
+        for file in artifact.glob("model.*"):  # and not what only verify reads
+            shutil.copy2(file, folder)
+        if not any(folder.iterdir()):
+            raise VitdemoError(f"{artifact}: is gone from the cache; convert the model again")
+    else:
+        dtype = DTYPES[engine.precision]
+        module = copy.deepcopy(engine.recipe.model.module).to(dtype)
+        torch.export.save(export_graph(Model(module, engine.info), dtype=dtype), folder / PROGRAM)
+    return sorted(folder.iterdir())
 
 
 def _script(engine: Engine) -> str:

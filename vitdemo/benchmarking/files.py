@@ -22,6 +22,7 @@ from vitdemo.paths import remove_leftovers, replacing
 PATTERN = "perf_*.csv"
 KEY = ["engine", "precision", "device_batch_size"]
 NEEDED = ["model", *KEY, "batch", "status", "images_per_s", "machine", "commit"]  # without these a row says nothing
+HASHES = ("commit", "artifact")  # of digits alone, or with an e among them, they would read as numbers
 
 
 @dataclass
@@ -109,7 +110,7 @@ def read_perf(path: Path) -> pd.DataFrame:
             for number, row in enumerate(rows, 1):
                 if len(row) != len(header):
                     raise VitdemoError(f"{path}: row {number} has {len(row)} values for {len(header)} columns; mend it")
-            table = pd.read_csv(path) if header else pd.DataFrame()
+            table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str")) if header else pd.DataFrame()
         except (UnicodeDecodeError, pd.errors.ParserError, csv.Error):
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
     for number, name in sorted((-count, name) for name, count in Counter(header).items()):

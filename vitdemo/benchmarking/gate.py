@@ -9,6 +9,7 @@ import pandas as pd
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import OK
+from vitdemo.conversion.models import ModelInfo
 from vitdemo.errors import VitdemoError
 
 RATIO = "speedup_over_eager_fp32"
@@ -49,12 +50,22 @@ def check_baseline(baseline: pd.DataFrame) -> None:
         raise VitdemoError("against: the baseline holds the rows of several machines; give one sweep's file")
 
 
-def check_overlap(baseline: pd.DataFrame, pairs: Sequence[Pair], device_batch_sizes: Sequence[int]) -> None:
+def check_overlap(
+    baseline: pd.DataFrame,
+    models: Sequence[ModelInfo],
+    pairs: Sequence[Pair],
+    device_batch_sizes: Sequence[int],
+    replicas: int | None,
+) -> None:
     """Raise VitdemoError where the baseline has nothing of what is going to be measured."""
     found = _ratios(baseline)
     own = (found["engine"] + ":" + found["precision"]).isin(list(map(str, pairs)))
-    if not (own & found["device_batch_size"].isin(device_batch_sizes)).any():
-        raise VitdemoError("against: the baseline has no row of these engines, precisions and batch sizes")
+    own &= found["device_batch_size"].isin(device_batch_sizes) & (found["replicas"] == (replicas or 1))
+    both = found[["model", "weights"]].apply(tuple, axis=1).isin([(info.tag, info.weights) for info in models])
+    if not (own & both).any():
+        raise VitdemoError(
+            "against: the baseline has no row of the same model, weights, engine, precision, batch size and replicas"
+        )
 
 
 def check_share(worse_by: float) -> None:

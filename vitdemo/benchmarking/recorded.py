@@ -44,8 +44,8 @@ def shown() -> str:
 def recorded(name: str) -> pd.DataFrame:
     """The rows that were recorded on a machine, of each model the last sweep's."""
     rows = merge([data_path(f"results/{name}")])
-    last = rows.groupby("model")["file"].transform("max")  # the names end in the time
-    return rows[rows["file"] == last].reset_index(drop=True)
+    time = rows["file"].str.extract(r"_([\d-]+_\d+_\d+)\.csv$", expand=False)  # the names end in it
+    return rows[time == time.groupby(rows["model"]).transform("max")].reset_index(drop=True)
 
 
 def readme_table(rows: pd.DataFrame) -> str:

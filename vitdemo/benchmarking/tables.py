@@ -1,5 +1,6 @@
 """A sweep's rows in the layouts of other projects' tables, and as CSV, Markdown or a styled page."""
 
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -140,7 +141,7 @@ def markdown(table: pd.DataFrame) -> str:
 def styled(table: pd.DataFrame) -> Styler:
     """As a pandas Styler: four significant digits, a bar behind each rate, half transparent for dark pages."""
     rates = [name for name in RATES if name in table]
-    style = table.style.format(_digits).hide(axis="index")
+    style = table.style.format(lambda value: escape(_digits(value)), escape=None).hide(axis="index")
     return style.bar(subset=rates, color="#4A90C480", vmin=0) if rates and len(table) else style
 
 

@@ -173,6 +173,9 @@ def serve(pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
+CHILDREN: dict[int, subprocess.Popen] = {}  # a nursery's; one that is dropped loses its exit code to the next one
+
+
 def nurse(here: socket.socket) -> None:
     """Start a process for each message 0, which brings its pipe along, and answer its pid; for the pid of one that
     has ended or is about to, answer its exit code. Until the other end is closed."""
@@ -185,7 +188,7 @@ def nurse(here: socket.socket) -> None:
             return
         (pid,) = ANSWER.unpack(message)
         if pid:
-            answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = CHILDREN.pop(pid).wait() if pid in CHILDREN else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         else:
             answer = start(pipes[0], here)
             os.close(pipes[0])
@@ -197,7 +200,9 @@ def start(pipe: int, here: socket.socket) -> int:
     is not safe, and it imports anew."""
     if sys.platform != "linux":
         command = [sys.executable, "-m", "vitdemo.benchmarking.worker", "serve", str(pipe)]
-        return subprocess.Popen(command, pass_fds=[pipe]).pid
+        child = subprocess.Popen(command, pass_fds=[pipe])
+        CHILDREN[child.pid] = child
+        return child.pid
     if pid := os.fork():
         return pid
     try:

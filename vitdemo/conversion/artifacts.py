@@ -12,13 +12,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock
 
@@ -30,7 +29,7 @@ from vitdemo.conversion.engines.contract import CompiledEngine, Engine, find_eng
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors, reason_of
-from vitdemo.measure.clock import cores, installed_version, now
+from vitdemo.measure.clock import cores, free_memory_bytes, installed_version, now
 from vitdemo.paths import PART
 
 BUILD_MEMORY = 6  # times the weights: a little more than the largest build of a ViT-B/16 took
@@ -139,7 +138,8 @@ class Recipe:
                 except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
                     print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
             self._build(folder)
-            return self.ticket().load(folder, threads)
+            with self._named("it was built, and cannot be loaded"):
+                return self.ticket().load(folder, threads)
 
     def _build(self, folder: Path) -> None:
         partial = folder.with_name(folder.name + PART)
@@ -150,7 +150,8 @@ class Recipe:
         try:
             start = now()
             pixels = self.calibration.pixels if self.calibration else None
-            self.cls.build(self.model, self.precision, partial, device=self.device, calibration=pixels)
+            with self._named("cannot be built"):
+                self.cls.build(self.model, self.precision, partial, device=self.device, calibration=pixels)
             made = {"build_s": now() - start, "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
             card = {"key": self.key, **made, "files": _files(partial), **self.ingredients}
             card["calibration"] = self.calibration and self.calibration.to_dict()
@@ -158,15 +159,21 @@ class Recipe:
             shutil.rmtree(folder, ignore_errors=True)
             Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
             partial.rename(folder)
-        except (VitdemoError, OSError):
-            raise
-        except Exception as error:  # exporters and runtimes have a hundred types
-            what = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
-            raise VitdemoError(
-                f"{what}: cannot be built ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
-            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def _named(self, what: str):
+        """Exporters and runtimes have a hundred types of errors; a VitdemoError of one line for all of them."""
+        try:
+            yield
+        except (VitdemoError, OSError):
+            raise
+        except Exception as error:
+            own = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
+            raise VitdemoError(
+                f"{own}: {what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
+            ) from error
 
     def _check_room(self, folder: Path) -> None:
         """Asked before, as a disk that fills while torch writes ends the process, and memory that runs out too."""
@@ -178,7 +185,7 @@ class Recipe:
                 f"{folder}: a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; make room, "
                 "or set VITDEMO_CACHE to another folder"
             )
-        needed, free = BUILD_MEMORY * weights, psutil.virtual_memory().available
+        needed, free = BUILD_MEMORY * weights, free_memory_bytes()
         if needed > free:
             raise VitdemoError(
                 f"{self.cls.name} {self.precision} of {self.model.info.tag}: building may take {needed / 1e9:.1f} GB "

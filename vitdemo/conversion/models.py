@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +19,7 @@ from vitdemo.conversion import huggingface, timm_models
 from vitdemo.conversion.weights import Plan, hub_file, read_config, read_state_dict, weights_sha256
 from vitdemo.dataset.images import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.measure.clock import free_memory_bytes
 from vitdemo.paths import data_root
 
 # torch's own formulas; before 2.15 they leave out the attention that CPUs run.
@@ -189,7 +189,7 @@ def _check_memory(name: str, *, pretrained: bool) -> None:
             _, plan = _planned(name, pretrained=pretrained)
     except Exception:  # some need values to be built, and what is wrong with others is said when that is done
         return
-    needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), psutil.virtual_memory().available
+    needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), free_memory_bytes()
     if needed > free:
         raise VitdemoError(
             f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "

@@ -1,6 +1,5 @@
 """From a JPEG's bytes to the uint8 crop a model sees, and from samples to batches decoded ahead."""
 
-import io
 import math
 import time
 import warnings
@@ -17,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from vitdemo.dataset.headers import ENORMOUS, is_enormous, not_decoded, one_line
+from vitdemo.dataset.headers import ENORMOUS, is_enormous, not_decoded, one_line, open_image
 from vitdemo.dataset.imagenet import Sample, UnreadableFile
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import now
@@ -76,7 +75,7 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     EXIF orientation is ignored, as in timm. Raises UnreadableImage, for an enormous image too.
     """
     try:
-        with Image.open(io.BytesIO(jpeg)) as image:
+        with open_image(jpeg) as image:
             if refusal := _refusal(*image.size, jpeg, preprocessing):
                 raise UnreadableImage(refusal)
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))

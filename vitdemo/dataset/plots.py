@@ -1,6 +1,5 @@
 """Figures and views of a data set: galleries, crops, class counts, the folder tree."""
 
-import io
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from vitdemo.dataset.headers import is_enormous, not_decoded, open_image
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.dataset.images import Preprocessing, reference_crop
+from vitdemo.dataset.images import Preprocessing, UnreadableImage, reference_crop
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
 
@@ -19,10 +19,13 @@ THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs woul
 def thumbnail(jpeg: bytes) -> Image.Image:
     """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up.
 
-    A grey square for one that cannot be read.
+    A grey square for one that cannot be read, or that is enormous.
     """
     try:
-        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        with open_image(jpeg) as whole:
+            if is_enormous(*whole.size, jpeg):
+                raise UnreadableImage(not_decoded(*whole.size))
+            image = whole.convert("RGB")
     except Exception:  # as in reference_crop: decoders raise a dozen types
         image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
@@ -60,7 +63,7 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
     captions = [
         f"{name}\n{crop.shape[1]} x {crop.shape[0]} px" for name, crop in zip(preprocessings, crops, strict=True)
     ]
-    with Image.open(io.BytesIO(jpeg)) as image:
+    with open_image(jpeg) as image:
         original = f"the file\n{image.width} x {image.height} px"
     return picture_grid([thumbnail(jpeg), *crops], [original, *captions], columns=1 + len(crops))
 

@@ -81,7 +81,7 @@ def mask_patches(model: Model, pixels: torch.Tensor, patches: Iterable[tuple[int
     Raises VitdemoError for a place that is no patch's.
     """
     rows, columns = patch_grid(model)
-    height, width = model.module.patch_embed.patch_size
+    height, width = pixels.shape[-2] // rows, pixels.shape[-1] // columns  # a hybrid's patch_size counts features
     masked = pixels.clone()
     for row, column in patches:
         if not (0 <= row < rows and 0 <= column < columns):
@@ -99,14 +99,17 @@ def patch_grid(model: Model) -> tuple[int, int]:
 
 def has_attention(model: Model) -> bool:
     """Whether the functions of this file take ``model``."""
-    return isinstance(model.module, VisionTransformer) and model.module.has_class_token
+    module = model.module
+    if not (isinstance(module, VisionTransformer) and module.has_class_token):
+        return False
+    return all(hasattr(getattr(block, "attn", None), "attn_drop") for block in module.blocks)  # parallel ones have none
 
 
 def _transformer(model: Model) -> VisionTransformer:
     if not has_attention(model):
         raise VitdemoError(
-            f"{model.info.tag}: is no VisionTransformer of timm's with a class token, and only of those patches and "
-            "attention are shown; take a ViT"
+            f"{model.info.tag}: is no VisionTransformer of timm's with a class token and one attention a block, and "
+            "only of those patches and attention are shown; take a ViT"
         )
     return model.module
 

@@ -17,9 +17,9 @@ from vitdemo.explore.careless import (
     CALIBRATED,
     COMPILE,
     DROPPED,
-    ENGINES,
     ILSVRC,
     IMAGES,
+    NEEDS_ENGINE,
     NORMALISED,
     PADDED,
     UNSYNCHRONISED,
@@ -130,7 +130,7 @@ def hunt(model: Model, data: ImageNetVal, seed: int = 0) -> Hunt:
         try:
             made[bug] = careless_run(model, data, bug)
         except VitdemoError as error:
-            if bug not in ENGINES:
+            if bug not in NEEDS_ENGINE:
                 raise
             tqdm.write(f"left out, {bug}: {error}")
     order = np.random.default_rng(seed).permutation([bug for bug in BUGS if bug in made]).tolist()

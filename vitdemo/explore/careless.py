@@ -3,10 +3,12 @@
 The verbs of the library have no such switch. What the mistakes are, and which check sees each, is in ``bug_hunt.py``.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -38,7 +40,7 @@ BUGS = {  # name -> what the script does
     CALIBRATED: "it finds the ranges of int8 on images that it is scored on",
 }
 
-ENGINES = {COMPILE: ("openvino", "fp32"), CALIBRATED: ("openvino", "int8")}
+NEEDS_ENGINE = {COMPILE: ("openvino", "fp32"), CALIBRATED: ("openvino", "int8")}
 IMAGES, BATCH, CALIBRATION = 100, 8, 32  # 12 batches of 8, and one of 4
 
 
@@ -83,20 +85,33 @@ def careless_run(model: Model, data: ImageNetVal, bug: str | None = None) -> Car
 
     Without a bug the script is plain and right: every image once, the labels of the devkit, the mean and std of the
     weights, a warm-up, and a clock that is read when the logits are there. It uses eager fp32; COMPILE needs an engine
-    that is built, and CALIBRATED one that is calibrated: those are OpenVINO's, see ENGINES. Raises VitdemoError for a
+    that is built, and CALIBRATED one that is calibrated: those are OpenVINO's (NEEDS_ENGINE). Raises VitdemoError for a
     bug that is not known, for data other than a tar with enough images, and where OpenVINO or NNCF is missing.
     """
     _check_input(data, bug)
     model = _with_other_mean_and_std(model) if bug == NORMALISED else model
     data = MisreadVal(data.path, _labels(data, bug))
     samples, batches = [data[i] for i in range(IMAGES)], _batches(bug)
-    engine, precision = ENGINES.get(bug, ("eager", "fp32"))
     calibration = samples[:CALIBRATION] if bug == CALIBRATED else None
-    make = partial(convert, model, engine, precision, calibration=calibration, force=bug == COMPILE)
+    make = partial(convert, model, *NEEDS_ENGINE.get(bug, ("eager", "fp32")), calibration=calibration)
+    make = partial(_built_anew, make) if bug == COMPILE else make
     engine, answers, step_s, wall_s = _timed(make, _pixels(data, model), batches, bug)
     seen = [samples[i] for batch in batches for i in batch]
     files, labels = [sample.file for sample in seen], [sample.label for sample in seen]
     return CarelessRun(files, labels, answers, step_s, wall_s, model, engine, data)
+
+
+def _built_anew(make: Callable[[], Engine]) -> Engine:
+    """In a cache of its own: what others have in theirs stays."""
+    before = os.environ.get("VITDEMO_CACHE")
+    with TemporaryDirectory() as cache:
+        os.environ["VITDEMO_CACHE"] = cache
+        try:
+            return make()
+        finally:
+            del os.environ["VITDEMO_CACHE"]
+            if before is not None:
+                os.environ["VITDEMO_CACHE"] = before
 
 
 def _timed(

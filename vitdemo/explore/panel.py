@@ -31,9 +31,9 @@ class Panel(widgets.VBox):
     draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)`` puts a
     line above it. lines: the controls' names, a sequence a line. What goes wrong is said in that line, and what was
     drawn last stays. It is drawn in the thread that made the panel, in a kernel the main one, between two cells: what
-    JupyterLab reports of a control may come in a thread beside it (a subshell), while a cell runs. So there is no thread
-    to be left behind, and of all changes that come while something is drawn only the last is. Interrupting the kernel
-    stops what is being drawn.
+    JupyterLab reports of a control may come in a thread beside it (a subshell), while a cell runs. So no thread is left
+    behind, and of all changes that come while something is drawn only the last is. Interrupting the kernel stops what
+    is being drawn.
     """
 
     def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str], lines: Sequence[Sequence[str]]):

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from tqdm.auto import tqdm
 
 from vitdemo.conversion.comparison import ranking
-from vitdemo.conversion.engines.contract import Engine
+from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import ImageNetVal
@@ -50,7 +50,7 @@ def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[
 def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = None) -> pd.DataFrame:
     """The five likeliest classes of uint8[3, H, W], or all where there are fewer: class (its index), answer, logit,
     probability. ``names``: by class index."""
-    logits = engine(pixels[None])
+    logits = _logits(engine, pixels[None])
     probabilities = logits.double().softmax(dim=1)[0]
     best = ranking(logits)[0, :TOP].tolist()
     return pd.DataFrame(
@@ -164,7 +164,7 @@ def disagreements(
     batches = prefetched_batches(data, indices, preprocessing, device_batch_size, input_path="fast")
     with closing(batches), tqdm(total=len(indices), unit="image", disable=not progress) as bar:
         for batch in batches:
-            logits = [engine(batch.pixels) for engine in (candidate, reference)]
+            logits = [_logits(engine, batch.pixels) for engine in (candidate, reference)]
             for k, row in _compared(*logits).iterrows():
                 if not batch.errors[k]:
                     rows.append({"index": batch.start + k, "file": batch.files[k], "label": batch.labels[k], **row})
@@ -174,6 +174,15 @@ def disagreements(
         raise VitdemoError("disagreements: not one image could be read; see `vitdemo extract --check-images`")
     whole = dict.fromkeys(("candidate", "reference"), int)
     return pd.DataFrame(rows).astype(whole).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+
+
+def _logits(engine: Engine, pixels: torch.Tensor) -> torch.Tensor:
+    logits = engine(pixels)
+    if not torch.isfinite(logits).all():  # such an image would rank as the one that is least apart
+        raise EngineFailure(
+            f"the {engine.name} engine gave logits that are not finite; compare it with `vitdemo verify`"
+        )
+    return logits
 
 
 def _compared(candidate: torch.Tensor, reference: torch.Tensor) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from vitdemo.explore.plots import plot_blocks, plot_disagreements, plot_looks
 from vitdemo.explore.predictions import Look, disagreements, look_at, names_of, reference_of, with_preprocessing
 
 OWN = "as the weights want it"
-ANSWER, BLOCKS, ENGINES = "answer", "block by block", "two engines"
+ANSWER, BLOCKS, TWO_ENGINES = "answer", "block by block", "two engines"
 DATA, UPLOAD = "data set", "upload"
 AS_TRAINED = "the weights' own"
 SCALINGS = {
@@ -51,6 +51,7 @@ class ImageView:
         self._engines: dict[Pair, Engine] = {}
         self._looked: dict[tuple, Look] = {}
         self._drawn: tuple[str, Look | None, str] = ("", None, "")  # the first look, its file and its HTML
+        self._uploaded: tuple = ()
         self._compared: dict[tuple, pd.DataFrame] = {}
 
     def data(self, path: str, say: Say) -> ImageNetVal:
@@ -62,7 +63,8 @@ class ImageView:
     def model(self, name: str, say: Say) -> Model:
         if name not in self._models:
             say(f"loading {name} …")
-            self._models, self._engines, self._compared = {name: load_model(name)}, {}, {}
+            self._models, self._engines, self._looked, self._compared = {}, {}, {}, {}  # before the next takes room
+            self._models[name] = load_model(name)
         return self._models[name]
 
     def engine(self, model: Model, pair: Pair, say: Say) -> Engine:
@@ -74,13 +76,14 @@ class ImageView:
 
     def draw(self, say: Say, *, data: str, model: str, engine: str, precision: str, show: str, **rest) -> str:
         """HTML of what the controls ask for; their names are the arguments."""
+        self._uploaded = rest["upload"] or self._uploaded
         images, vit = self.data(data, say), self.model(model, say)
         pair = Pair(engine, precision)
-        if show == ENGINES:
+        if show == TWO_ENGINES:
             return self._engines_apart(images, vit, pair, rest["against"], rest["among"], say)
-        file, content, truth = picture_of(images, rest["picture"], rest["index"], rest["upload"])
+        file, content, truth = picture_of(images, rest["picture"], rest["index"], self._uploaded)
         names, ready = names_of(vit.info, images), self.engine(vit, pair, say)
-        first = self._first_look(ready, vit, file, content, names)
+        first = self._first_look(ready, vit, images, file, content)
         changed = second_look(first, ready, vit, file, content, names, **_asked(rest))
         head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}; attention: {EAGER}.</p>"
         if show == BLOCKS:
@@ -94,10 +97,11 @@ class ImageView:
             self._drawn = file, first, html
         return head + html + "".join(look_html(name, look, file, blue) for name, look in changed.items())
 
-    def _first_look(self, engine: Engine, vit: Model, file: str, content: bytes, names: list[str] | None) -> Look:
-        key = engine, content
+    def _first_look(self, engine: Engine, vit: Model, images: ImageNetVal, file: str, content: bytes) -> Look:
+        key = engine, images.path, content  # the classes' names are the data set's
         if key not in self._looked:
-            self._looked = {key: look_at(engine, vit, crop_picture(file, content, vit.info.preprocessing), names)}
+            pixels = crop_picture(file, content, vit.info.preprocessing)
+            self._looked = {key: look_at(engine, vit, pixels, names_of(vit.info, images))}
         return self._looked[key]
 
     def _engines_apart(self, images: ImageNetVal, vit: Model, pair: Pair, against: str, among: int, say: Say) -> str:

@@ -1,7 +1,6 @@
 """The course's widgets: each a thin skin over functions that a notebook can call as well."""
 
 import io
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from vitdemo.explore.view import (
     AS_TRAINED,
     BLOCKS,
     DATA,
-    ENGINES,
     LEAST,
     MOST,
     NOTHING,
     SCALINGS,
+    TWO_ENGINES,
     UPLOAD,
     WINDOW,
     ImageView,
@@ -64,12 +63,17 @@ def image_explorer(
     def keep_precisions(_) -> None:
         controls["precision"].options = find_engines()[controls["engine"].value].precisions
 
-    def show(picture: str) -> Callable[[object], None]:
-        return lambda _: setattr(controls["picture"], "value", picture)
+    def show_upload(change) -> None:
+        if change["new"]:
+            controls["picture"].value = UPLOAD
+
+    def show_data(_) -> None:
+        controls["picture"].value = DATA
+        controls["upload"].value = ()  # else the same file, uploaded once more, would be no change
 
     controls["engine"].observe(keep_precisions, "value")
-    controls["upload"].observe(show(UPLOAD), "value")
-    controls["index"].observe(show(DATA), "value")
+    controls["upload"].observe(show_upload, "value")
+    controls["index"].observe(show_data, "value")
     lines = (
         ("data", "picture", "index", "upload"),
         ("model", "engine", "precision"),
@@ -102,7 +106,7 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
         ),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
-        "show": widgets.ToggleButtons(options=(ANSWER, BLOCKS, ENGINES), description="show", **BUTTONS),
+        "show": widgets.ToggleButtons(options=(ANSWER, BLOCKS, TWO_ENGINES), description="show", **BUTTONS),
         "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
         "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
     }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from vitdemo.errors import VitdemoError
-from vitdemo.measure.clock import now, versions
+from vitdemo.measure.clock import cores, now, versions
 
 
 class Place(NamedTuple):
@@ -55,8 +55,9 @@ class Replica:
 
     def place(self) -> Place:
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        affinity = sorted(affinity)[: cores()]
         process, host = psutil.Process(), socket.gethostname()
-        return Place(process.pid, process.create_time(), host, sorted(affinity), code_fingerprint(), versions())
+        return Place(process.pid, process.create_time(), host, affinity, code_fingerprint(), versions())
 
     def bind(self, cores: list[int]) -> None:
         """Take ``cores``, before anything that counts them is imported."""
@@ -91,7 +92,7 @@ class Replica:
         """The rows of ``indices``; ``number`` is this replica's. Raises EngineFailure when the engine breaks."""
         from vitdemo.inference.loop import predict
         from vitdemo.inference.records import csv_lines
-        from vitdemo.measure.clock import Phases, cores, peak_memory_bytes
+        from vitdemo.measure.clock import Phases, peak_memory_bytes
 
         lines, times, phases = [], [], Phases()
         options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())

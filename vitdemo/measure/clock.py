@@ -2,15 +2,19 @@
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from math import ceil
+from pathlib import Path
 
 import numpy as np
+import psutil
 
 from vitdemo.paths import REPOSITORY
 
@@ -18,6 +22,7 @@ now = time.perf_counter
 
 PACKAGES = ("vitdemo", "torch", "torchvision", "timm", "pillow", "openvino", "nncf", "onnxruntime", "ray")
 SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Phases:
@@ -103,13 +108,42 @@ def _proc_field(path: str, name: str) -> str | None:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores this process may use, of the machine's and of what a container is given."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            counts.append(ceil(quota / period))
+    return min(counts)
 
 
 def memory_bytes() -> int:
     """The machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes() -> int:
+    """What can still be taken without swapping, of the machine's memory and of what a container is given."""
+    rooms = [psutil.virtual_memory().available]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            rooms.append(limit - used + int(pages["inactive_file"]))  # files read before, given back when asked for
+    return max(0, min(rooms))
+
+
+def _control_groups() -> list[Path]:
+    """This process's cgroup (version 2) and those around it, whose limits hold as well; none but on Linux.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
+    try:
+        own = re.search(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    inner = GROUPS / own[1] if own else GROUPS
+    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(GROUPS)]
 
 
 def versions() -> dict[str, str | None]:

@@ -20,7 +20,6 @@ from papermill.exceptions import PapermillExecutionError
 from vitdemo.paths import data_root
 from vitdemo.runs.plan import Notebook, heading
 
-CELL_TIMEOUT_S = 600  # a cell of the course takes a minute or two at most: after ten it hangs
 KERNEL_START_S = 120  # a cold disk and a busy machine
 LAST_OUTPUT_S = 60  # papermill's 4 s for a finished cell's last output are too few on a loaded machine
 
@@ -71,11 +70,17 @@ class Progress:
         print(("\r\x1b[K" if self.terminal else "") + f"{self.label}  {text}", file=sys.stderr, flush=True)
 
 
-def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], progress: Progress) -> str:
+def execute(
+    notebook: Notebook,
+    executed: Path,
+    parameters: dict[str, object],
+    progress: Progress,
+    cell_timeout_s: int | None = None,
+) -> str:
     """Run every cell of ``notebook`` into the file ``executed``; "" or, in one line, what went wrong where.
 
-    ``executed`` holds what was done at any time, also after a KeyboardInterrupt. No process that a cell
-    started is left, whatever happens.
+    A cell that takes longer than ``cell_timeout_s`` (None: there is no such limit) went wrong. ``executed`` holds what
+    was done at any time, also after a KeyboardInterrupt. No process that a cell started is left, whatever happens.
     """
     OwnKernel.environment = {
         MARK: TOKEN,
@@ -87,8 +92,8 @@ def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], p
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the line returned here says it already
     try:
         done = papermill.execute_notebook(
-            notebook.path,
-            executed,
+            _verbatim(notebook.path),
+            _verbatim(executed),
             parameters,
             cwd=notebook.path.parent,
             kernel_name="python3",
@@ -97,7 +102,7 @@ def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], p
             progress_bar=False,
             on_cell_start=progress.cell_start,
             start_timeout=KERNEL_START_S,
-            execution_timeout=CELL_TIMEOUT_S,
+            execution_timeout=cell_timeout_s,
             iopub_timeout=LAST_OUTPUT_S,
         )
     except PapermillExecutionError as error:
@@ -105,12 +110,19 @@ def execute(notebook: Notebook, executed: Path, parameters: dict[str, object], p
         return f"cell {progress.cell}: {error.ename}: {what[-1]}"
     except CellTimeoutError as error:
         return f"cell {progress.cell}: {str(error).splitlines()[0]}"
+    except OSError as error:  # the executed copy could not be written
+        return f"cell {progress.cell}: {error.filename or executed}: {error.strerror}"
     except RuntimeError as error:  # the kernel died, or never came up
         return f"cell {progress.cell}: {error} (out of memory?)"
     finally:
         end_processes()
     # papermill takes sys.exit(0) for success and leaves the cells below unexecuted.
     return f"cell {progress.cell}: left early by SystemExit" if done.metadata.papermill.exception else ""
+
+
+def _verbatim(path: Path) -> str:
+    """papermill fills parameters into the braces of a path; these are part of its name."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def end_processes(token: str = TOKEN) -> None:
@@ -137,13 +149,16 @@ def _mark_of(process: psutil.Process) -> str | None:
 
 @contextmanager
 def terminate_as_interrupt():
-    """Within the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does: both end in the same clean-up."""
+    """Within the block SIGTERM, and SIGHUP of a terminal that goes, raise KeyboardInterrupt, as Ctrl-C does: all end in
+    the same clean-up. ``nohup`` stays in force."""
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, interrupt) for kind in kinds}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

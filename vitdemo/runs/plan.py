@@ -30,6 +30,8 @@ PROFILES = {
     "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},
 }
 
+# A cell of the bundled course takes two minutes at most: after ten it hangs. Of a large model nobody knows.
+CELL_TIMEOUT_S = {"smoke": 600, "bundled": 600}
 
 LESSON = re.compile(r"\d\d_[a-z0-9_]+")
 
@@ -128,7 +130,7 @@ def parse_parameter(text: str) -> tuple[str, object]:
         raise VitdemoError(f"-p {text}: give a parameter as NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as literal_eval documents
         return name, value
 
 

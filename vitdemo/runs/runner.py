@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitdemo.errors import named_errors, reason_of
 from vitdemo.paths import claim_folder, runs_root
 from vitdemo.runs.kernels import Progress, execute, terminate_as_interrupt
-from vitdemo.runs.plan import NOTEBOOKS, Notebook, assign_parameters, choose_notebooks
+from vitdemo.runs.plan import CELL_TIMEOUT_S, NOTEBOOKS, Notebook, assign_parameters, choose_notebooks
 from vitdemo.runs.report import write_index, write_page
 
 MEASURED = ("images", "top1", "top1_ci95", "images_per_s", "engine", "precision")
@@ -93,20 +94,27 @@ def run_notebooks(
     values = assign_parameters(chosen, profile, imagenet, parameters or {})
     out = claim_folder(Path(out or runs_root() / time.strftime("%Y-%m-%d_%H%M%S")).resolve())
     report = RunReport([Result(notebook.name, notebook.title) for notebook in chosen], out / "index.html")
-    try:
-        with terminate_as_interrupt():
+    with named_errors(out), terminate_as_interrupt():
+        try:
             for number, (notebook, result) in enumerate(zip(chosen, report.notebooks, strict=True), 1):
                 progress = Progress(f"[{number}/{len(chosen)}] {notebook.name}", notebook.code_cells)
-                _run_one(notebook, result, values[notebook.name], out, progress)
-    except KeyboardInterrupt:
-        print(f"interrupted; what was done: {report.index}", file=sys.stderr)
-        raise
-    finally:
-        write_index(report.notebooks, report.index)
+                _run_one(notebook, result, values[notebook.name], out, progress, CELL_TIMEOUT_S.get(profile))
+        except KeyboardInterrupt:
+            print(f"interrupted; what was done: {report.index}", file=sys.stderr)
+            raise
+        finally:
+            write_index(report.notebooks, report.index)
     return report
 
 
-def _run_one(notebook: Notebook, result: Result, values: dict[str, object], out: Path, progress: Progress) -> None:
+def _run_one(
+    notebook: Notebook,
+    result: Result,
+    values: dict[str, object],
+    out: Path,
+    progress: Progress,
+    cell_timeout_s: int | None,
+) -> None:
     if notebook.missing:
         result.status = "skipped"
         result.error = f"needs {', '.join(notebook.missing)}: not installed, see `vitdemo doctor`"
@@ -116,7 +124,7 @@ def _run_one(notebook: Notebook, result: Result, values: dict[str, object], out:
     folder.mkdir()
     result.status = "interrupted"  # until it has come to its end
     try:
-        error = execute(notebook, executed, {**values, "out": str(folder)}, progress)
+        error = execute(notebook, executed, {**values, "out": str(folder)}, progress, cell_timeout_s)
         records, left_undone = _judge(notebook, folder, {**notebook.parameters, **values}.get("limit"))
         result.error = error or left_undone
         result.status = "failed" if result.error else "ok"
@@ -126,7 +134,15 @@ def _run_one(notebook: Notebook, result: Result, values: dict[str, object], out:
         result.duration_s = time.perf_counter() - start
         progress.close(f"{result.status}  {result.duration_s:.1f} s  {result.error}".rstrip())
         if executed.exists():
-            write_page(executed, notebook.path.parent)
+            _write_page(executed, notebook, result)
+
+
+def _write_page(executed: Path, notebook: Notebook, result: Result) -> None:
+    try:
+        write_page(executed, notebook.path.parent)
+    except ValueError as error:  # the executed copy is not whole: the disk was full
+        executed.unlink()
+        result.error = result.error or f"{executed}: {reason_of(error)}"
 
 
 def _judge(notebook: Notebook, folder: Path, limit: object) -> tuple[list[dict], str]:
