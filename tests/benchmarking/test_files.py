@@ -1,5 +1,7 @@
 """Sweeps joined by column name, other projects' layouts of them, and what is refused."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -174,6 +176,20 @@ def test_a_column_that_a_layout_needs_is_named(rows):
 def test_numbers_for_people(rows):
     assert "0.00432" in markdown(pd.DataFrame({"a": [0.00432]})), "tt-metal's tables print this as 0.00"
     assert "vit_shapes20" in styled(rows).to_html()
+
+
+def test_the_notebook_opens_the_readmes_rows():
+    assert f'data_path(\\"results/{shown()}\\")' in (REPOSITORY / "notebooks" / "06_explore.ipynb").read_text()
+
+
+def test_the_readmes_two_ratios_are_those_of_the_recorded_rows():
+    text = (REPOSITORY / "README.md").read_text()
+    said = re.search(r"OpenVINO in fp32 was ([\d.]+) times as fast as eager .* here it is ([\d.]+) times", text).groups()
+    for name, ratio in zip(("intel-xeon-amx-2-cores", shown()), said, strict=True):
+        rows = recorded(name)
+        own = (rows["engine"] == "openvino") & (rows["precision"] == "fp32") & (rows["model"] == "vit_base_patch16_224")
+        (found,) = rows.loc[own & (rows["device_batch_size"] == 8), "speedup_equal_precision"]
+        assert f"{found:.2f}" == ratio
 
 
 def test_the_readmes_table_is_that_of_the_recorded_rows():
