@@ -49,12 +49,12 @@ results: $(BIN)/.vitdemo
 constraints:
 	rm -rf $(VENV)-constraints && $(PYTHON) -m venv $(VENV)-constraints
 	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev]'
-	$(VENV)-constraints/bin/python -m pip freeze --exclude-editable | grep -v ' @ ' > $(VENV)-constraints/pins
+	$(VENV)-constraints/bin/python -m pip freeze --all --exclude-editable | grep -v ' @ \|^pip==' > $(VENV)-constraints/pins
 	mv $(VENV)-constraints/pins constraints.txt
 	rm -rf $(VENV)-constraints
 
 clean:
-	rm -rf $(VENV) $(VENV)-constraints runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-constraints build *.egg-info
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/pip
@@ -66,7 +66,7 @@ $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo
 	@touch $@
 
 $(BIN)/pip: # what venv writes last
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 …" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+	  { echo "Python 3.11 to 3.14 is needed; name it: make PYTHON=python3.12 …" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; } # half an environment would look like a whole one
 	@echo "installing into $(VENV): about 5 GB and 3 minutes, once"

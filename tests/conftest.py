@@ -11,8 +11,13 @@ from vitdemo import ImageNetVal, convert, data_path, load_model
 from vitdemo.paths import REPOSITORY
 from vitdemo.runs import RunReport, run_notebooks
 
-# A shell starts background jobs with SIGINT ignored, which children inherit: those that are sent one here must hear it.
+# What is compared here is what CPUs compute, also where there is a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP, which children inherit: those that are sent
+# one here must hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,7 @@ def test_conda_environment_installs_the_same():
     *packages, pip = environment["dependencies"]
     assert environment["name"] == PROJECT["name"]
     assert packages == [f"python{PROJECT['requires-python']}", "pip", "cxx-compiler"]
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[engines,parallel]"]}
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile"])
@@ -50,7 +50,7 @@ def test_no_registry_address_in_a_project_file(name):
 
 def test_lint_reads_the_notebooks_too():
     command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
-    read = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    read = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {str(path) for path in (REPOSITORY / "notebooks").glob("*.ipynb")} <= set(read)
 
 
@@ -102,9 +102,10 @@ def test_the_top_level_is_the_design_cards():
 
 
 def test_repository_stays_small():
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z"]
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("no clone of git")
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sizes = {name: (REPOSITORY / name).stat().st_size for name in listed.split("\0") if name}
     assert sum(sizes.values()) < 25e6
     assert not [name for name, size in sizes.items() if size > 3e6 and not name.endswith(".tar")]

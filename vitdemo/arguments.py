@@ -2,7 +2,8 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
+
+from vitdemo.paths import user_path
 
 MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
 
@@ -85,7 +86,7 @@ def parser_of(verbs: Mapping[str, Callable]) -> argparse.ArgumentParser:
     skip_help = "leave out the reference's run, eager fp32, over the same images"
     evaluate.add_argument("--skip-validation", action="store_true", help=skip_help)
     evaluate.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
-    evaluate.add_argument("--out", required=True, metavar="DIR", help="a new folder for the results")
+    evaluate.add_argument("--out", required=True, type=user_path, metavar="DIR", help="a new folder for the results")
 
     benchmark = command("benchmark", "time models in every engine and batch size, by turns")
     benchmark.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
@@ -102,17 +103,21 @@ def parser_of(verbs: Mapping[str, Callable]) -> argparse.ArgumentParser:
     benchmark.add_argument("--images", type=int, default=1000, metavar="N", help="how many of them (1000)")
     benchmark.add_argument("--calibration", metavar="PATH", help=calibration_help)
     against_help = "a sweep to hold the ratios to eager against; exit code 1 where one became worse"
-    benchmark.add_argument("--against", type=Path, metavar="CSV", help=against_help)
+    benchmark.add_argument("--against", type=user_path, metavar="CSV", help=against_help)
     worse_help = "by which fraction a ratio may be worse (0.2)"
     benchmark.add_argument("--worse-by", type=float, default=0.2, metavar="X", help=worse_help)
     benchmark.add_argument("--resume", action="store_true", help="go on with an interrupted sweep in --out")
-    benchmark.add_argument("--out", required=True, type=Path, metavar="DIR", help="where perf_*.csv goes")
+    benchmark.add_argument("--out", required=True, type=user_path, metavar="DIR", help="where perf_*.csv goes")
 
     merge = command("merge", "join the results of sweeps into one table")
-    merge.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders, or files, of `vitdemo benchmark`")
+    merge.add_argument(
+        "folders", nargs="+", type=user_path, metavar="DIR", help="folders, or files, of `vitdemo benchmark`"
+    )
     merge.add_argument("--layout", metavar="L", help="as other projects have it: ttmetal, aitemplate or flagperf")
-    merge.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .csv, .md or .html")
+    merge.add_argument("--out", required=True, type=user_path, metavar="FILE", help="a .csv, .md or .html")
 
     workshop = command("workshop", "write student copies of the notebooks, without the solutions")
-    workshop.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder for the copies")
+    workshop.add_argument(
+        "--out", required=True, type=user_path, metavar="DIR", help="a new or empty folder for the copies"
+    )
     return parser

@@ -7,7 +7,7 @@ from pathlib import Path
 CURES = {
     errno.ENOENT: "no such file or folder; check the path",
     errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
-    errno.ENOSPC: "the disk is full; make room and run the same command again, what is done is kept",
+    errno.ENOSPC: "the disk is full; make room and run again (evaluate and benchmark with --resume)",
 }
 
 

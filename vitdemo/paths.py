@@ -12,15 +12,20 @@ PART = ".part"  # the suffix of a file or a folder that is not whole yet
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def user_path(path: Path | str) -> Path:
+    """``path`` with a leading ``~`` as the shell would have it; a name of nobody stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def data_root() -> Path:
     """The folder of the bundled data: ``VITDEMO_DATA``, or ``data/`` of the clone."""
-    return Path(os.environ.get("VITDEMO_DATA") or REPOSITORY / "data").expanduser()
+    return user_path(os.environ.get("VITDEMO_DATA") or REPOSITORY / "data")
 
 
 def cache_root() -> Path:
     """The folder for what is built once and can be built again: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("VITDEMO_CACHE") or Path(cache_home) / "vitdemo").expanduser()
+    return user_path(os.environ.get("VITDEMO_CACHE") or Path(cache_home) / "vitdemo")
 
 
 def runs_root() -> Path:
@@ -44,7 +49,7 @@ def claim_folder(path: Path | str) -> Path:
 
     Raises VitdemoError when it holds something already: results are never mixed or overwritten.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")

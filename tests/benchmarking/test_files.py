@@ -184,7 +184,9 @@ def test_the_notebook_opens_the_readmes_rows():
 
 def test_the_readmes_two_ratios_are_those_of_the_recorded_rows():
     text = (REPOSITORY / "README.md").read_text()
-    said = re.search(r"OpenVINO in fp32 was ([\d.]+) times as fast as eager .* here it is ([\d.]+) times", text).groups()
+    said = re.search(
+        r"OpenVINO in fp32 was ([\d.]+) times as fast as eager .* here it is ([\d.]+) times", text
+    ).groups()
     for name, ratio in zip(("intel-xeon-amx-2-cores", shown()), said, strict=True):
         rows = recorded(name)
         own = (rows["engine"] == "openvino") & (rows["precision"] == "fp32") & (rows["model"] == "vit_base_patch16_224")

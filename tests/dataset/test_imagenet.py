@@ -57,11 +57,13 @@ from vitdemo import extract
 
 def kill_soon():
     while len(list((out / "val.part").glob("*/*.JPEG"))) < 100:
+        if (out / "val").exists():
+            return
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGKILL)
 
 archives, out = map(Path, sys.argv[1:])
-threading.Thread(target=kill_soon).start()
+threading.Thread(target=kill_soon, daemon=True).start()
 extract(archives, out, unverified=True, progress=False)
 """
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from functools import partial
 from types import CodeType
 
 import torch
@@ -23,7 +24,7 @@ def architecture_sha256(module: nn.Module) -> str:
     for name, part in module.named_modules():
         held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
         plain = {key: value for key, value in held.items() if _is_plain(value)}
-        calls = {key: source_of(value) for key, value in held.items() if inspect.isroutine(value)}
+        calls = {key: source_of(value) + _behaviour(value) for key, value in held.items() if callable(value)}
         tensors = {key: _sha256(value) for key, value in held.items() if _is_tensor(value)}
         digest.update(f"{name} {sorted(plain.items())} {sorted(calls.items())} {sorted(tensors.items())}\n".encode())
     return digest.hexdigest()
@@ -51,8 +52,30 @@ def source_of(thing: object) -> str:
         return inspect.getsource(thing)
     except (OSError, TypeError):
         name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        held = [thing, *vars(thing).values()] if inspect.isclass(thing) else [thing]
-        return name + "".join(_code(value.__code__) for value in held if inspect.isfunction(value))
+        if not inspect.isclass(thing):
+            return name + _behaviour(thing)
+        own = {
+            key: value for key, value in vars(thing).items() if inspect.isfunction(value) or not key.startswith("__")
+        }
+        return name + "".join(f"{key} {_behaviour(value)}\n" for key, value in sorted(own.items()))
+
+
+def _behaviour(value: object) -> str:
+    """What a function does, or one that a class wraps, and a plain value itself; "" for anything else."""
+    if isinstance(value, property):
+        return "".join(_behaviour(each) for each in (value.fget, value.fset) if each)
+    if isinstance(value, (staticmethod, classmethod)):
+        return _behaviour(value.__func__)
+    if isinstance(value, partial):
+        return f"{source_of(value.func)} {_plainly(value.args)} {_plainly(value.keywords)}"
+    if inspect.isfunction(value):
+        held = " ".join(_plainly(cell.cell_contents) for cell in value.__closure__ or ())
+        return f"{_code(value.__code__)} {_plainly(value.__defaults__)} {_plainly(value.__kwdefaults__)} {held}"
+    return _plainly(value)
+
+
+def _plainly(value: object) -> str:
+    return repr(value) if _is_plain(value) else ""
 
 
 def _code(code: CodeType) -> str:

@@ -110,7 +110,8 @@ class Recipe:
         else:
             card = {"key": self.key, **self.ingredients}  # before the clock starts
             start = now()
-            ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
+            with self._named("cannot be made ready"):
+                ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
             ready.card, ready.load_s = card, now() - start
         ready.recipe = self
         return ready

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.archives import IMAGE_LIMIT, index_tar
-from vitdemo.dataset.imagenet import ImageNetVal, Sample
+from vitdemo.dataset.imagenet import ImageNetVal, Sample, UnreadableFile
 from vitdemo.dataset.imagenet_train import ImageNetTrain
 from vitdemo.dataset.images import Preprocessing, UnreadableImage, reference_crop
 from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.paths import data_path
+from vitdemo.paths import data_path, user_path
 
 IMAGES, RANDOM_IMAGES = 256, 32  # more random ones would only repeat the same ranges
 
@@ -69,7 +70,7 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
             )
         return Calibration(given.cpu().contiguous(), "pixels given by the caller")
     if isinstance(given, (str, Path)):
-        return _from_files(_jpegs_at(Path(given).expanduser()), str(given), info.preprocessing)
+        return _from_files(_jpegs_at(user_path(given)), str(given), info.preprocessing)
     return _from_files(_spread(given), str(getattr(given, "path", "a data set")), info.preprocessing)
 
 
@@ -114,7 +115,9 @@ def _holds_only_train(path: Path) -> bool:
 
 
 def _spread(data: Sequence[Sample]) -> Iterator[bytes]:
-    return (data[i].jpeg for i in _evenly(len(data)))
+    for i in _evenly(len(data)):
+        with suppress(UnreadableFile):  # one less to calibrate on
+            yield data[i].jpeg
 
 
 def _evenly(count: int) -> range | list[int]:

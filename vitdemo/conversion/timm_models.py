@@ -40,7 +40,10 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str]) -> Pla
     if (tag and name not in tags) or (not tag and pretrained):
         problem = "has no such weights tag" if tag else "is an architecture; its weights need a full tag"
         raise VitdemoError(f"{name}: {problem}: {', '.join(tags) or 'timm has none for it'}")
-    config = timm.get_pretrained_cfg(name).to_dict()
+    config = timm.get_pretrained_cfg(name)
+    if config is None:  # an old name, which timm only forwards
+        raise VitdemoError(f"{name}: timm has another name for it now; timm.list_models() lists those there are")
+    config = config.to_dict()
     return _plan(timm.create_model(name), config, partial(pretrained_file, _hub_id(name)))
 
 
@@ -58,14 +61,17 @@ def plan_from_config(config: Mapping, find: Callable[..., Path], source: str) ->
         ) from None
     # As timm does: what the top level says of the outputs holds for the weights in this folder.
     pretrained_cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key)}
-    if not timm.is_model(architecture):
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise VitdemoError(f"{source}: architecture {architecture!r} is not known to timm {timm.__version__}")
-    arguments = {"num_classes": pretrained_cfg.get("num_classes", 1000), **(config.get("model_args") or {})}
     try:
+        arguments = {"num_classes": pretrained_cfg.get("num_classes", 1000), **(config.get("model_args") or {})}
         module = timm.create_model(architecture, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise VitdemoError(f"{source}: timm cannot build this model ({reason_of(error)}); check model_args") from None
-    return _plan(module, pretrained_cfg, partial(find, WEIGHTS_FILE))
+    try:
+        return _plan(module, pretrained_cfg, partial(find, WEIGHTS_FILE))
+    except (TypeError, ValueError) as error:
+        raise VitdemoError(f"{source}: pretrained_cfg is not timm's ({reason_of(error)}); check its values") from None
 
 
 def _plan(module: nn.Module, pretrained_cfg: dict, file: Callable[[], Path]) -> Plan:

@@ -19,7 +19,7 @@ from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.conversion.verdict import RANDOM, REAL, TOLERANCES, Report, make_report
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import prefetched_batches
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.measure.clock import cores
 from vitdemo.paths import data_root, replacing
 
@@ -65,7 +65,8 @@ def verify(
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
     report = make_report(engine, model.info, data, comparisons)
-    _keep(report, engine)
+    if model.info.weights_sha256 == engine.info.weights_sha256:  # and not held against another model, to see it fail
+        _keep(report, engine)
     return report
 
 
@@ -194,12 +195,14 @@ def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
     except VitdemoError:
         raise
     except Exception as error:  # runtimes have types of their own
-        raise EngineFailure(f"the {engine.name} engine failed: {error}") from error
+        raise EngineFailure(f"the {engine.name} engine failed: {reason_of(error)}") from error
 
 
 def _keep(report: Report, engine: Engine) -> None:
-    """Write the report beside the engine's folder in the cache, if it has one."""
+    """Write the report beside the engine's folder in the cache, if it still holds the files that were verified."""
     for card in artifacts_root().glob(f"*-{engine.card.get('key', '')[:16]}/{CARD}"):
+        if json.loads(card.read_text(encoding="utf-8")).get("files") != engine.card["files"]:  # built anew since
+            continue
         path = card.parent.with_name(card.parent.name + VERIFIED)
         with named_errors(path), replacing(path) as file:
             json.dump(report.to_dict(), file, indent=2)

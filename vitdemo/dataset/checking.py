@@ -34,7 +34,7 @@ from vitdemo.dataset.headers import (
 from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, machine_record, now
-from vitdemo.paths import remove_leftovers, replacing
+from vitdemo.paths import remove_leftovers, replacing, user_path
 
 IMAGES, SUMMARY = "images.csv", "images.json"
 FACTS = ["width", "height", "mode", "exif", "error", "warning"]
@@ -116,7 +116,7 @@ def check_images(
     for name, value in (("workers", workers), ("limit", limit)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
-    out, workers = Path(out) if out is not None else None, workers or cores()
+    out, workers = user_path(out) if out is not None else None, workers or cores()
     images = len(data) if limit is None else min(limit, len(data))
     if out:
         with named_errors(out):

@@ -1,6 +1,7 @@
 """The verb ``extract``: from verified archives to ``val/<wnid>/`` or ``train/<wnid>/``, whole or not at all."""
 
 import csv
+import io
 import json
 from collections import Counter
 from fnmatch import fnmatch
@@ -22,7 +23,7 @@ from vitdemo.dataset.imagenet_train import ImageNetTrain
 from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classes, read_record
 from vitdemo.dataset.unpacking import entries, extract_members
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.paths import PART, remove_leftovers, replacing
+from vitdemo.paths import PART, remove_leftovers, replacing, user_path
 
 SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
 TORCHVISIONS_DEVKIT = "meta.bin"
@@ -36,10 +37,11 @@ def extract(
     """Extract the tar of a split in the folder ``archives`` (or given itself) to ``out/<split>/<wnid>/``.
 
     ``split`` is "val", with the devkit beside the tar, or "train", with or without; both may go to one ``out``.
-    MD5s are checked first; ``unverified`` lets archives pass whose MD5 is unknown or another. ``out`` also gets
-    ``classes.csv`` (label, wnid, ilsvrc_id, name) and ``extraction.json`` or ``extraction_train.json`` (what was
-    extracted, fingerprint). The name ``<split>/`` appears last and says that all is there; until then the files are
-    in ``<split>.part/``. Run again, it finishes what was interrupted, and repairs or confirms what was finished.
+    MD5s are checked before anything is written; ``unverified`` lets archives pass whose MD5 is unknown or another.
+    ``out`` also gets ``classes.csv`` (label, wnid, ilsvrc_id, name) and ``extraction.json`` or
+    ``extraction_train.json`` (what was extracted, fingerprint). The name ``<split>/`` appears last and says that all
+    is there; until then the files are in ``<split>.part/``. Run again, it finishes what was interrupted, and repairs or
+    confirms what was finished.
     The archives are only read.
 
     Raises VitdemoError in one line for archives that are missing, damaged or unverified, for an ``out`` that holds
@@ -47,7 +49,7 @@ def extract(
     """
     if split not in SPLITS:
         raise VitdemoError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    source = SPLITS[split](split_tar(Path(archives).expanduser().absolute(), split), progress=progress)
+    source = SPLITS[split](split_tar(user_path(archives).absolute(), split), progress=progress)
     tar, devkit = source.path, find_devkit(source.path)
     if devkit:
         _verify(devkit, unverified, progress)
@@ -61,7 +63,7 @@ def extract(
         "md5": digest,
         "fingerprint": source.fingerprint,
     }
-    out = Path(out).expanduser().absolute()
+    out = user_path(out).absolute()
     with named_errors(out):
         _claim(out, source, record)
         _write_classes(out, source, devkit)
@@ -80,7 +82,7 @@ def extract(
 
 def check_folder(out: Path | str, split: str) -> Path:
     """Where the report of ``check_images`` on an extracted split belongs."""
-    return Path(out) / f"check_{split}"
+    return user_path(out) / f"check_{split}"
 
 
 def _verify(path: Path, unverified: bool, progress: bool) -> str:
@@ -119,7 +121,7 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
     records = {split: read_record(out, split) for split in SPLITS}
     unrecorded = any(records[split] is None and names & {split, split + PART} for split in SPLITS)
-    if unrecorded or (names and not any(records.values())) or records[source.split] not in (None, record):
+    if unrecorded or (names and not any(records.values())) or not _same(records[source.split], record):
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
     others = [split for split in SPLITS if split != source.split and records[split]]
     if others and CLASSES in names and list(read_classes(out / CLASSES)) != source.classes:
@@ -127,8 +129,14 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
             f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; give a new folder, or put the "
             "same devkit beside both tars"
         )
-    with replacing(out / RECORDS[source.split]) as file:
-        json.dump(record, file, indent=2)
+    if not records[source.split]:
+        with replacing(out / RECORDS[source.split]) as file:
+            json.dump(record, file, indent=2)
+
+
+def _same(before: dict | None, record: dict) -> bool:
+    """Whether an extraction that was begun is of these archives, whatever the tar is called now."""
+    return before is None or all(before.get(name) == record[name] for name in ("md5", "fingerprint"))
 
 
 def _belongs_beside(name: str) -> bool:
@@ -144,5 +152,11 @@ def _write_classes(out: Path, source: ImageNetSplit, devkit: Path | None) -> Non
         [label, wnid, ids.get(wnid, ""), name]
         for label, (wnid, name) in enumerate(zip(source.classes, source.class_names, strict=True))
     ]
-    with replacing(out / CLASSES) as file:
-        csv.writer(file).writerows([CLASSES_COLUMNS, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([CLASSES_COLUMNS, *rows])
+    path = out / CLASSES
+    if (
+        not path.exists() or path.read_bytes() != text.getvalue().encode()
+    ):  # what is finished may lie on a read-only disk
+        with replacing(path) as file:
+            file.write(text.getvalue())

@@ -1,5 +1,6 @@
 """ILSVRC2012's validation set, or one of the same form, as samples in ascending file name, whatever the source."""
 
+import errno
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ from vitdemo.dataset.archives import IMAGE_LIMIT, MEMBER_LIMIT, index_tar
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.trees import AGAIN, FOLDERS, Item, expected, find_tree, index_tree, read_record
 from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import user_path
 
 OFFICIAL_VAL, OFFICIAL_TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"
 
@@ -29,6 +31,8 @@ ARCHIVE_MD5 = {
     "shapes20_calib.tar": "8bd55139a36e3827a412955a3e3ac07c",
 }
 
+# An image that is gone since it was indexed, or a process that has no more files or memory: no row of an evaluation.
+NOT_THE_FILES_FAULT = {errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.ASCII)
 
 
@@ -63,7 +67,7 @@ class ImageNetSplit:
 
     def __init__(self, path: Path | str, *, progress: bool = True):
         """``progress``: show a bar when indexing takes longer than two seconds."""
-        path = Path(path).expanduser().absolute()
+        path = user_path(path).absolute()
         with named_errors(path):
             path.stat()
             tree = None if path.is_file() else find_tree(path, self.split)
@@ -139,7 +143,7 @@ class ImageNetSplit:
                 else:
                     jpeg = (self.path / wnid / file).read_bytes()
         except VitdemoError as error:
-            if isinstance(error.__context__, FileNotFoundError):  # gone since it was indexed
+            if getattr(error.__context__, "errno", None) in NOT_THE_FILES_FAULT:
                 raise
             raise UnreadableFile(str(error), Sample(file, b"", wnid, label)) from None
         if len(jpeg) != self.sizes[i]:
@@ -181,7 +185,7 @@ def split_tar(path: Path, split: str) -> Path:
     """``path`` if it is a tar of the split, or the one tar of it in the folder ``path``."""
     with named_errors(path):
         found = [path] if path.is_file() else sorted(path.iterdir())
-    tars = [tar for tar in found if tar.name.endswith(f"_img_{split}.tar")]
+    tars = [tar for tar in found if tar.name.endswith(f"_img_{split}.tar") and not tar.name.startswith(".")]
     if not tars:
         raise VitdemoError(f"{path}: no data set; {expected(split)}")
     if len(tars) > 1:

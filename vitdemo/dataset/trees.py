@@ -15,6 +15,7 @@ FOLDERS = {"val": ("val", "validation"), "train": ("train",)}  # the first is ou
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}
 CLASSES, CLASSES_COLUMNS = "classes.csv", ["label", "wnid", "ilsvrc_id", "name"]
 AGAIN = "run the same vitdemo extract again"
+OTHERS = (".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # that torchvision's ImageFolder reads as well
 
 
 class Item(NamedTuple):
@@ -65,7 +66,13 @@ def index_tree(folder: Path, split: str) -> tuple[dict[str, str], list[Item]]:
                 f"(as text, 10 comes before 2); {expected(split)}"
             )
         wnids.append(entry.name)
-        items += [Item(file.name, entry.name, file.stat().st_size) for file in os.scandir(entry) if _is_jpeg(file.name)]
+        for file in os.scandir(entry):
+            if _is_jpeg(file.name):
+                items.append(Item(file.name, entry.name, file.stat().st_size))
+            elif file.name.lower().endswith(OTHERS):  # torchvision and timm would count it
+                raise VitdemoError(
+                    f"{folder}: {entry.name}/{file.name} is no JPEG, and only those are read; take it out"
+                )
     if not items:
         raise VitdemoError(f"{folder}: no data set, it holds no JPEGs by class; {expected(split)}")
     unwritable = next((item.file for item in items if not item.file.isprintable()), None)

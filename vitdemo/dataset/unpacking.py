@@ -37,7 +37,8 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
     lost files since. The tar is only read.
 
     Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets, when the
-    disk has too little room, and while another process extracts to the folder.
+    disk has too little room, and while another process extracts to the folder (where the file system locks folders:
+    NFS does not).
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + PART)
@@ -61,8 +62,8 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
 
 
 def entries(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, but for the file that macOS's Finder puts into every folder it shows."""
-    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store"]
+    """What a folder holds, but for what macOS adds: the Finder's file, and on foreign disks one beside each other's."""
+    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store" and not entry.name.startswith("._")]
 
 
 def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
@@ -148,7 +149,7 @@ def _opened_folder(folder: Path) -> Iterator[int]:
     try:
         yield root
     except OSError as error:
-        if error.filename is not None and not os.path.isabs(error.filename):
+        if isinstance(error.filename, str) and not os.path.isabs(error.filename):
             error.filename = f"{folder}/{error.filename}"
         raise
     finally:

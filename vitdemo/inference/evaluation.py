@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
 from vitdemo.conversion.timm_models import full_tag
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
 from vitdemo.dataset.images import INPUT_PATHS
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.cluster import check_ray
@@ -31,6 +31,7 @@ from vitdemo.inference.records import (
 from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.splits import SPLITS, cut, joined
 from vitdemo.measure.clock import cores, machine_record, now, percentiles_ms
+from vitdemo.paths import user_path
 
 
 @dataclass
@@ -102,7 +103,7 @@ def evaluate(
     _check_replicas(engine, data, replicas, split, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
     settings = _settings(engine, data, device_batch_size, input_path, images)
-    out = Path(out) if out is not None else None
+    out = user_path(out) if out is not None else None
     with named_errors(out or data.path):
         lines = claim_run(out, settings, data, resume) if out else [""] * images
         finished = finished_metrics(out) if out and all(lines) else None
@@ -133,7 +134,8 @@ def evaluate(
                     bar.update(len(brought))
         except EngineFailure as failure:
             if out:
-                write_json(out / METRICS, {"valid": False, "error": str(failure), "images": sum(map(bool, lines))})
+                with named_errors(out):
+                    write_json(out / METRICS, {"valid": False, "error": str(failure), "images": sum(map(bool, lines))})
             raise
         session.end()
     rows = rows_frame("".join(lines).encode())
@@ -239,9 +241,11 @@ def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int 
     files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
     if not files:
         return None
-    sizes = {size for size, _ in files}  # only files of such a size need be read
-    candidates = (i for i, size in enumerate(data.sizes[:images]) if size in sizes)
-    return sum((data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files for i in candidates)
+    sizes, found = {size for size, _ in files}, 0  # only files of such a size need be read
+    for i in (i for i, size in enumerate(data.sizes[:images]) if size in sizes):
+        with suppress(UnreadableFile):  # then it was not calibrated on either, as far as anybody can tell
+            found += (data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files
+    return found
 
 
 def _times_frame(times: list[BatchTimes], start: float) -> pd.DataFrame:

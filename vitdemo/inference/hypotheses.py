@@ -14,6 +14,7 @@ from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import ImageNetVal, Sample
 from vitdemo.dataset.images import Preprocessing, prefetched_batches
+from vitdemo.errors import reason_of
 from vitdemo.inference.relabelling import Numbering, other_orders
 from vitdemo.measure.clock import cores, now
 
@@ -145,7 +146,7 @@ def _answers(run: Run, pixels: torch.Tensor) -> np.ndarray:
     try:
         return run.engine(pixels.flip(1) if run.swap_channels else pixels).argmax(1).numpy()
     except Exception as error:  # each runtime has its own
-        raise EngineFailure(f"the {run.engine.name} engine failed in a diagnosis: {error}") from error
+        raise EngineFailure(f"the {run.engine.name} engine failed in a diagnosis: {reason_of(error)}") from error
 
 
 def preprocessing_hypotheses(runs: list[Run], labels: np.ndarray) -> list[Hypothesis]:

@@ -126,7 +126,8 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
 
 def _rows(batch: Batch, logits: torch.Tensor) -> list[dict]:
     """One row an image. Equal logits rank by class index, so that a tie is broken the same way everywhere."""
-    probabilities, classes = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    classes = logits.sort(dim=1, descending=True, stable=True).indices  # of probabilities the least are all zero
+    probabilities = logits.softmax(dim=1).gather(1, classes)
     rows = []
     for k, (file, wnid, label, error) in enumerate(
         zip(batch.files, batch.wnids, batch.labels, batch.errors, strict=True)

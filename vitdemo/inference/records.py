@@ -75,8 +75,8 @@ def _read_lines(path: Path, data: ImageNetVal, images: int) -> list[str]:
     Raises VitdemoError when they are not rows of these images, at most one each.
     """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # the last line may be torn by the interruption
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1].decode()  # the last line may be torn, within a character too
         header, *lines = io.StringIO(whole).readlines() or [HEADER]
         rows = rows_frame("".join(lines).encode())
         numbers = {file: number for number, file in enumerate(data.files[:images])}

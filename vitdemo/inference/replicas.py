@@ -67,6 +67,8 @@ class Replicas:
         for name, value in (("replicas", count), ("cores_each", cores_each)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+        if engine.recipe is None:
+            raise VitdemoError(f"{engine.info.tag}: replicas build an engine anew, so take one that convert made")
         self.engine, self.data, self._cores_each, self._deadline_s = engine, data, cores_each, deadline_s
         print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
         begin = now()

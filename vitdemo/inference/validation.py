@@ -16,11 +16,11 @@ from vitdemo.conversion.comparison import compare_answers
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.models import Model
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.evaluation import Evaluation, evaluate
 from vitdemo.inference.records import FLAGPERF
 from vitdemo.measure.clock import memory_bytes
-from vitdemo.measure.roof import Roof, linear_shapes, machine_roof
+from vitdemo.measure.roof import ROOF_BATCH, Roof, linear_shapes, machine_roof
 from vitdemo.paths import replacing
 
 REFERENCE = ("eager", "fp32")
@@ -67,6 +67,7 @@ def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
             "candidate": evaluation.rows["predicted_1"].fillna(-1),
         }
     )
+    answers = answers[(answers["reference"] >= 0) | (answers["candidate"] >= 0)]  # both fail to read the same files
     found, same = compare_answers(answers), int((answers["reference"] == answers["candidate"]).sum())
     m = evaluation.metrics
     line = f"{m['engine']} {m['precision']} gives eager fp32's answer for {same} of {len(answers)} images"
@@ -135,19 +136,21 @@ def describe_row(row: dict) -> str:
 
 def write_row(row: dict, out: Path) -> None:
     """Write ``out/flagperf.csv``: the header and the row, what was not measured left empty."""
-    with replacing(out / FLAGPERF) as file:
+    with named_errors(out), replacing(out / FLAGPERF) as file:
         pd.DataFrame([row]).to_csv(file, index=False)
 
 
 def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None:
-    """The machine's roof in the engine's precision, the model's own products among those tried.
+    """The machine's roof in the precision that most of the engine ran in, the model's own products among those tried.
 
-    None where nothing here measures one: on a GPU, or in a precision without matrix products.
+    Those of ROOF_BATCH images at most: more take memory, and are no faster. None where nothing here measures one: on a
+    GPU, or in a precision without matrix products.
     """
     if engine.device != "cpu":
         return None
+    ran = engine.precision_ran
     try:
-        return machine_roof(engine.precision, linear_shapes(model, device_batch_size))
+        return machine_roof(max(ran, key=ran.get), linear_shapes(model, min(device_batch_size, ROOF_BATCH)))
     except VitdemoError:
         return None
 

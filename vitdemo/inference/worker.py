@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +56,10 @@ class Replica:
 
     def place(self) -> Place:
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        affinity = sorted(affinity)[: cores()]
         process, host = psutil.Process(), socket.gethostname()
+        count = cores()  # fewer where a container may use all of them, but for a share of the time only
+        first = zlib.crc32(host.encode()) % (len(affinity) - count + 1)  # another container's are others
+        affinity = sorted(affinity)[first : first + count]
         return Place(process.pid, process.create_time(), host, affinity, code_fingerprint(), versions())
 
     def bind(self, cores: list[int]) -> None:

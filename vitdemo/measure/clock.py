@@ -182,7 +182,7 @@ def _instructions() -> str:
     """What PyTorch computes with, and what bf16 and int8 are quick by: ``AVX512 avx512_bf16 avx512_vnni``."""
     import torch
 
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that is allowed may not know
+    has = torch.cpu.get_capabilities()
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in SMALL_NUMBERS if has.get(name))])
 
 

@@ -28,6 +28,7 @@ Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 3
+ROOF_BATCH = 8  # images at once, of which the model's own products are
 FINALISTS = 3  # products that take part in the rounds after the first
 FILE = "roof.json"
 COPIED = 256 << 20  # bytes, more than any cache holds
@@ -95,7 +96,7 @@ def memory_bandwidth() -> float:
 
 def _key(precision: str, shapes: list[Shape]) -> str:
     machine = machine_record()
-    what = [precision, shapes, machine["cpu"], machine["cores"], machine["versions"]]
+    what = [precision, shapes, machine["cpu"], machine["isa"], machine["cores"], machine["versions"]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitdemo.errors import named_errors, reason_of
-from vitdemo.paths import claim_folder, runs_root
+from vitdemo.paths import claim_folder, runs_root, user_path
 from vitdemo.runs.kernels import Progress, execute, terminate_as_interrupt
 from vitdemo.runs.plan import CELL_TIMEOUT_S, NOTEBOOKS, Notebook, assign_parameters, choose_notebooks
 from vitdemo.runs.report import write_index, write_page
@@ -92,7 +92,7 @@ def run_notebooks(
     """
     chosen = choose_notebooks(names, Path(notebooks).resolve())
     values = assign_parameters(chosen, profile, imagenet, parameters or {})
-    out = claim_folder(Path(out or runs_root() / time.strftime("%Y-%m-%d_%H%M%S")).resolve())
+    out = claim_folder(user_path(out or runs_root() / time.strftime("%Y-%m-%d_%H%M%S")).resolve())
     report = RunReport([Result(notebook.name, notebook.title) for notebook in chosen], out / "index.html")
     with named_errors(out), terminate_as_interrupt():
         try:

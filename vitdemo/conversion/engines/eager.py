@@ -25,6 +25,8 @@ class EagerEngine(Engine):
         module = model.module
         if dtype != torch.float32 or device != "cpu":  # .to() would change the caller's model in place
             module = copy.deepcopy(module).to(device, dtype)
+        if device == "cuda" and precision == "fp32":  # not run; cuDNN would round the patch embedding to TF32
+            torch.backends.cudnn.allow_tf32 = False
         self._module = Normalised(module, self.info.preprocessing, dtype).eval().to(device)
 
     @classmethod

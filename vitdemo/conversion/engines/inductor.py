@@ -27,10 +27,11 @@ OPTIONS = {
     "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
 }
 
-# What freezing makes of convolutions and linear layers; torch has no formulas for these.
+# What freezing makes of convolutions and linear layers; torch has no formulas for these. A torch without oneDNN, as on
+# a Mac, does not have the operations either.
 MKLDNN_FLOPS = {
-    torch.ops.mkldnn._convolution_pointwise: lambda x, w, *_, out_val: conv_flop_count(x.shape, w.shape, out_val.shape),
-    torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
+    "_convolution_pointwise": lambda x, w, *_, out_val: conv_flop_count(x.shape, w.shape, out_val.shape),
+    "_linear_pointwise": lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
 }
 
 
@@ -133,8 +134,10 @@ def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
 
 def _count_flops(graph: fx.Graph) -> Counter[str]:
     """FLOPs of one image by the dtype of the first operand."""
-    formulas = {**FLOP_FORMULAS, **MKLDNN_FLOPS}
+    theirs = {getattr(torch.ops.mkldnn, name, None): formula for name, formula in MKLDNN_FLOPS.items()}
+    formulas = FLOP_FORMULAS | theirs
     flops: Counter[str] = Counter()
+    formulas.pop(None, None)
     for node in graph.nodes:
         formula = formulas.get(getattr(node.target, "overloadpacket", None))
         if formula is not None:

@@ -15,6 +15,7 @@ from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.errors import VitdemoError
+from vitdemo.measure.clock import installed_version
 
 GRAPH, TAPS = "model.onnx", "taps.json"  # the weights lie in model.onnx.data, as a graph's file holds 2 GB at most
 
@@ -26,6 +27,8 @@ PROVIDERS = {
 ON_CUDA = {"TensorrtExecutionProvider", "CUDAExecutionProvider"}
 
 PRECISION_OF = {"float": "fp32", "uint8": "int8", "int8": "int8", "float16": "fp16", "bfloat16": "bf16"}
+# The build for CUDA is another distribution of the same module.
+RUNTIME = "onnxruntime-gpu" if installed_version("onnxruntime-gpu") else "onnxruntime"
 CALIBRATION_BATCH = 2  # images whose every activation is in memory at once; more are no faster
 
 
@@ -40,7 +43,7 @@ class ONNXEngine(CompiledEngine):
 
     name = "onnx"
     precisions = ("fp32", "int8")
-    packages = ("onnxruntime", "onnx", "onnxscript")
+    packages = (RUNTIME, "onnx", "onnxscript")
     calibrated = ("int8",)
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
@@ -77,7 +80,9 @@ class ONNXEngine(CompiledEngine):
             options.profile_file_prefix = str(profile / "kernels")
             options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape there
         source = graph if isinstance(graph, bytes) else str(graph)
-        return onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[self.device]))
+        session = onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[self.device]))
+        session.disable_fallback()  # a provider that fails is an error, and no reason to go on with another
+        return session
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         (logits,) = self._session.run(None, feed(x))
