@@ -51,6 +51,16 @@ class Lesson:
         self.page.wait_for_function(DONE, timeout=timeout_s * 1000)
         self._wait_until_idle()
 
+    @property
+    def folded(self) -> Locator:
+        """What stands in the place of each folded cell's source."""
+        return self.notebook.locator(".jp-InputPlaceholder .jp-Placeholder-content")
+
+    def unfold(self) -> None:
+        """Click each solution open."""
+        while self.folded.count():
+            self.folded.first.click()
+
     def errors(self) -> list[str]:
         """The tracebacks that the notebook shows."""
         return self.notebook.locator(TRACEBACK).all_text_contents()

@@ -20,6 +20,7 @@ def newest_results(lab, name: str):
 def assert_walked_to_its_end(lesson):
     """Every code cell ran, none failed, every picture is there, and all of it can be read in both themes."""
     assert lesson.errors() == []
+    lesson.unfold()
     prompts = lesson.notebook.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
     assert prompts == [f"[{number}]:" for number in range(1, len(prompts) + 1)]
     assert lesson.notebook.locator("img").evaluate_all(BROKEN_IMAGES) == []
@@ -39,6 +40,15 @@ def test_the_tour_is_walked_to_its_end(open_lesson, lab):
     for source in ("plot_gallery(images", "plot_predictions(", "plot_mistakes("):
         ((width, height),) = lesson.pictures(source)
         assert width > 600 and height > 200, source
+
+
+def test_a_solution_is_folded_until_it_is_clicked(open_lesson):
+    lesson = open_lesson("00_tour")
+    solution = lesson.notebook.get_by_text("device_batch_size=1, limit=64")
+    expect(lesson.folded).to_have_count(1)
+    expect(solution).to_have_count(0)
+    lesson.unfold()
+    expect(solution).to_be_visible()
 
 
 def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesson, lab):
