@@ -228,6 +228,17 @@ def test_extract_checks_the_images(capsys, tmp_path):
     assert (tmp_path / "check_val" / "images.csv").exists()
 
 
+def test_another_precision_is_held_against_the_reference(capsys, tmp_path):
+    command = ["evaluate", "vit_shapes20", "--data", TAR, "--precision", "bf16", "--limit", "24", "--repeat", "2"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"eager bf16 gives eager fp32's answer for 2\d of 24 images", said)
+    assert said.count("images/s end to end, eager bf16") == 2 and said.count("images/s end to end, eager fp32") == 1
+    assert re.search(r"FlagPerf row: .*e2e_time \d", said)
+    assert main([*command, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert "e2e_time n/a" in capsys.readouterr().out, "what was finished before took other seconds"
+
+
 def test_accuracy_below_the_published_one_is_diagnosed(capsys, tmp_path):
     """The bundled model with another's mean and std, as a folder of the user's."""
     folder = tmp_path / "vit_shapes20"

@@ -122,7 +122,7 @@ def _evaluate(args) -> int:
         return _stopped(args.out, "run.json")
     e2e_s, evaluation = now() - start, runs[0]
     print(*runs, sep="\n")
-    if reference not in (None, evaluation):
+    if reference is not None and reference is not evaluation:
         print(f"{agreement(evaluation, reference)}\nreference: {reference}")
     e2e_s = None if args.resume else e2e_s  # of what was done in one go
     row = flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof_of(engine, model, args.device_batch_size))

@@ -34,7 +34,7 @@ from vitdemo.measure.clock import cores, machine_record, now, percentiles_ms
 from vitdemo.paths import user_path
 
 
-@dataclass
+@dataclass(eq=False)  # tables have no one answer to ==
 class Evaluation:
     """What ``evaluate`` gives.
 
