@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from contextlib import suppress
 from functools import partial
 from types import CodeType
 
@@ -48,16 +49,14 @@ def _sha256(tensor: torch.Tensor) -> str:
 
 def source_of(thing: object) -> str:
     """The source of a class or a function; of one that has none, as a class typed into a notebook, its code."""
-    try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
-        name = getattr(thing, "__qualname__", type(thing).__qualname__)
-        if not inspect.isclass(thing):
-            return name + _behaviour(thing)
-        own = {
-            key: value for key, value in vars(thing).items() if inspect.isfunction(value) or not key.startswith("__")
-        }
-        return name + "".join(f"{key} {_behaviour(value)}\n" for key, value in sorted(own.items()))
+    if getattr(thing, "__module__", None) != "__main__":  # for one typed in, Python 3.13 gives the lines of another file
+        with suppress(OSError, TypeError):
+            return inspect.getsource(thing)
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    if not inspect.isclass(thing):
+        return name + _behaviour(thing)
+    own = {key: value for key, value in vars(thing).items() if inspect.isfunction(value) or not key.startswith("__")}
+    return name + "".join(f"{key} {_behaviour(value)}\n" for key, value in sorted(own.items()))
 
 
 def _behaviour(value: object) -> str:
