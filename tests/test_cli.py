@@ -12,11 +12,12 @@ import time
 
 import pytest
 
-from vitdemo import find_engines
+from vitdemo import VitdemoError, find_engines, load_model, merge
 from vitdemo.arguments import parser_of
 from vitdemo.cli import VERBS, main
 from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.paths import REPOSITORY, data_path
+from vitdemo.runs import write_workshop
 from vitdemo.runs.plan import assign_parameters, choose_notebooks, parse_parameter
 
 READMES = [REPOSITORY / "README.md", REPOSITORY / "notebooks" / "README.md"]
@@ -50,6 +51,16 @@ def test_extract_then_evaluate_equals_evaluate_on_the_tar(capsys, tmp_path):
     assert "top-1" in output and "images/s" in output and "machine:" in output
     assert (tmp_path / "a/predictions.csv").read_bytes() == (tmp_path / "b/predictions.csv").read_bytes()
     assert json.loads((tmp_path / "a/metrics.json").read_text())["images"] == 50
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(data_path("shapes20/vit_shapes20"), tmp_path / "own")
+    assert load_model("~/own").info.tag == "own"
+    assert load_model("vit_shapes20", "~/own/model.safetensors").info.weights == "model.safetensors"
+    assert write_workshop("~/students")[0].parent == tmp_path / "students"
+    with pytest.raises(VitdemoError, match=f"{tmp_path}/sweeps: no such file"):
+        merge(["~/sweeps"])
 
 
 TAR = str(data_path("shapes20") / "shapes20_img_val.tar")

@@ -1,6 +1,7 @@
 """``vitdemo …``: a thin door to the library's verbs. Exit codes: 0 done, 1 a check failed, 2 bad input."""
 
 import sys
+import time
 from pathlib import Path
 
 from vitdemo.arguments import parser_of
@@ -119,7 +120,7 @@ def _evaluate(args) -> int:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return _stopped(args.out, "run.json")
+        return _stopped(args.out, (args.out / "run.json").exists())
     e2e_s, evaluation = now() - start, runs[0]
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
@@ -139,9 +140,8 @@ def _evaluate(args) -> int:
     return 0
 
 
-def _stopped(out: Path, record: str) -> int:
-    """Say what a Ctrl-C left. record: the file that a run which can go on has somewhere in ``out``."""
-    begun = any(out.rglob(record))
+def _stopped(out: Path, begun: bool) -> int:
+    """Say what a Ctrl-C left. begun: whether there is something to go on with."""
     left = f"; what was done is in {out}, the same command with --resume goes on" if begun else ""
     print(f"vitdemo: stopped{left}", file=sys.stderr)
     return 130
@@ -164,10 +164,11 @@ def _benchmark(args) -> int:
     options = dict(engines=args.engines, device_batch_sizes=args.device_batch_sizes, weights=args.weights)
     options |= dict(replicas=args.replicas, row_budget_s=args.row_budget_s, data=args.data, images=args.images)
     options |= dict(calibration=args.calibration, out=args.out, resume=args.resume)
+    began = time.time()
     try:
         rows = benchmark(args.models, **options)
     except KeyboardInterrupt:
-        return _stopped(args.out, "perf_*.json")
+        return _stopped(args.out, any(file.stat().st_mtime >= began for file in args.out.glob("perf_*.json")))
     print(markdown(summary(rows)))
     print(f"machine: {rows['machine'].iloc[0]}\nresults: {args.out}")
     if baseline is None:

@@ -44,6 +44,11 @@ def data_path(name: str) -> Path:
     return path
 
 
+def _is_content(path: Path) -> bool:
+    """Not what a system puts on every disk or stick, nor what is hidden."""
+    return not path.name.startswith(".") and path.name not in ("lost+found", "System Volume Information")
+
+
 def claim_folder(path: Path | str) -> Path:
     """Create ``path`` for results, or take it as it is when it is an empty folder.
 
@@ -51,7 +56,7 @@ def claim_folder(path: Path | str) -> Path:
     """
     path = user_path(path)
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(map(_is_content, path.iterdir()))):
             raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

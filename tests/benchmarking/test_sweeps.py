@@ -110,7 +110,7 @@ def test_a_row_above_the_roof_is_held_against_another():
     row = Measured(Pair("eager", "fp32"), 1, facts, rounds=[[0.1]] * 6, roof=[rate / 2] * 6)
     row.again = Measured(Pair("eager", "fp32"), 1, facts, rounds=[[0.2]] * 6, roof=[rate] * 6)
     (found,) = rows_of([row], info, none, "together").to_dict("records")
-    assert found["of_roof"] == found["mfu"] == pytest.approx(0.5)
+    assert (found["of_roof"], found["mfu"]) == (pytest.approx(0.5), pytest.approx(0.5))
     assert found["images_per_s"] == pytest.approx(10), "the rate is of the rounds with the others"
     assert found["mfu_convention"].endswith("sought anew in rounds of its own")
 
@@ -296,7 +296,8 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     while not list(tmp_path.glob(PATTERN)) and time.monotonic() < end:
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) == 3  # the one that starts the others, eager's and the roof's
+    ours = [worker for worker in workers if "vitdemo.benchmarking.worker" in worker.cmdline()]  # Python 3.14 has more
+    assert len(ours) == 3  # the one that starts the others, eager's and the roof's
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert psutil.wait_procs(workers, timeout=60)[1] == []

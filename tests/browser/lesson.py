@@ -58,8 +58,9 @@ class Lesson:
 
     def unfold(self) -> None:
         """Click each solution open."""
-        while self.folded.count():
+        for _ in range(self.folded.count()):
             self.folded.first.click()
+        expect(self.folded).to_have_count(0)
 
     def errors(self) -> list[str]:
         """The tracebacks that the notebook shows."""

@@ -122,22 +122,40 @@ def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
 
 
 TYPED = """
-class Scaled(nn.Module):
+SCALE = {named}
+def helped(x):
+    return x * {helper}
+class Kind:
+    pass
+class Mixed:
+    def mixed(self, x):
+        return x * {mixin}
+def around(module):
+    def inner(x):
+        return inner if x is None else x * late if len(x) == 0 else x
+    return inner
+    late = 1
+class Scaled(Mixed, nn.Module):
     kept = {attribute}
+    table = {{"act": Kind(), "by": {beside}}}
+    moved = torch.tensor([{tensor}.0])
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(3 * 224 * 224, 20)
         self.last = functools.partial(torch.mul, other={part})
-    def forward(self, x, by={default}):
-        return self.last(self.fc(x.flatten(1)) * {factor} * by * self.kept * self.twice)
+        self.inner = around(self)
+    def forward(self, x, by=(Kind(), {default})):
+        x = self.inner(self.last(self.fc(x.flatten(1)) * {factor} * by[1] * self.kept * self.twice))
+        return helped(self.mixed(x)) * SCALE * self.table["by"] + self.moved
     @property
     def twice(self):
         return {bound}
 """
-NUMBERS = dict(factor=2, attribute=2, default=2, bound=2, part=2)
+CHANGING = "named helper mixin attribute beside tensor part default factor bound".split()
+NUMBERS = dict.fromkeys(CHANGING, 2)
 
 
-@pytest.mark.parametrize("changing", NUMBERS)
+@pytest.mark.parametrize("changing", CHANGING)
 def test_a_class_typed_into_a_notebook_is_known_by_its_code(vit_shapes20, changing):
     keys = []
     for number in (2, 2, 3):

@@ -378,6 +378,24 @@ def test_compiled_engine_passes_and_its_report_lies_beside_it(openvino, vit_shap
     kept = json.loads(path.read_text())
     assert kept["ok"] is True and kept["artifact"] == openvino.card["key"]
     assert convert(vit_shapes20, "openvino", "fp32").card["built"] == openvino.card["built"]  # still whole
+    module, own = copy.deepcopy(vit_shapes20.module), vit_shapes20.info.preprocessing
+    module.norm.eps = 1.0
+    for other in (  # of the same weights
+        Model(module, vit_shapes20.info),
+        Model(vit_shapes20.module, replace(vit_shapes20.info, preprocessing=replace(own, mean=(0.1,) * 3))),
+    ):
+        assert not verify(openvino, other, shapes20, images=8, progress=False).ok
+    assert json.loads(path.read_text()) == kept
+
+
+def test_a_damaged_card_costs_no_report(openvino, vit_shapes20, shapes20):
+    (card,) = artifacts_root().glob(f"*-{openvino.card['key'][:16]}/card.json")
+    content = card.read_bytes()
+    try:
+        card.write_bytes(content[:10])
+        assert verify(openvino, vit_shapes20, shapes20, images=8, progress=False).ok
+    finally:
+        card.write_bytes(content)
 
 
 @pytest.mark.soak

@@ -212,7 +212,7 @@ def test_a_model_that_does_not_fit_into_memory(explorer, tmp_path):
 
 def test_a_model_that_is_no_vit(explorer, monkeypatch):
     monkeypatch.setattr(view, "load_model", lambda name: load_model(name, "random"))
-    set_(explorer, model="resnet18")
+    set_(explorer, model="resnet18.tv_in1k")
     assert said(explorer).startswith("done in"), said(explorer)
     set_(explorer, show="block by block")
     assert "take a ViT" in said(explorer)
@@ -314,6 +314,55 @@ def test_an_interrupt_stops_what_is_drawn_and_no_more():
         signal.signal(signal.SIGINT, before)
     assert heard[0].startswith("✗ stopped") and heard[1].startswith("done in")
     assert plt.get_fignums() == figures
+
+
+def test_a_panel_of_another_thread_draws_too():
+    """Where there are no signals, as in a console of JupyterLab's beside the notebook."""
+    control, heard = ipywidgets.IntText(0), []
+
+    async def console():
+        panel = displayed(Panel({"index": control}, lambda say, index: str(index), [["index"]]))
+        control.value = 1
+        await asyncio.sleep(4 * REST_S)
+        heard.append((panel.shown.value, said(panel)[:7]))
+
+    subshell = threading.Thread(target=lambda: asyncio.run(console()))
+    subshell.start()
+    subshell.join()
+    assert heard == [("1", "done in")]
+
+
+def test_a_second_interrupt_and_a_late_one_do_nothing():
+    panel = Panel({"index": ipywidgets.IntText(0)}, lambda say, index: str(index), [["index"]])
+    panel._interrupt(signal.SIGINT, None)  # before it has begun, and after it has ended
+    panel._interruptible = True
+    with pytest.raises(KeyboardInterrupt):
+        panel._interrupt(signal.SIGINT, None)
+    panel._interrupt(signal.SIGINT, None)
+
+
+def test_nothing_is_drawn_for_a_panel_that_was_closed():
+    control, drawn = ipywidgets.IntText(0), []
+
+    async def cell():
+        panel = displayed(Panel({"index": control}, lambda say, index: drawn.append(index) or "", [["index"]]))
+        subshell = threading.Thread(target=lambda: setattr(control, "value", 1))
+        subshell.start()
+        subshell.join()
+        panel.close()
+        await asyncio.sleep(4 * REST_S)
+
+    asyncio.run(cell())
+    assert drawn == [0]
+
+
+def test_a_mistyped_model_costs_nothing_of_what_is_loaded(explorer):
+    set_(explorer, model="vit_shapes21")
+    assert said(explorer).startswith("✗") and "vit_shapes20" in said(explorer)
+    loaded = explorer._draw.__self__
+    assert "vit_shapes20" in loaded._models and loaded._engines
+    set_(explorer, model="vit_shapes20")
+    assert said(explorer).startswith("done in")
 
 
 def test_a_cell_can_draw_at_once(shapes20):

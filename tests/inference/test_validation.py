@@ -86,6 +86,8 @@ def test_agreement_counts_answers_and_luck(both, shapes20):
     changed = reference.rows.copy()
     changed.loc[:5, "predicted_1"] = (changed.loc[:5, "label"] + 1) % 20  # six answers that are wrong now
     line = agreement(runs[0], replace(reference, rows=changed))
+    none = [replace(run, rows=run.rows.assign(predicted_1=float("nan"))) for run in (runs[0], reference)]
+    assert "0 of 0 images: none could be read" in agreement(*none)
     assert "24 of 30" in line and "only it is right 6 times" in line and "p 0.031" in line  # 2 / 2**6
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import platform
 import re
 import subprocess
@@ -15,6 +14,7 @@ from vitdemo.measure.clock import (
     describe_machine,
     free_memory_bytes,
     machine_record,
+    memory_bytes,
     now,
     paid_once,
     peak_memory_bytes,
@@ -76,16 +76,17 @@ def test_a_container_s_limits_hold(tmp_path, monkeypatch):
     groups.mkdir(parents=True)
     monkeypatch.setattr(clock, "GROUPS", tmp_path)
     monkeypatch.setattr(clock, "OWN_GROUP", tmp_path / "own")
-    whole = free_memory_bytes()
-    assert clock.cores() == len(os.sched_getaffinity(0)), "no limits, no files"
+    whole, all_of_it = free_memory_bytes(), memory_bytes()
+    all_cores = clock.cores()  # no limits, no files
     (tmp_path / "own").write_text("1:cpu:/\n0::/a/b\n")
     (groups / "cpu.max").write_text("max 100000\n")
     (groups / "memory.max").write_text("max\n")
-    assert clock.cores() == len(os.sched_getaffinity(0)), "groups without a limit"
+    assert (clock.cores(), memory_bytes()) == (all_cores, all_of_it), "groups without a limit"
     (tmp_path / "a" / "cpu.max").write_text("50000 100000\n")
     for name, content in {"max": "1000", "current": "900", "stat": "anon 700\ninactive_file 150\n"}.items():
         (tmp_path / "a" / f"memory.{name}").write_text(content)
     assert clock.cores() == 1 and free_memory_bytes() == 250 < whole
+    assert memory_bytes() == 1000 < all_of_it
 
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="/proc/cpuinfo elsewhere")

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 from math import ceil
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -92,6 +93,24 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(write_workshop(tmp_path / "students")) == len(LESSONS)  # the same command again
     assert [path.name for path in tmp_path.iterdir()] == ["students"]
+
+
+def test_an_interruption_leaves_nothing_and_a_stick_counts_as_empty(tmp_path, monkeypatch):
+    (tmp_path / ".Trashes").mkdir()
+    (tmp_path / "System Volume Information").mkdir()
+    before, rename = sorted(tmp_path.iterdir()), Path.rename
+
+    def interrupted(self, target):
+        if self.name == "03_single_device.ipynb" and target.parent == tmp_path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_workshop(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    assert len(write_workshop(tmp_path)) == len(LESSONS)
 
 
 def test_the_agenda_adds_up_and_has_the_times_of_the_table():

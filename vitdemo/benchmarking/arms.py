@@ -259,7 +259,8 @@ class Run:
             return
         if answers is not None:
             read = np.maximum(answers, self._reference["answers"]) >= 0  # both fail to read the same files
-            facts["agreement"] = float(np.equal(answers, self._reference["answers"])[read].mean())
+            if read.any():
+                facts["agreement"] = float(np.equal(answers, self._reference["answers"])[read].mean())
         reference = self._reference["logits"].double()
         if reference.shape == logits.shape:  # of a pair alone the first batch size may be another
             facts["relative_l2"] = float((logits.double() - reference).norm() / reference.norm())

@@ -66,9 +66,9 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
         for file in _model_files(engine, Path(part)):
             file.rename(out / file.name)
-    (out / CLASSES).write_text("\n".join(class_names or engine.info.classes or ()), encoding="utf-8")
-    with replacing(out / SCRIPT) as file:
-        file.write(_script(engine))
+        (out / CLASSES).write_text("\n".join(class_names or engine.info.classes or ()), encoding="utf-8")
+        with replacing(out / SCRIPT) as file:
+            file.write(_script(engine))
     return out / SCRIPT
 
 
@@ -125,6 +125,7 @@ model = onnxruntime.InferenceSession(HERE / "{onnx.GRAPH}", providers=["CPUExecu
 logits = lambda x: model.run(None, {{{{"x": x}}}})[0]
 """,
     "openvino": f"""
+sys.modules["openvino_telemetry"] = None  # it would report this use, from a process that loads the model again
 import openvino
 
 options = {{{{"INFERENCE_PRECISION_HINT": "{{hint}}", "PERFORMANCE_HINT": "LATENCY"}}}}
@@ -158,9 +159,10 @@ def pixels(path):
     return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1)[None])
 
 
-for path in sys.argv[1:]:
-    z = logits(pixels(path))[0].astype(np.float64)
-    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-    best = np.argsort(-p, kind="stable")[:3]
-    print(path, *(f"{{p[k]:.1%}} {{CLASSES[k] if CLASSES else k}}" for k in best), sep="\\t")
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        z = logits(pixels(path))[0].astype(np.float64)
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        best = np.argsort(-p, kind="stable")[:3]
+        print(path, *(f"{{p[k]:.1%}} {{CLASSES[k] if CLASSES else k}}" for k in best), sep="\\t")
 '''

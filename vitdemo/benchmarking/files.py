@@ -17,7 +17,7 @@ from vitdemo.benchmarking.rows import COLUMNS, OK
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import cores, machine_record
-from vitdemo.paths import remove_leftovers, replacing
+from vitdemo.paths import remove_leftovers, replacing, user_path
 
 PATTERN = "perf_*.csv"
 KEY = ["engine", "precision", "device_batch_size"]
@@ -129,7 +129,7 @@ def merge(places: Iterable[Path | str]) -> pd.DataFrame:
     its ``file``. Raises VitdemoError where there are none, or where a file is not a sweep's.
     """
     files: dict[Path, None] = {}
-    for place in map(Path, places):
+    for place in map(user_path, places):
         found = sorted(place.glob(PATTERN)) if place.is_dir() else [place]
         if not found:
             raise VitdemoError(f"{place}: holds no {PATTERN}; run `vitdemo benchmark … --out {place}` first")

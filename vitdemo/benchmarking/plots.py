@@ -100,7 +100,8 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
             look = engine_look(*pair)
             ax.plot(line["batch"], line["p50_ms"], **look)
             guesses = [predicted_ms(row) for _, row in line.iterrows()]
-            ax.plot(line["batch"], guesses, color=look["color"], linestyle="", marker="x", markersize=9)
+            thin = look | {"marker": "x", "markersize": 9, "linewidth": 0.7, "label": None}
+            ax.plot(line["batch"], guesses, **thin)
         _batch_axis(ax)
         ax.set(yscale="log", ylabel="latency of a batch, ms")
         _plain_numbers(ax.yaxis)

@@ -13,7 +13,7 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.cluster import check_ray
 from vitdemo.measure.clock import describe_machine, machine_record, source_commit
-from vitdemo.paths import data_path
+from vitdemo.paths import data_path, user_path
 
 DEVICE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -67,9 +67,9 @@ def benchmark(
         settings |= dict(calibration=calibration and str(calibration), commit=source_commit())
         wanted.append(settings | dict(machine=describe_machine(machine_record())))
     if resume:
-        check_resumable(Path(out), wanted)
+        check_resumable(user_path(out), wanted)
     for model, own, settings in zip(loaded, scored, wanted, strict=True):
-        with open_sweep(Path(out), settings, resume) as sweep:
+        with open_sweep(user_path(out), settings, resume) as sweep:
             Run(model, sweep, own, calibration, replicas).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import RLock
 
 import torch
+from tqdm import tqdm
 
 from vitdemo.conversion.artifacts import Recipe, Ticket
 from vitdemo.conversion.cache import artifacts_root
@@ -156,6 +158,7 @@ def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
 
 def serve(pipe: Connection) -> None:
     """Make the bench that comes first, then call its methods by name, until the other end is closed."""
+    tqdm.set_lock(RLock())  # its own is a semaphore, which a process that is killed leaves behind
     bench = None
     while True:
         try:

@@ -20,7 +20,7 @@ from vitdemo.conversion.weights import Plan, hub_file, read_config, read_state_d
 from vitdemo.dataset.images import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.measure.clock import free_memory_bytes
-from vitdemo.paths import data_root
+from vitdemo.paths import data_root, user_path
 
 # torch's own formulas; before 2.15 they leave out the attention that CPUs run.
 aten = torch.ops.aten
@@ -166,11 +166,12 @@ def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
     file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit, and for a model
     that is larger than the memory that is free.
     """
-    _check_memory(str(name), pretrained=weights == "pretrained")
+    name = os.path.expanduser(str(name))
+    _check_memory(name, pretrained=weights == "pretrained")
     with _seeded(), nullcontext() if weights == "random" else _ParametersAsAllocated():
-        tag, plan = _planned(str(name), pretrained=weights == "pretrained")
+        tag, plan = _planned(name, pretrained=weights == "pretrained")
     if weights != "random":
-        file = plan.file() if weights == "pretrained" else Path(weights)
+        file = plan.file() if weights == "pretrained" else user_path(weights)
         state_dict = read_state_dict(file)
         if huggingface.is_state_dict(state_dict) and plan.load is not huggingface.load_weights:
             raise VitdemoError(
@@ -182,12 +183,24 @@ def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
     return Model.from_module(plan.module, plan.preprocessing, name=tag, classes=plan.classes, weights=source)
 
 
+def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
+    """The model called ``name`` without values, which takes no memory; None for one that needs values to be built.
+
+    Raises VitdemoError where there is none of this name.
+    """
+    try:
+        with torch.device("meta"):
+            return _planned(name, pretrained=pretrained)[1]
+    except VitdemoError:
+        raise
+    except Exception:  # whatever timm's models raise
+        return None
+
+
 def _check_memory(name: str, *, pretrained: bool) -> None:
     """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
-    try:
-        with torch.device("meta"):  # shapes without values take no memory
-            _, plan = _planned(name, pretrained=pretrained)
-    except Exception:  # some need values to be built, and what is wrong with others is said when that is done
+    plan = shapes_of(name, pretrained=pretrained)
+    if plan is None:
         return
     needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), free_memory_bytes()
     if needed > free:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ def verify(
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
     report = make_report(engine, model.info, data, comparisons)
-    if model.info.weights_sha256 == engine.info.weights_sha256:  # and not held against another model, to see it fail
-        _keep(report, engine)
+    if engine.recipe and replace(engine.recipe, model=Model(model.module, model.info)).key == engine.card["key"]:
+        _keep(report, engine)  # which was not held against another model, to see it fail
     return report
 
 
@@ -200,9 +201,13 @@ def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
 
 def _keep(report: Report, engine: Engine) -> None:
     """Write the report beside the engine's folder in the cache, if it still holds the files that were verified."""
-    for card in artifacts_root().glob(f"*-{engine.card.get('key', '')[:16]}/{CARD}"):
-        if json.loads(card.read_text(encoding="utf-8")).get("files") != engine.card["files"]:  # built anew since
-            continue
-        path = card.parent.with_name(card.parent.name + VERIFIED)
-        with named_errors(path), replacing(path) as file:
-            json.dump(report.to_dict(), file, indent=2)
+    folder = artifacts_root() / engine.recipe.folder_name
+    try:
+        kept = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none is kept of this engine, or it was removed or damaged meanwhile
+        return
+    if kept != engine.card:  # built anew since
+        return
+    path = folder.with_name(folder.name + VERIFIED)
+    with named_errors(path), replacing(path) as file:
+        json.dump(report.to_dict(), file, indent=2)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from html import escape
+from threading import current_thread, main_thread
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -38,6 +39,7 @@ class Panel(widgets.VBox):
 
     def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str], lines: Sequence[Sequence[str]]):
         self.controls, self._draw, self._due, self._loop = controls, draw, None, _running_loop()
+        self._interruptible = False
         self.status, self.shown = widgets.HTML(), widgets.HTML()
         wrapped = widgets.Layout(flex_flow="row wrap")
         boxes = [widgets.HBox([controls[name] for name in line], layout=wrapped) for line in lines]
@@ -55,18 +57,30 @@ class Panel(widgets.VBox):
             self._loop.call_soon_threadsafe(self._wait_for_rest)
 
     def _wait_for_rest(self) -> None:
+        if self.comm is None:  # closed meanwhile
+            return
         if self._due:
             self._due.cancel()
         self._due = self._loop.call_later(REST_S, self._refresh_between_cells)
 
     def _refresh_between_cells(self) -> None:
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a kernel ignores it between its cells
+        if current_thread() is not main_thread():  # where no signals arrive
+            return self.refresh()
+        before = signal.signal(signal.SIGINT, self._interrupt)  # a kernel ignores it between its cells
         try:
+            self._interruptible = True
             self.refresh()
+            self._interruptible = False
         except KeyboardInterrupt:  # the line has said so
             pass
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_) -> None:
+        """Once, and only where it is caught: outside it would end the kernel."""
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
 
     def refresh(self) -> None:
         """Draw now. Called by itself when it is displayed and after a change; in a cell that sets a value, by you."""

@@ -14,7 +14,7 @@ from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.conversion.artifacts import convert
 from vitdemo.conversion.comparison import compare_answers
 from vitdemo.conversion.engines.contract import Engine
-from vitdemo.conversion.models import Model, load_model
+from vitdemo.conversion.models import Model, load_model, shapes_of
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.images import Preprocessing
 from vitdemo.dataset.plots import short_names
@@ -63,6 +63,7 @@ class ImageView:
     def model(self, name: str, say: Say) -> Model:
         if name not in self._models:
             say(f"loading {name} …")
+            shapes_of(name)  # a mistyped name says so, and costs nothing of what is loaded
             self._models, self._engines, self._looked, self._compared = {}, {}, {}, {}  # before the next takes room
             self._models[name] = load_model(name)
         return self._models[name]

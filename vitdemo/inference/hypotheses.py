@@ -6,7 +6,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from tqdm.auto import tqdm
 
 from vitdemo.conversion.engines.contract import Engine, EngineFailure
@@ -21,6 +28,7 @@ from vitdemo.measure.clock import cores, now
 NORMALISATIONS = {
     "with ImageNet's mean/std": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "with mean/std 0.5": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "with CLIP's mean/std": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
 FLAT = "labels of a flat folder"

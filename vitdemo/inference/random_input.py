@@ -18,7 +18,7 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
 
     - ``first_run_s``: ``load_s``, the seconds in which the engine was made ready, and its first call. None for an
       engine that has run before, whose first call is past.
-    - ``second_run_s``: the call after. ``compile_s`` = first - second, as in the seeds' tables: loading and all that
+    - ``second_run_s``: the call after. ``compile_s`` = first - second, as in tt-metal's tables: loading and all that
       a first call does once.
     - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: steady, as many batches in flight as the
       engine takes (``engine.depth``), for at least half of ``seconds`` and 10 batches.

@@ -21,7 +21,7 @@ from vitdemo.inference.evaluation import Evaluation, evaluate
 from vitdemo.inference.records import FLAGPERF
 from vitdemo.measure.clock import memory_bytes
 from vitdemo.measure.roof import ROOF_BATCH, Roof, linear_shapes, machine_roof
-from vitdemo.paths import replacing
+from vitdemo.paths import replacing, user_path
 
 REFERENCE = ("eager", "fp32")
 GIB = 2**30
@@ -46,7 +46,8 @@ def evaluate_beside_reference(
     """
     if not isinstance(repeat, int) or repeat < 1:
         raise VitdemoError(f"repeat {repeat!r}: must be a whole number of at least 1")
-    folders = [Path(out), *(Path(out) / f"repeat_{number}" for number in range(2, repeat + 1))]
+    out = user_path(out)
+    folders = [out, *(out / f"repeat_{number}" for number in range(2, repeat + 1))]
     runs = [evaluate(engine, data, out=folder, resume=resume, **options) for folder in folders]
     if (engine.name, engine.precision) == REFERENCE:
         return runs, runs[0]
@@ -54,7 +55,7 @@ def evaluate_beside_reference(
         return runs, None
     tqdm.write("validation: the reference, eager fp32, over the same images")
     reference = convert(model, *REFERENCE)
-    return runs, evaluate(reference, data, out=Path(out) / "validation", resume=resume, **options)
+    return runs, evaluate(reference, data, out=out / "validation", resume=resume, **options)
 
 
 def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
@@ -68,9 +69,11 @@ def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
         }
     )
     answers = answers[(answers["reference"] >= 0) | (answers["candidate"] >= 0)]  # both fail to read the same files
-    found, same = compare_answers(answers), int((answers["reference"] == answers["candidate"]).sum())
-    m = evaluation.metrics
+    m, same = evaluation.metrics, int((answers["reference"] == answers["candidate"]).sum())
     line = f"{m['engine']} {m['precision']} gives eager fp32's answer for {same} of {len(answers)} images"
+    if answers.empty:
+        return f"{line}: none could be read"
+    found = compare_answers(answers)
     if m["top1"] is None:
         return line
     return (

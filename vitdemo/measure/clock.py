@@ -20,7 +20,18 @@ from vitdemo.paths import REPOSITORY
 
 now = time.perf_counter
 
-PACKAGES = ("vitdemo", "torch", "torchvision", "timm", "pillow", "openvino", "nncf", "onnxruntime", "ray")
+PACKAGES = (
+    "vitdemo",
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "ray",
+)
 SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -118,8 +129,12 @@ def cores() -> int:
 
 
 def memory_bytes() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's memory in bytes, or what a container is given of it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):
+            sizes.append(int((group / "memory.max").read_text()))
+    return min(sizes)
 
 
 def free_memory_bytes() -> int:

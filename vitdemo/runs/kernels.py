@@ -17,6 +17,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError
 
+from vitdemo.errors import reason_of
 from vitdemo.paths import data_root
 from vitdemo.runs.plan import Notebook, heading
 
@@ -63,11 +64,17 @@ class Progress:
         line = f"{self.label}  {text}"
         if self.terminal:
             line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-        print(line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        say(line, end="" if self.terminal else "\n")
 
     def close(self, text: str) -> None:
         """The notebook's last line, which stays."""
-        print(("\r\x1b[K" if self.terminal else "") + f"{self.label}  {text}", file=sys.stderr, flush=True)
+        say(("\r\x1b[K" if self.terminal else "") + f"{self.label}  {text}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """On stderr, if there still is one: after a hang-up the terminal is gone, and the work goes to its end."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def execute(
@@ -111,7 +118,7 @@ def execute(
     except CellTimeoutError as error:
         return f"cell {progress.cell}: {str(error).splitlines()[0]}"
     except OSError as error:  # the executed copy could not be written
-        return f"cell {progress.cell}: {error.filename or executed}: {error.strerror}"
+        return f"cell {progress.cell}: {error.filename or executed}: {error.strerror or reason_of(error)}"
     except RuntimeError as error:  # the kernel died, or never came up
         return f"cell {progress.cell}: {error} (out of memory?)"
     finally:

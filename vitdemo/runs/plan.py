@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 
 from vitdemo.errors import VitdemoError
-from vitdemo.paths import REPOSITORY
+from vitdemo.paths import REPOSITORY, user_path
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 
@@ -30,8 +30,8 @@ PROFILES = {
     "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},
 }
 
-# A cell of the bundled course takes two minutes at most: after ten it hangs. Of a large model nobody knows.
-CELL_TIMEOUT_S = {"smoke": 600, "bundled": 600}
+CELL_TIMEOUT_S = 600  # a cell of the bundled course takes two minutes at most: after ten it hangs
+UNKNOWN = {"model", "second_model", "data"}  # parameters that make a cell take as long as it takes
 
 LESSON = re.compile(r"\d\d_[a-z0-9_]+")
 
@@ -148,12 +148,18 @@ def assign_parameters(
         raise VitdemoError("--profile imagenet and --imagenet DIR belong together: give both or neither")
     values = dict(PROFILES[profile])
     if imagenet is not None:
-        if not Path(imagenet).exists():
+        folder = user_path(imagenet)
+        if not folder.exists():
             raise VitdemoError(f"--imagenet {imagenet}: no such folder")
-        values["data"] = str(Path(imagenet).resolve())
+        values["data"] = str(folder.resolve())
     _refuse_unknown(given, notebooks)
     values.update(given)
     return {n.name: {name: value for name, value in values.items() if name in n.parameters} for n in notebooks}
+
+
+def cell_timeout_s(profile: str, given: dict[str, object]) -> int | None:
+    """After how many seconds a cell counts as hanging; None where another model or data set may take any time."""
+    return None if profile == "imagenet" or UNKNOWN & given.keys() else CELL_TIMEOUT_S
 
 
 def _refuse_unknown(given: dict[str, object], notebooks: Sequence[Notebook]) -> None:

@@ -1,16 +1,17 @@
 """The verb: run the notebooks one after the other, judge each by what it left, and report."""
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbformat.reader import NotJSONError
+
 from vitdemo.errors import named_errors, reason_of
 from vitdemo.paths import claim_folder, runs_root, user_path
-from vitdemo.runs.kernels import Progress, execute, terminate_as_interrupt
-from vitdemo.runs.plan import CELL_TIMEOUT_S, NOTEBOOKS, Notebook, assign_parameters, choose_notebooks
+from vitdemo.runs.kernels import Progress, execute, say, terminate_as_interrupt
+from vitdemo.runs.plan import NOTEBOOKS, Notebook, assign_parameters, cell_timeout_s, choose_notebooks
 from vitdemo.runs.report import write_index, write_page
 
 MEASURED = ("images", "top1", "top1_ci95", "images_per_s", "engine", "precision")
@@ -92,15 +93,16 @@ def run_notebooks(
     """
     chosen = choose_notebooks(names, Path(notebooks).resolve())
     values = assign_parameters(chosen, profile, imagenet, parameters or {})
+    limit_s = cell_timeout_s(profile, parameters or {})
     out = claim_folder(user_path(out or runs_root() / time.strftime("%Y-%m-%d_%H%M%S")).resolve())
     report = RunReport([Result(notebook.name, notebook.title) for notebook in chosen], out / "index.html")
     with named_errors(out), terminate_as_interrupt():
         try:
             for number, (notebook, result) in enumerate(zip(chosen, report.notebooks, strict=True), 1):
                 progress = Progress(f"[{number}/{len(chosen)}] {notebook.name}", notebook.code_cells)
-                _run_one(notebook, result, values[notebook.name], out, progress, CELL_TIMEOUT_S.get(profile))
+                _run_one(notebook, result, values[notebook.name], out, progress, limit_s)
         except KeyboardInterrupt:
-            print(f"interrupted; what was done: {report.index}", file=sys.stderr)
+            say(f"interrupted; what was done: {report.index}")
             raise
         finally:
             write_index(report.notebooks, report.index)
@@ -113,7 +115,7 @@ def _run_one(
     values: dict[str, object],
     out: Path,
     progress: Progress,
-    cell_timeout_s: int | None,
+    limit_s: int | None,
 ) -> None:
     if notebook.missing:
         result.status = "skipped"
@@ -124,7 +126,7 @@ def _run_one(
     folder.mkdir()
     result.status = "interrupted"  # until it has come to its end
     try:
-        error = execute(notebook, executed, {**values, "out": str(folder)}, progress, cell_timeout_s)
+        error = execute(notebook, executed, {**values, "out": str(folder)}, progress, limit_s)
         records, left_undone = _judge(notebook, folder, {**notebook.parameters, **values}.get("limit"))
         result.error = error or left_undone
         result.status = "failed" if result.error else "ok"
@@ -140,9 +142,10 @@ def _run_one(
 def _write_page(executed: Path, notebook: Notebook, result: Result) -> None:
     try:
         write_page(executed, notebook.path.parent)
-    except ValueError as error:  # the executed copy is not whole: the disk was full
-        executed.unlink()
-        result.error = result.error or f"{executed}: {reason_of(error)}"
+    except ValueError as error:
+        result.status, result.error = "failed", result.error or f"{executed}: {reason_of(error)}"
+        if isinstance(error, NotJSONError):  # the executed copy is not whole: the disk was full
+            executed.unlink()
 
 
 def _judge(notebook: Notebook, folder: Path, limit: object) -> tuple[list[dict], str]:

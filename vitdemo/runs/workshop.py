@@ -1,13 +1,14 @@
 """Student copies of the notebooks: the course without its solutions, to be handed out."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
 
 from vitdemo.errors import named_errors
-from vitdemo.paths import PART, claim_folder
+from vitdemo.paths import PART, claim_folder, user_path
 from vitdemo.runs.plan import NOTEBOOKS, choose_notebooks
 
 README = "README.md"
@@ -21,7 +22,7 @@ def write_workshop(out: Path | str) -> list[Path]:
     course's own notebooks are only read. Raises VitdemoError for an ``out`` that holds something, and for what cannot
     be read or written.
     """
-    lessons, out = choose_notebooks(), claim_folder(Path(out).resolve())
+    lessons, out = choose_notebooks(), claim_folder(user_path(out).resolve())
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as folder:
         part = Path(folder)
         (part / "img").mkdir()
@@ -31,8 +32,15 @@ def write_workshop(out: Path | str) -> list[Path]:
         for lesson in lessons:
             text = nbformat.writes(_without_solutions(lesson.path)) + "\n"
             (part / lesson.path.name).write_text(text, encoding="utf-8")
-        for path in list(part.iterdir()):
-            path.rename(out / path.name)
+        names = sorted(path.name for path in part.iterdir())
+        try:
+            for name in names:
+                (part / name).rename(out / name)
+        except BaseException:  # Ctrl-C too
+            for name in names:
+                with suppress(FileNotFoundError):  # it was not yet there
+                    (out / name).rename(part / name)
+            raise
     return [out / lesson.path.name for lesson in lessons]
 
 

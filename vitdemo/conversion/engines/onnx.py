@@ -80,9 +80,8 @@ class ONNXEngine(CompiledEngine):
             options.profile_file_prefix = str(profile / "kernels")
             options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape there
         source = graph if isinstance(graph, bytes) else str(graph)
-        session = onnxruntime.InferenceSession(source, options, providers=list(PROVIDERS[self.device]))
-        session.disable_fallback()  # a provider that fails is an error, and no reason to go on with another
-        return session
+        # A provider that fails is an error, and no reason to go on with another.
+        return onnxruntime.InferenceSession(source, options, list(PROVIDERS[self.device]), enable_fallback=0)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         (logits,) = self._session.run(None, feed(x))
