@@ -356,7 +356,7 @@ def test_two_mistakes_leave_something_to_explain(vit_shapes20, shapes20):
 def test_loss_that_no_hypothesis_explains(vit_shapes20, shapes20):
     found = diagnosed(damaged(vit_shapes20), shapes20, images=PARTIAL)
     assert found.named is None and found.explained is None
-    assert "below the published 91.9%, and none of 10 hypotheses explains it" in found.verdict
+    assert "below the published 91.9%, and none of 11 hypotheses explains it" in found.verdict
 
 
 def test_unreadable_images_are_wrong_under_every_hypothesis(vit_shapes20, shapes20):
