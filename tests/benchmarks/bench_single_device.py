@@ -89,7 +89,7 @@ class Part:
     def rows(self) -> list[dict]:
         """One a variant (in images/s) and one a line (a ratio)."""
         measured = [
-            dict(what=name, unit="images/s", values=turns.rates, correct=turns.correct, images=turns.images)
+            dict(what=name, unit="images/s", values=turns.rates, correct=turns.correct, images=turns.images or None)
             for name, turns in self.variants.items()
         ]
         measured += [dict(what=what, unit="ratio", values=values, target=target) for what, values, target in self.lines]
