@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -44,8 +44,7 @@ class OpenVINOEngine(CompiledEngine):
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
         super().__init__(folder, info, precision, device="cpu", threads=threads)
-        self._core = import_silently("openvino").Core()
-        self._graph = self._core.read_model(folder / GRAPH)
+        self._graph = core().read_model(folder / GRAPH)
         self._taps: dict[str, list] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
         self._compiled = self._compile(self._graph)
         self.threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
@@ -57,7 +56,7 @@ class OpenVINOEngine(CompiledEngine):
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        return self._core.compile_model(graph, "CPU", options)
+        return core().compile_model(graph, "CPU", options)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -117,6 +116,16 @@ def run(request, x: torch.Tensor) -> list[torch.Tensor]:
     request.set_input_tensor(Tensor(pixels, shared_memory=True))
     request.infer()
     return [torch.from_numpy(tensor.data.copy()) for tensor in request.output_tensors]
+
+
+@cache
+def core():
+    """OpenVINO's runtime, one for all engines and for as long as the process lives.
+
+    Each has a stack of its own for signals. Where the older of two is dropped first, OpenVINO 2026.4 leaves signals to
+    memory that is free, and the next one, of a child that ends or of Ctrl-C, writes over whatever lies there.
+    """
+    return import_silently("openvino").Core()
 
 
 def import_silently(name: str) -> ModuleType:
