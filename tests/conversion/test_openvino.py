@@ -19,9 +19,9 @@ from vitdemo.conversion.engines.openvino import (
     HINTS,
     TAPS,
     OpenVINOEngine,
-    core,
     import_silently,
     macs_by_precision,
+    shared_core,
 )
 from vitdemo.measure.clock import cores
 
@@ -181,11 +181,11 @@ def test_macs_of_attention_that_is_not_fused(small_vit):
     engine = convert(small_vit, "openvino", "fp32")
     kinds = {node.get_rt_info()["layerType"].astype(str) for node in engine._compiled.get_runtime_model().get_ops()}
     assert "MatMul" not in kinds
-    core().set_property("CPU", {"SNIPPETS_MODE": "DISABLE"})
+    shared_core().set_property("CPU", {"SNIPPETS_MODE": "DISABLE"})
     try:
         engine._compiled = engine._compile(engine._graph)
     finally:
-        core().set_property("CPU", {"SNIPPETS_MODE": "ENABLE"})
+        shared_core().set_property("CPU", {"SNIPPETS_MODE": "ENABLE"})
     kinds = {node.get_rt_info()["layerType"].astype(str) for node in engine._compiled.get_runtime_model().get_ops()}
     assert "MatMul" in kinds
     assert macs(engine) == pytest.approx(1, rel=0.01)

@@ -59,7 +59,7 @@ def benchmark(
         check_ray(None)
     loaded = [load_model(name, weights) for name in names]  # before anything is measured: a mistyped name says so now
     scored = [scored_data(model, data) for model in loaded]
-    tables, wanted = [], []
+    tables, wanted, out = [], [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
         settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
         settings |= dict(device_batch_sizes=sizes, replicas=replicas, row_budget_s=row_budget_s)
@@ -67,9 +67,9 @@ def benchmark(
         settings |= dict(calibration=calibration and str(calibration), commit=source_commit())
         wanted.append(settings | dict(machine=describe_machine(machine_record())))
     if resume:
-        check_resumable(user_path(out), wanted)
+        check_resumable(out, wanted)
     for model, own, settings in zip(loaded, scored, wanted, strict=True):
-        with open_sweep(user_path(out), settings, resume) as sweep:
+        with open_sweep(out, settings, resume) as sweep:
             Run(model, sweep, own, calibration, replicas).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)

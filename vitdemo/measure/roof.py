@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitdemo.conversion.engines.openvino import HINTS, core, import_silently, macs_by_precision
+from vitdemo.conversion.engines.openvino import HINTS, import_silently, macs_by_precision, shared_core
 from vitdemo.conversion.models import Model
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, installed_version, machine_record, now
@@ -202,7 +202,7 @@ def _openvino_product(precision: str, shape: Shape) -> Callable[[], object]:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": cores(),
     }
-    compiled = core().compile_model(graph, "CPU", options)
+    compiled = shared_core().compile_model(graph, "CPU", options)
     request = compiled.create_infer_request()
     bits = request.get_input_tensor().data.view(np.uint8)
     bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special

@@ -44,7 +44,7 @@ class OpenVINOEngine(CompiledEngine):
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
         super().__init__(folder, info, precision, device="cpu", threads=threads)
-        self._graph = core().read_model(folder / GRAPH)
+        self._graph = shared_core().read_model(folder / GRAPH)
         self._taps: dict[str, list] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
         self._compiled = self._compile(self._graph)
         self.threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
@@ -56,7 +56,7 @@ class OpenVINOEngine(CompiledEngine):
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        return core().compile_model(graph, "CPU", options)
+        return shared_core().compile_model(graph, "CPU", options)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -119,7 +119,7 @@ def run(request, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @cache
-def core():
+def shared_core():
     """OpenVINO's runtime, one for all engines and for as long as the process lives.
 
     Each has a stack of its own for signals. Where the older of two is dropped first, OpenVINO 2026.4 leaves signals to
