@@ -37,6 +37,7 @@ _HOME = {
     "EngineFailure": "conversion.engines.contract",
     "find_engines": "conversion.engines.contract",
     "CompiledEngine": "conversion.engines.contract",
+    "precisions_here": "conversion.engines.contract",
     "calibration_for": "conversion.calibration",
     "convert": "conversion.artifacts",
     "cached_artifacts": "conversion.cache",

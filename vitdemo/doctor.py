@@ -69,12 +69,15 @@ def _packages() -> list[str]:
 
 def _engines() -> list[str]:
     from vitdemo.conversion.engines.contract import find_engines
+    from vitdemo.measure.precisions import NATIVE
 
     lines = []
     for name, engine in find_engines().items():
         try:
             engine.check_requirements()
-            lines.append(f"ok       {name}: {', '.join(engine.precisions)}")
+            support = engine.support("cpu").items()
+            here = (each if how == NATIVE else f"{each} ({how} on this processor)" for each, how in support)
+            lines.append(f"ok       {name}: {', '.join(here)}")
         except VitdemoError as error:
             lines.append(f"skipped  {error}")
     return lines

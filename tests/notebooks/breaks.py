@@ -166,7 +166,7 @@ BREAKS = {
         ],
         [
             name("same", lambda same: same // 2),
-            metric("other", precision_ran={"fp32": 1.0}),
+            metric("other", precision_ran={"fp16": 1.0}),
         ],
         [
             *undone("rates", "tuned"),

@@ -14,10 +14,10 @@ from vitdemo.benchmarking.rows import OK
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines import onnx, openvino
 from vitdemo.conversion.engines.contract import CompiledEngine, Engine
-from vitdemo.conversion.engines.eager import DTYPES
 from vitdemo.conversion.graph import export_graph
 from vitdemo.conversion.models import Model
 from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.measure.precisions import TORCH_TYPES
 from vitdemo.paths import PART, claim_folder, replacing
 
 SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
@@ -81,7 +81,7 @@ def _model_files(engine: Engine, folder: Path) -> list[Path]:
         if not any(folder.iterdir()):
             raise VitdemoError(f"{artifact}: is gone from the cache; convert the model again")
     else:
-        dtype = DTYPES[engine.precision]
+        dtype = TORCH_TYPES[engine.precision]
         module = copy.deepcopy(engine.recipe.model.module).to(dtype)
         torch.export.save(export_graph(Model(module, engine.info), dtype=dtype), folder / PROGRAM)
     return sorted(folder.iterdir())
@@ -91,6 +91,7 @@ def _script(engine: Engine) -> str:
     preprocessing = engine.info.preprocessing
     side = preprocessing.input_size[1]
     squash = preprocessing.crop_mode == "squash"
+    hint = openvino.hint(engine.precision) if engine.name == "openvino" else None
     return TEMPLATE.format(
         what=f"{engine.info.tag} in {engine.name} {engine.precision}",
         key=engine.card["key"][:16],
@@ -98,7 +99,7 @@ def _script(engine: Engine) -> str:
         resized=int(side / preprocessing.crop_pct),
         interpolation=preprocessing.interpolation.upper(),
         size=SQUASHED if squash else COVERING,
-        runtime=RUNTIMES[engine.name].format(hint=openvino.HINTS.get(engine.precision)).strip(),
+        runtime=RUNTIMES[engine.name].format(hint=hint).strip(),
     )
 
 

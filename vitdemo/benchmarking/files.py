@@ -14,6 +14,7 @@ import pandas as pd
 
 from vitdemo.benchmarking.pairs import Pair
 from vitdemo.benchmarking.rows import COLUMNS, OK
+from vitdemo.conversion.engines.contract import precisions_here
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import cores, machine_record
@@ -66,7 +67,8 @@ def open_sweep(out: Path, settings: dict, resume: bool) -> Iterator[Sweep]:
         out.mkdir(parents=True, exist_ok=True)
         path = (_to_resume(out, settings) if resume else None) or out / _name(settings)
         remove_leftovers(out, path.name, path.with_suffix(".json").name)
-        record = {"settings": settings, "machine": machine_record(), "finished": False}
+        machine = machine_record() | {"engines": precisions_here()}
+        record = {"settings": settings, "machine": machine, "finished": False}
         write_json(path.with_suffix(".json"), record)
         sweep = Sweep(path, settings, read_perf(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS)))
         yield sweep

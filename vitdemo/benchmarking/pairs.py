@@ -1,9 +1,10 @@
 """Which engines in which precisions are measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitdemo.conversion.engines.contract import find_engines
+from vitdemo.conversion.artifacts import resolve_device
+from vitdemo.conversion.engines.contract import Engine, find_engines
 from vitdemo.errors import VitdemoError
 
 HARNESS = "null"  # measures the harness, and is no engine to compare
@@ -25,25 +26,28 @@ EAGER = Pair("eager", "fp32")  # the reference
 def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
     """The pairs that ``engines`` names, each once, and before them eager in fp32 and in each precision it shares.
 
-    Raises VitdemoError for an unknown engine or precision, naming those there are.
+    An engine without a precision, and every engine for None, stands for its precisions that are native here: an
+    emulated one is taken where it is named, and then without eager's emulated one beside it. Raises VitdemoError for an
+    unknown engine or precision, naming those there are.
     """
-    known = {name: cls.precisions for name, cls in find_engines().items() if name != HARNESS}
-    if engines is None:
-        chosen = [Pair(name, precision) for name, precisions in known.items() for precision in precisions]
-    else:
-        names = engines.split(",") if isinstance(engines, str) else engines
-        chosen = [pair for name in names for pair in _pairs_of(name.strip(), known)]
+    known = {name: cls for name, cls in find_engines().items() if name != HARNESS}
+    names = engines.split(",") if isinstance(engines, str) else known if engines is None else engines
+    chosen = [pair for name in names for pair in _pairs_of(name.strip(), known)]
     if not chosen:
         raise VitdemoError("engines: there are none; give some, such as eager:fp32,openvino:int8")
     asked = {EAGER.precision, *(pair.precision for pair in chosen)}
-    eager = [Pair(EAGER.engine, precision) for precision in known[EAGER.engine] if precision in asked]
+    eager = [Pair(EAGER.engine, precision) for precision in _native(known[EAGER.engine]) if precision in asked]
     return list(dict.fromkeys([*eager, *chosen]))
 
 
-def _pairs_of(name: str, known: dict[str, Iterable[str]]) -> list[Pair]:
+def _pairs_of(name: str, known: dict[str, type[Engine]]) -> list[Pair]:
     engine, colon, precision = name.partition(":")
     if engine not in known:
         raise VitdemoError(f"engines {name!r}: there is no such engine; there are {', '.join(known)}")
-    if colon and precision not in known[engine]:
-        raise VitdemoError(f"engines {name!r}: the {engine} engine has {', '.join(known[engine])}")
-    return [Pair(engine, each) for each in ([precision] if colon else known[engine])]
+    if colon and precision not in known[engine].precisions:
+        raise VitdemoError(f"engines {name!r}: the {engine} engine has {', '.join(known[engine].precisions)}")
+    return [Pair(engine, each) for each in ([precision] if colon else _native(known[engine]))]
+
+
+def _native(engine: type[Engine]) -> tuple[str, ...]:
+    return engine.native(resolve_device("auto", engine))

@@ -48,13 +48,13 @@ COLUMNS = {  # name -> what it says
     "speedup_over_eager_fp32_low": "and the interval that holds the true median with 95 %, of six rounds or more",
     "speedup_over_eager_fp32_high": "",
     "speedup_over_eager_fp32_pairs": "rounds that it is the median of",
-    "speedup_equal_precision": "rate over eager's in the same precision, if both ran mostly in it, on the same device",
+    "speedup_equal_precision": "rate over eager's in the same precision, if both ran natively in it, on one device",
     "speedup_equal_precision_low": "",
     "speedup_equal_precision_high": "",
     "speedup_equal_precision_pairs": "",
     "tflops": "images_per_s x flops_per_image / 10^12",
     "roof_tflops": "what plain matrix products in this precision reached in the same rounds, their median",
-    "of_roof": "rate over the roof's, median of the rounds; none where another precision ran",
+    "of_roof": "rate over the roof's, median of the rounds; none where another precision, or an emulated one, ran",
     "of_roof_low": "",
     "of_roof_high": "",
     "mfu": "rate of all calls over roof_tflops",
@@ -209,7 +209,7 @@ def _of_roof(measured: Measured, flops_per_image: int) -> dict:
     if not measured.facts.get("precision_ran"):
         return row | {"mfu_convention": "n/a: which precision ran is not known"}
     if not measured.ran_as_asked:
-        return row | {"mfu_convention": "n/a: most ran in another precision than was asked for"}
+        return row | {"mfu_convention": "n/a: most did not run natively in the precision that was asked for"}
     if not len(shares := beside.of_roof(flops_per_image)):
         return row | {"mfu_convention": "n/a: no roof was measured in this precision here"}
     roof = np.nanmedian(beside.roof)

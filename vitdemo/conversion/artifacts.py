@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.measure.clock import cores, free_memory_bytes, installed_version, now
+from vitdemo.measure.precisions import ABSENT, EMULATED
 from vitdemo.paths import PART
 
 BUILD_MEMORY = 6  # times the weights: a little more than the largest build of a ViT-B/16 took
@@ -49,8 +50,9 @@ def convert(
 
     calibration: the images that int8 needs, see ``calibration_for``. device: "cpu", "cuda", or "auto" (CUDA where
     there is one). threads: CPU threads a call may use, all cores by default. force: build anew. Raises VitdemoError for
-    an unknown engine, precision or device, listing those there are, for a runtime that is not installed, and when
-    calibration images are missing.
+    an unknown engine, precision or device, listing those there are, for a precision that the runtime does not have on
+    this processor, for a runtime that is not installed, and when calibration images are missing. An emulated precision
+    is said so on stderr.
     """
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")
@@ -68,9 +70,11 @@ def recipe_for(
 ) -> "Recipe":
     """From what ``convert`` makes the engine; arguments and errors as there."""
     cls = _engine_class(engine, precision)
+    device = resolve_device(device, cls)
+    _say_what_is_not_native(cls, precision, device)
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
     model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
-    return Recipe(model, cls, precision, _resolve_device(device, cls), images)
+    return Recipe(model, cls, precision, device, images)
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,25 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _resolve_device(device: str, cls: type[Engine]) -> str:
+@cache
+def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
+    """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
+    support, native = cls.support(device)[precision], _listed(cls.native(device)) or "nothing"
+    if support == ABSENT:
+        raise VitdemoError(
+            f"{cls.name} {precision}: not on this {device.upper()}, where the runtime would compute in another "
+            f"precision; native to it here: {native}"
+        )
+    if support == EMULATED:
+        print(
+            f"{cls.name} {precision}: emulated, slower than fp32, as this {device.upper()} has no instructions for it; "
+            f"native to {cls.name} here: {native}",
+            file=sys.stderr,
+        )
+
+
+def resolve_device(device: str, cls: type[Engine]) -> str:
+    """ "cpu" or "cuda" for ``cls``. Raises VitdemoError for a device that is unknown, missing, or not the engine's."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
     if device not in ("cpu", "cuda"):

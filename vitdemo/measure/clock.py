@@ -177,15 +177,19 @@ def installed_version(package: str) -> str | None:
 def machine_record() -> dict:
     """What a number was measured on: processor, cores, memory, instruction set, versions, GPU.
 
-    A plain dict that JSON can hold; it goes beside every result.
+    precisions: how torch computes in each, "native" or "emulated"; ``vitdemo doctor`` asks every engine. A plain dict
+    that JSON can hold; it goes beside every result.
     """
     import torch
+
+    from vitdemo.measure.precisions import torch_support
 
     return {
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
         "isa": _instructions(),
+        "precisions": torch_support(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -212,7 +216,8 @@ def source_commit() -> str:
 
 
 def describe_machine(record: dict) -> str:
-    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, no GPU, torch 2.15.0``."""
+    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, bf16 native, no GPU, torch 2.15.0``."""
     memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
-    parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], record["gpu"] or "no GPU"]
+    bf16 = f"bf16 {record['precisions']['bf16']}"
+    parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], bf16, record["gpu"] or "no GPU"]
     return ", ".join([*parts, f"torch {record['versions']['torch']}"])

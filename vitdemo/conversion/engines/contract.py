@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import installed_version
+from vitdemo.measure.precisions import NATIVE, Shape
 
 
 class EngineFailure(RuntimeError):
@@ -63,6 +65,23 @@ class Engine(ABC):
         """Whether the engine computes on ``device``, "cpu" or "cuda", given a machine that has one."""
         return device == "cpu"
 
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        """How ``device`` computes in each of ``precisions``: "native", "emulated" (it can, slower than in fp32) or
+        "absent" (the runtime computes in another precision), by the runtime's own words, see ``support_of``."""
+        return dict.fromkeys(cls.precisions, NATIVE)
+
+    @classmethod
+    def native(cls, device: str = "cpu") -> tuple[str, ...]:
+        """Those of ``precisions`` that are native on ``device``."""
+        return tuple(name for name, support in cls.support(device).items() if support == NATIVE)
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
+        """A call that multiplies an [m, k] matrix by a [k, n] one on all cores, by which precisions and roofs are
+        measured; None where the runtime does not multiply in ``precision`` here, or has no plain products."""
+        return None
+
     @abstractmethod
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, float32[B, C] on the CPU, of a checked uint8[B, 3, H, W]."""
@@ -70,7 +89,8 @@ class Engine(ABC):
     @property
     @abstractmethod
     def precision_ran(self) -> dict[str, float]:
-        """The share of multiply-accumulates in each precision, as read back from the runtime."""
+        """The share of multiply-accumulates in each precision, as read back from the runtime; a precision that is
+        emulated here is called so, ``bf16 emulated``."""
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the layers gave on the way to the logits, float32 on the CPU by the names of ``graph.tap_points``.
@@ -150,3 +170,9 @@ def find_engines() -> dict[str, type[Engine]]:
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     return {cls.name: cls for cls in classes if issubclass(cls, Engine) and hasattr(cls, "name")}
+
+
+def precisions_here(device: str = "cpu") -> dict[str, dict[str, str]]:
+    """What every engine whose runtime is installed answers to ``support``, by its name."""
+    engines = {name: cls for name, cls in find_engines().items() if all(map(installed_version, cls.packages))}
+    return {name: cls.support(device) for name, cls in engines.items()}

@@ -1,6 +1,7 @@
 """Torch, operation by operation: the reference that every other engine is held against."""
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -8,9 +9,17 @@ import torch
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.conversion.graph import Normalised, tap_points
 from vitdemo.conversion.models import FlopsByPrecision, Model
+from vitdemo.measure.precisions import (
+    EMULATED,
+    NATIVE,
+    TORCH_TYPES,
+    Shape,
+    named_as_run,
+    torch_product,
+    torch_support,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PRECISION_OF = {str(dtype).removeprefix("torch."): precision for precision, dtype in DTYPES.items()}
+PRECISION_OF = {str(dtype).removeprefix("torch."): precision for precision, dtype in TORCH_TYPES.items()}
 
 
 class EagerEngine(Engine):
@@ -21,7 +30,7 @@ class EagerEngine(Engine):
 
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
         super().__init__(model.info, precision, device=device, threads=threads)
-        dtype = DTYPES[precision]
+        dtype = TORCH_TYPES[precision]
         module = model.module
         if dtype != torch.float32 or device != "cpu":  # .to() would change the caller's model in place
             module = copy.deepcopy(module).to(device, dtype)
@@ -32,6 +41,17 @@ class EagerEngine(Engine):
     @classmethod
     def runs_on(cls, device: str) -> bool:
         return True
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        if device == "cpu":
+            return torch_support()
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # not run
+        return {"fp32": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
+        return torch_product(precision, shape)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
@@ -60,4 +80,5 @@ class EagerEngine(Engine):
         with torch.no_grad(), FlopsByPrecision() as counter:
             self._module(x)
         total = sum(counter.flops.values())
-        return {PRECISION_OF.get(dtype, dtype): flops / total for dtype, flops in counter.flops.items()}
+        shares = {PRECISION_OF.get(dtype, dtype): flops / total for dtype, flops in counter.flops.items()}
+        return named_as_run(shares, self.support(self.device))

@@ -13,10 +13,11 @@ from torch.export import ExportedProgram
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.conversion.engines.contract import CompiledEngine
-from vitdemo.conversion.engines.eager import DTYPES, PRECISION_OF
+from vitdemo.conversion.engines.eager import PRECISION_OF
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import FLOP_FORMULAS, Model, ModelInfo
 from vitdemo.errors import VitdemoError
+from vitdemo.measure.precisions import TORCH_TYPES, named_as_run, torch_support
 
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 
@@ -62,11 +63,15 @@ class InductorEngine(CompiledEngine):
             ) from None
 
     @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        return {precision: torch_support()[precision] for precision in cls.precisions}
+
+    @classmethod
     def build(
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
         cls.check_requirements()
-        dtype = DTYPES[precision]
+        dtype = TORCH_TYPES[precision]
         # .to() would change the caller's model in place
         cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
         taps = tap_points(cast.module, model.info.preprocessing.input_size)
@@ -104,9 +109,9 @@ class InductorEngine(CompiledEngine):
 
         That graph is Inductor's own, after its decompositions, constant folding and freezing, so a cast or a fallback
         it put in shows. Multiply-accumulates of the model that are not found there again are "unknown".
-        It does not show how oneDNN multiplies: a CPU without bf16 instructions computes bf16 operands in float32.
+        It does not show how oneDNN multiplies; that comes from ``support``, asked here and not where it was built.
         """
-        return self._facts["precision_ran"]
+        return named_as_run(self._facts["precision_ran"], self.support("cpu"))
 
     @cached_property
     def _twin(self) -> torch.nn.Module:

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from math import prod
@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import Model, ModelInfo
+from vitdemo.measure.clock import cores, installed_version
+from vitdemo.measure.precisions import NATIVE, Shape, named_as_run, support_of
 
 GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
-# Of int8 it is what NNCF leaves out, a fiftieth of a ViT-B: in float32 instead, a batch of 8 took a tenth longer.
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 PRECISION_OF = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
 
@@ -32,8 +32,8 @@ class OpenVINOEngine(CompiledEngine):
 
     The artifact is the plain graph in OpenVINO's own format, weights as they are, beside the names of the nodes that
     ``layers`` reads. int8: NNCF finds the ranges of the activations on the calibration images and lays its rounding
-    into the graph; the products that it leaves out, probabilities times values in each attention, run in bfloat16.
-    A CPU without bfloat16 computes in float32 what would be in that.
+    into the graph; the products that it leaves out, probabilities times values in each attention, run in bfloat16
+    where that is native, else in float32.
     """
 
     name = "openvino"
@@ -52,7 +52,7 @@ class OpenVINOEngine(CompiledEngine):
 
     def _compile(self, graph):
         options = {
-            "INFERENCE_PRECISION_HINT": HINTS[self.precision],  # its own choice would be bfloat16 where the CPU has it
+            "INFERENCE_PRECISION_HINT": hint(self.precision),  # its own choice would be bfloat16 where the CPU has it
             "INFERENCE_NUM_THREADS": self.threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -86,7 +86,17 @@ class OpenVINOEngine(CompiledEngine):
         total = self.info.flops_per_image / 2
         if macs.total() < 0.99 * total:  # there is a kind of node that is not counted
             macs["unknown"] = total - macs.total()
-        return {precision: count / macs.total() for precision, count in macs.items()}
+        shares = {precision: count / macs.total() for precision, count in macs.items()}
+        return named_as_run(shares, self.support("cpu"))
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        every = super().support(device)
+        return every | {"bf16": bf16_support()} if installed_version("openvino") else every
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
+        return product(precision, shape)
 
     @classmethod
     def build(
@@ -106,6 +116,58 @@ class OpenVINOEngine(CompiledEngine):
             graph = quantised(graph, calibration)
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
         (folder / TAPS).write_text(json.dumps(nodes, indent=2), encoding="utf-8")
+
+
+@cache
+def bf16_support() -> str:
+    """Of OpenVINO on this CPU. Where it has AVX512 and no bf16, OpenVINO emulates it, up to 17 times slower than fp32;
+    with AVX2 alone it computes in float32 whatever the hint."""
+    return support_of("bf16", ["BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")], product)
+
+
+def hint(precision: str) -> str:
+    """OpenVINO's name of the precision that everything runs in that the graph does not round to int8.
+
+    Of int8 itself it is what NNCF leaves out, a fiftieth of a ViT-B/16: on a CPU with bf16 a batch of 8 took a tenth
+    longer in float32; on one with AVX512 and no bf16, five times as long in bf16.
+    """
+    if precision == "int8":
+        return "bf16" if bf16_support() == NATIVE else "f32"
+    return {"fp32": "f32", "bf16": "bf16"}[precision]
+
+
+def product(precision: str, shape: Shape) -> Callable[[], object] | None:
+    """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
+    openvino = import_silently("openvino")
+    from openvino import opset13 as ops
+
+    m, k, n = shape
+    kind = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
+    random = np.random.default_rng(0)
+    x = ops.parameter([m, k], getattr(openvino.Type, kind))
+    weights = random.integers(-127, 128, (n, k), dtype=np.int8)
+    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
+        left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
+    else:
+        left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
+    y = ops.matmul(left, right, False, True)
+    if precision == "int8":
+        y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
+    graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": cores(),
+    }
+    try:
+        compiled = shared_core().compile_model(graph, "CPU", options)
+    except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
+        return None
+    request = compiled.create_infer_request()
+    bits = request.get_input_tensor().data.view(np.uint8)
+    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
+    request.infer()
+    return request.infer if set(macs_by_precision(compiled.get_runtime_model())) == {precision} else None
 
 
 def run(request, x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,74 @@
+"""Whether a runtime computes in a precision natively on this processor, emulates it, or does not have it."""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+
+NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
+TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
+# says of the processor does not follow them.
+MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+SIDE, CALLS = 512, 5  # of the small product that decides, and how often it is timed
+
+Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
+Product = Callable[[str, Shape], Callable[[], object] | None]
+
+
+def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
+    """NATIVE, EMULATED or ABSENT: how a runtime computes in ``precision`` here.
+
+    words: what the runtime and the processor say of themselves. Where all of them say yes and no instructions are
+    masked, that holds. Otherwise a small product of the runtime decides: a precision that is slower than fp32 on it is
+    emulated.
+    product: the runtime's ``Engine.product``; it gives None for a precision that the runtime does not multiply in.
+    """
+    if all(words) and not any(os.environ.get(name) for name in MASKS):
+        return NATIVE
+    asked, fp32 = (product(each, (SIDE,) * 3) for each in (precision, "fp32"))
+    if asked is None:
+        return ABSENT
+    return NATIVE if _shortest_s(asked) <= _shortest_s(fp32) else EMULATED
+
+
+def _shortest_s(call: Callable[[], object]) -> float:
+    """The shortest of CALLS calls after a cold one: what else the machine does makes calls longer, never shorter."""
+    call()
+    taken = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def torch_product(precision: str, shape: Shape) -> Callable[[], object] | None:
+    """A call that multiplies an [m, k] matrix by a [k, n] one in torch; None for int8."""
+    if precision not in TORCH_TYPES:
+        return None
+    m, k, n = shape
+    left, right = (torch.rand(size).to(TORCH_TYPES[precision]) for size in ((m, k), (n, k)))
+    out = torch.empty(m, n, dtype=TORCH_TYPES[precision])
+    return lambda: torch.mm(left, right.T, out=out)
+
+
+@cache
+def torch_support() -> dict[str, str]:
+    """How torch computes in each precision on this processor.
+
+    ``_is_mkldnn_bf16_supported`` is also True of AVX512 without bf16 instructions, where oneDNN emulates them; a torch
+    without oneDNN, as on a Mac, has no such word.
+    """
+    has = torch.cpu.get_capabilities()
+    words = [any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))]
+    if torch.backends.mkldnn.is_available():
+        words.append(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return {"fp32": NATIVE, "bf16": support_of("bf16", words, torch_product)}
+
+
+def named_as_run(shares: dict[str, float], support: dict[str, str]) -> dict[str, float]:
+    """``shares`` of multiply-accumulates by precision, with an emulated one called ``bf16 emulated``."""
+    return {f"{name} {EMULATED}" if support.get(name) == EMULATED else name: share for name, share in shares.items()}
