@@ -6,6 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
+from tests.native import native_or_skip
 from vitdemo import ImageNetVal, VitdemoError, convert, data_path, load_model, reference_crop
 from vitdemo.benchmarking.choice import choose_engine, write_script
 
@@ -47,7 +48,13 @@ def test_says_when_there_is_none():
 
 @pytest.mark.parametrize(
     ("engine", "precision"),
-    [("eager", "fp32"), ("onnx", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("inductor", "bf16")],
+    [
+        native_or_skip("eager", "fp32"),
+        native_or_skip("onnx", "fp32"),
+        native_or_skip("openvino", "bf16"),
+        native_or_skip("openvino", "int8"),
+        native_or_skip("inductor", "bf16"),
+    ],
 )
 def test_its_script_runs_without_vitdemo(engine, precision, tmp_path):
     made = convert(load_model("vit_shapes20"), engine, precision)

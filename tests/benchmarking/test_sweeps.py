@@ -16,7 +16,8 @@ import pytest
 import timm
 
 from tests.benchmarking.conftest import OPTIONS, PAIRS
-from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, load_model
+from tests.native import is_native
+from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, find_engines, load_model
 from vitdemo.arguments import parser_of
 from vitdemo.benchmarking import arms
 from vitdemo.benchmarking.files import PATTERN, read_perf
@@ -92,6 +93,7 @@ def test_equal_precision_is_what_ran_on_the_same_device():
 
     assert ratio(device="cpu", precision_ran={"bf16": 0.98, "fp32": 0.02}) == pytest.approx(4)
     assert np.isnan(ratio(device="cpu", precision_ran={"fp32": 1.0})), "a CPU without bf16 ran fp32"
+    assert np.isnan(ratio(device="cpu", precision_ran={"bf16 emulated": 1.0})), "it is no speedup of the engine's"
     assert np.isnan(ratio(device="cuda", precision_ran={"bf16": 1.0}))
 
     before = rows_of([eager], info, none, "together")
@@ -189,9 +191,10 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on(tmp_path, break_openvino):
     rows = benchmark("vit_shapes20", engines="openvino", device_batch_sizes=[1, 2, 4], out=tmp_path / "out", **SHORT)
     status = rows.set_index([pair_of(rows), "batch"])["status"]
     assert status["openvino:fp32", 2].startswith("failed: out of memory")
-    assert status["openvino:bf16", 2] == "failed: no such kernel"
+    if is_native("openvino", "bf16"):
+        assert status["openvino:bf16", 2] == "failed: no such kernel"
     assert status["openvino:int8", 2].startswith("failed: its process ended (killed, as it is where memory runs out)")
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in find_engines()["openvino"].native():
         assert status[f"openvino:{precision}", 1] == "ok"
         assert status[f"openvino:{precision}", 4] == "skipped: batch 2 failed"
     assert set(rows.loc[rows["engine"] == "eager", "status"]) == {"ok"}
@@ -360,7 +363,20 @@ def test_replicas_share_each_batch(tmp_path):
     assert 0 < row["top1"] <= 1 and row["images"] == 8
 
 
-def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has():
+@pytest.fixture
+def bf16_is(monkeypatch):
+    """Have every engine answer that bf16 is native, emulated or absent."""
+
+    def apply(support: str) -> None:
+        for cls in find_engines().values():
+            answers = {each: support if each == "bf16" else "native" for each in cls.precisions}
+            monkeypatch.setattr(cls, "support", lambda device, answers=answers: answers)
+
+    return apply
+
+
+def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has(bf16_is):
+    bf16_is("native")
     assert choose_pairs("openvino:bf16, onnx:int8") == [
         Pair("eager", "fp32"),
         Pair("eager", "bf16"),
@@ -369,6 +385,14 @@ def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has():
     ]
     assert choose_pairs("openvino")[2:] == [Pair("openvino", p) for p in ("fp32", "bf16", "int8")]
     assert len(choose_pairs(None)) == 8
+
+
+@pytest.mark.parametrize("support", ["emulated", "absent"])
+def test_a_precision_that_is_not_native_is_taken_only_where_it_is_named(bf16_is, support):
+    bf16_is(support)
+    assert choose_pairs("openvino") == [Pair("eager", "fp32"), Pair("openvino", "fp32"), Pair("openvino", "int8")]
+    assert {pair.precision for pair in choose_pairs(None)} == {"fp32", "int8"}
+    assert choose_pairs("openvino:bf16") == [Pair("eager", "fp32"), Pair("openvino", "bf16")]
 
 
 @pytest.mark.parametrize(

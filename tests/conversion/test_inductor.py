@@ -11,11 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from tests.native import unless_native
 from vitdemo import Model, Preprocessing, convert, data_path, load_model, reference_crop
 from vitdemo.conversion.engines.inductor import PACKAGE, InductorEngine
 from vitdemo.paths import cache_root
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
+pytestmark = [
+    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here"),
+    unless_native("inductor", "bf16"),
+]
 
 
 def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:

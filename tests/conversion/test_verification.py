@@ -11,6 +11,7 @@ import torch
 from scipy.stats import pearsonr
 from torch import nn
 
+from tests.native import native_or_skip, precisions_of
 from vitdemo import (
     Engine,
     EngineFailure,
@@ -30,7 +31,7 @@ from vitdemo.conversion.plots import engine_look, plot_error_over_depth, plot_fl
 from vitdemo.conversion.verdict import TOLERANCES, loosened
 from vitdemo.conversion.verification import verify
 
-PAIRS = [(name, p) for name, cls in find_engines().items() for p in cls.precisions if p in TOLERANCES]
+PAIRS = [native_or_skip(name, p) for name, cls in find_engines().items() for p in cls.precisions if p in TOLERANCES]
 BRANCH = {"attn.qkv": "attn", "attn.proj": "attn", "mlp.fc1": "mlp", "mlp.fc2": "mlp"}
 SCALE = {"fp32": 1.05, "bf16": 1.05, "int8": 1.5}
 
@@ -131,7 +132,7 @@ def test_eager_passes_and_its_report_says_it_all(eager_reports):
     pd.testing.assert_series_equal(layers["floor"], layers["relative_l2"], check_names=False)  # the same computation
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", precisions_of("eager"))
 @pytest.mark.parametrize("block, matrix", [(0, "mlp.fc2"), (2, "attn.proj"), (3, "mlp.fc1"), (5, "attn.qkv")])
 def test_scaled_weight_is_found_and_its_layer_named(vit_shapes20, shapes20, precision, block, matrix):
     faulty = convert(with_scaled_weight(vit_shapes20, block, matrix, SCALE[precision]), "eager", precision)
@@ -140,7 +141,7 @@ def test_scaled_weight_is_found_and_its_layer_named(vit_shapes20, shapes20, prec
     assert f"FAILED: layer {report.first_bad_layer} is the first out of its tolerance" in str(report)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", precisions_of("eager"))
 def test_wrong_mean_and_std_are_caught_at_the_patch_embedding(vit_shapes20, shapes20, precision):
     imagenet = with_mean_and_std(vit_shapes20, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     report = verify(convert(imagenet, "eager", precision), vit_shapes20, shapes20, images=8, progress=False)

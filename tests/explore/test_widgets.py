@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from tests.explore.hostile import HOSTILE, picture
+from tests.native import is_native
 from vitdemo import (
     ImageNetVal,
     VitdemoError,
@@ -26,6 +27,7 @@ from vitdemo import (
     data_path,
     dataset_browser,
     extract,
+    find_engines,
     image_explorer,
     load_model,
     merge,
@@ -35,6 +37,7 @@ from vitdemo.conversion import artifacts
 from vitdemo.explore import view
 from vitdemo.explore.panel import REST_S, Panel
 
+COARSER = "eager:bf16" if is_native("eager", "bf16") else "onnx:int8"
 ANSWER_MS = 300  # what a person takes for at once
 IMAGE = re.compile(r'<img src="data:image/\w+;base64,([^"]+)" alt="([^"]+)"')
 CHANGES = {  # every control of the image explorer, and a value that it does not begin with
@@ -124,8 +127,8 @@ def test_hides_what_is_looked_at_least(explorer):
 
 
 def test_two_engines(explorer, shapes20):
-    set_(explorer, against="eager:bf16", among=9, show="two engines")
-    assert "eager:bf16 gives the answer of eager:fp32 for 9 of 9 images" in explorer.shown.value
+    set_(explorer, against=COARSER, among=9, show="two engines")
+    assert f"{COARSER} gives the answer of eager:fp32 for 9 of 9 images" in explorer.shown.value
     set_(explorer, against="eager:fp32")
     assert said(explorer).startswith("✗ two engines: eager:fp32 is the one above")
     set_(explorer, against="openvino:fp32", among=30)
@@ -393,7 +396,7 @@ def test_whatever_goes_wrong_is_one_line():
 
 
 def test_leaves_no_thread_and_no_figure(shapes20, vit_shapes20, capfd):
-    for precision in ("fp32", "bf16"):
+    for precision in find_engines()["openvino"].native():
         convert(vit_shapes20, "openvino", precision)  # the first build starts torch's own threads, for good
     threads, figures = set(threading.enumerate()), plt.get_fignums()
     panels = [displayed(image_explorer(shapes20)), displayed(dataset_browser(shapes20))]

@@ -69,6 +69,7 @@ def test_machine_record_is_complete_and_serialisable():
     assert record["cores"] >= 1 and record["memory_bytes"] > 1e9 and record["versions"]["torch"]
     line = describe_machine(record)
     assert record["cpu"] in line and f"{record['cores']} cores" in line
+    assert f"bf16 {record['precisions']['bf16']}" in line
 
 
 def test_a_container_s_limits_hold(tmp_path, monkeypatch):

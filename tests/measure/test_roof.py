@@ -2,12 +2,16 @@
 
 import json
 import re
+import time
 
 import pytest
 
-from vitdemo import Model, VitdemoError, linear_shapes, machine_roof
+from vitdemo import Model, VitdemoError, find_engines, linear_shapes, machine_roof
+from vitdemo.conversion.engines import contract
+from vitdemo.conversion.engines.eager import EagerEngine
 from vitdemo.measure import roof as module
 from vitdemo.measure.clock import installed_version
+from vitdemo.measure.roof import Products
 from vitdemo.paths import cache_root
 
 
@@ -22,7 +26,7 @@ def small(monkeypatch, tmp_path):
 def test_a_roof_is_measured_once_and_kept(small):
     first = machine_roof("fp32", [(64, 512, 128)])
     assert 1e9 < first.flops_per_s < 1e15 and first.shape in ((256, 256, 256), (64, 512, 128))
-    assert first.runtime in ("torch", "openvino") and "fp32" in str(first)
+    assert first.runtime in ("eager", "openvino") and "fp32" in str(first)
     assert machine_roof("fp32", [(64, 512, 128)]) == first
     assert len(json.loads((cache_root() / "roof.json").read_text())) == 1
     machine_roof("fp32")  # other shapes: another roof
@@ -45,9 +49,31 @@ def test_a_damaged_file_is_measured_anew(small):
 @pytest.mark.skipif(installed_version("openvino") is None, reason="needs openvino")
 def test_int8_needs_openvino(small, monkeypatch):
     assert machine_roof("int8").runtime == "openvino"
-    monkeypatch.setattr(module, "installed_version", lambda name: None)
-    with pytest.raises(VitdemoError, match="no roof in int8 here: install openvino"):
+    monkeypatch.setattr(contract, "installed_version", lambda name: None)
+    with pytest.raises(VitdemoError, match="no roof in int8 here: nothing installed has it natively"):
         machine_roof("int8", fresh=True)
+
+
+def test_an_emulated_precision_has_no_roof(small, monkeypatch):
+    for cls in find_engines().values():
+        monkeypatch.setattr(cls, "support", lambda device: {"bf16": "emulated"})
+    monkeypatch.setattr(EagerEngine, "product", lambda *_: pytest.fail("it would take minutes"))
+    with pytest.raises(VitdemoError, match="no roof in bf16 here"):
+        machine_roof("bf16")
+
+
+def test_a_product_that_takes_long_is_called_once(monkeypatch):
+    calls = []
+
+    def product(precision, shape, threads):
+        return lambda: (calls.append(shape), time.sleep(0.001 * shape[0]))
+
+    monkeypatch.setattr(EagerEngine, "product", product)
+    monkeypatch.setattr(module, "find_engines", lambda: {"eager": EagerEngine})
+    monkeypatch.setattr(module, "precisions_here", lambda: {"eager": {"fp32": "native"}})
+    monkeypatch.setattr(module, "LONGEST_S", 0.1)
+    roof = Products("fp32", [(10, 1, 1), (20, 1, 1), (200, 1, 10**9)]).keep(1, seconds=0.2)
+    assert calls.count((200, 1, 10**9)) == 1 and roof.shape in ((10, 1, 1), (20, 1, 1))
 
 
 def test_linear_shapes_are_the_models(vit_shapes20):

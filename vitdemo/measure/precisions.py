@@ -12,10 +12,11 @@ TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
 # says of the processor does not follow them.
 MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-SIDE, CALLS = 512, 5  # of the small product that decides, and how often it is timed
+SIDE, ROUNDS = 256, 15  # of the small product that decides, and how often it is timed
 
 Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
-Product = Callable[[str, Shape], Callable[[], object] | None]
+Call = Callable[[], object]
+Product = Callable[[str, Shape, int], Call | None]
 
 
 def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
@@ -28,31 +29,44 @@ def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
     """
     if all(words) and not any(os.environ.get(name) for name in MASKS):
         return NATIVE
-    asked, fp32 = (product(each, (SIDE,) * 3) for each in (precision, "fp32"))
-    if asked is None:
+    calls = [product(each, (SIDE,) * 3, 1) for each in ("fp32", precision)]
+    if None in calls:
         return ABSENT
-    return NATIVE if _shortest_s(asked) <= _shortest_s(fp32) else EMULATED
+    fp32_s, asked_s = _shortest_s(calls)
+    return NATIVE if asked_s <= fp32_s else EMULATED
 
 
-def _shortest_s(call: Callable[[], object]) -> float:
-    """The shortest of CALLS calls after a cold one: what else the machine does makes calls longer, never shorter."""
-    call()
-    taken = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _shortest_s(calls: Iterable[Call]) -> list[float]:
+    """Of each of ``calls``, by turns, the shortest after a cold one.
+
+    What else the machine does makes calls longer, never shorter; those of one thread, a fraction of a millisecond each,
+    find a moment of quiet on a busy machine too.
+    """
+    taken: list[list[float]] = [[] for _ in calls]
+    for number in range(ROUNDS + 1):
+        for call, seconds in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds.append(time.perf_counter() - start)
+    return [min(seconds) for seconds in taken]
 
 
-def torch_product(precision: str, shape: Shape) -> Callable[[], object] | None:
+def torch_product(precision: str, shape: Shape, threads: int) -> Call | None:
     """A call that multiplies an [m, k] matrix by a [k, n] one in torch; None for int8."""
     if precision not in TORCH_TYPES:
         return None
     m, k, n = shape
     left, right = (torch.rand(size).to(TORCH_TYPES[precision]) for size in ((m, k), (n, k)))
     out = torch.empty(m, n, dtype=TORCH_TYPES[precision])
-    return lambda: torch.mm(left, right.T, out=out)
+
+    def call() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.mm(left, right.T, out=out)
+        torch.set_num_threads(before)
+
+    return call
 
 
 @cache

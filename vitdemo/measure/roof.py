@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from vitdemo.conversion.engines.contract import find_engines, precisions_here
 from vitdemo.conversion.models import Model
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.measure.clock import cores, machine_record, now
-from vitdemo.measure.precisions import NATIVE, Shape
+from vitdemo.measure.precisions import NATIVE, Call, Shape
 from vitdemo.paths import cache_root, replacing
 
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
@@ -121,10 +121,10 @@ class Products:
 
     def __init__(self, precision: str, shapes: Iterable[Shape]):
         self.precision = precision
-        self._calls: dict[tuple[str, Shape], Callable[[], object]] = {}
+        self._calls: dict[tuple[str, Shape], Call] = {}
         for name, support in precisions_here().items():
             if support.get(precision) == NATIVE:
-                products = {(name, shape): find_engines()[name].product(precision, shape) for shape in shapes}
+                products = {(name, shape): find_engines()[name].product(precision, shape, cores()) for shape in shapes}
                 self._calls |= {key: call for key, call in products.items() if call}
         if not self._calls:
             raise VitdemoError(f"no roof in {precision} here: nothing installed has it natively; see vitdemo doctor")
@@ -143,7 +143,6 @@ class Products:
         return self._roof(self._rates(seconds, least))
 
     def _rates(self, seconds: float, least: int, longest_s: float = math.inf) -> dict[tuple[str, Shape], float]:
-        torch.set_num_threads(cores())
         rates = {}
         for (runtime, shape), call in self._calls.items():
             if taken := _timed(call, seconds / len(self._calls), least, longest_s):
@@ -156,7 +155,7 @@ class Products:
         return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
 
 
-def _timed(call: Callable[[], object], seconds: float, least: int = 2, longest_s: float = math.inf) -> list[float]:
+def _timed(call: Call, seconds: float, least: int = 2, longest_s: float = math.inf) -> list[float]:
     """Seconds of each call after a cold one; none where that took more than ``longest_s``."""
     start = now()
     call()

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from vitdemo.conversion.models import Model, ModelInfo
 from vitdemo.errors import VitdemoError
 from vitdemo.measure.clock import installed_version
-from vitdemo.measure.precisions import NATIVE, Shape
+from vitdemo.measure.precisions import NATIVE, Call, Shape
 
 
 class EngineFailure(RuntimeError):
@@ -77,9 +76,9 @@ class Engine(ABC):
         return tuple(name for name, support in cls.support(device).items() if support == NATIVE)
 
     @classmethod
-    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
-        """A call that multiplies an [m, k] matrix by a [k, n] one on all cores, by which precisions and roofs are
-        measured; None where the runtime does not multiply in ``precision`` here, or has no plain products."""
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        """A call that multiplies an [m, k] matrix by a [k, n] one, by which precisions and roofs are measured; None
+        where the runtime does not multiply in ``precision`` here, or has no plain products."""
         return None
 
     @abstractmethod

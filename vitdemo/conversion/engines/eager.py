@@ -1,7 +1,6 @@
 """Torch, operation by operation: the reference that every other engine is held against."""
 
 import copy
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -13,6 +12,7 @@ from vitdemo.measure.precisions import (
     EMULATED,
     NATIVE,
     TORCH_TYPES,
+    Call,
     Shape,
     named_as_run,
     torch_product,
@@ -50,8 +50,8 @@ class EagerEngine(Engine):
         return {"fp32": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
 
     @classmethod
-    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
-        return torch_product(precision, shape)
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        return torch_product(precision, shape, threads)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from math import prod
@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from vitdemo.conversion.engines.contract import CompiledEngine
 from vitdemo.conversion.graph import export_graph, tap_points
 from vitdemo.conversion.models import Model, ModelInfo
-from vitdemo.measure.clock import cores, installed_version
-from vitdemo.measure.precisions import NATIVE, Shape, named_as_run, support_of
+from vitdemo.measure.clock import installed_version
+from vitdemo.measure.precisions import NATIVE, Call, Shape, named_as_run, support_of
 
 GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
 PRECISION_OF = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -95,8 +95,8 @@ class OpenVINOEngine(CompiledEngine):
         return every | {"bf16": bf16_support()} if installed_version("openvino") else every
 
     @classmethod
-    def product(cls, precision: str, shape: Shape) -> Callable[[], object] | None:
-        return product(precision, shape)
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        return product(precision, shape, threads)
 
     @classmethod
     def build(
@@ -136,7 +136,7 @@ def hint(precision: str) -> str:
     return {"fp32": "f32", "bf16": "bf16"}[precision]
 
 
-def product(precision: str, shape: Shape) -> Callable[[], object] | None:
+def product(precision: str, shape: Shape, threads: int) -> Call | None:
     """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
     openvino = import_silently("openvino")
     from openvino import opset13 as ops
@@ -157,7 +157,7 @@ def product(precision: str, shape: Shape) -> Callable[[], object] | None:
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": cores(),
+        "INFERENCE_NUM_THREADS": threads,
     }
     try:
         compiled = shared_core().compile_model(graph, "CPU", options)
