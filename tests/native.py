@@ -24,9 +24,8 @@ def native_or_skip(engine: str, precision: str):
 
 def precisions_of(engine: str) -> list:
     """The precisions of ``engine`` as parameters of a test."""
-    return [
-        pytest.param(each, marks=unless_native(engine, each), id=each) for each in find_engines()[engine].precisions
-    ]
+    precisions = find_engines()[engine].precisions
+    return [pytest.param(each, marks=unless_native(engine, each), id=each) for each in precisions]
 
 
 def name_in_precision_ran(engine: str, precision: str) -> str:

@@ -7,7 +7,11 @@ from tests.native import name_in_precision_ran, unless_native
 from vitdemo import Model, VitdemoError, convert, find_engines, reference_crop
 from vitdemo.conversion.models import FlopsByPrecision
 
-PAIRS = [(name, precision) for name, cls in find_engines().items() for precision in cls.precisions]
+PAIRS = [
+    pytest.param((name, precision), marks=unless_native(name, precision), id=f"{name}-{precision}")
+    for name, cls in find_engines().items()
+    for precision in cls.precisions
+]
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +19,7 @@ def batch(shapes20, vit_shapes20) -> torch.Tensor:
     return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(9)])
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(pair, marks=unless_native(*pair), id="-".join(pair)) for pair in PAIRS]
-)
+@pytest.fixture(scope="module", params=PAIRS)
 def engine(request, vit_shapes20):
     engine = convert(vit_shapes20, *request.param)
     yield engine
