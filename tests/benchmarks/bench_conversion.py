@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from vitdemo import VitdemoError, convert, find_engines, load_model
 from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines.openvino import GRAPH, HINTS, import_silently
+from vitdemo.conversion.engines.openvino import GRAPH, hint, import_silently
 from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, median_interval, now
 from vitdemo.measure.roof import SQUARE, Products, linear_shapes
@@ -87,7 +87,7 @@ def engine_turns(arm: Arm) -> tuple[dict, Turn]:
 def script_turns(arm: Arm) -> tuple[dict, Turn]:
     """As short as OpenVINO's own calls allow: the input is set once, the output is left where it is."""
     openvino = import_silently("openvino")
-    options = {"INFERENCE_PRECISION_HINT": HINTS[arm.precision], "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_PRECISION_HINT": hint(arm.precision), "PERFORMANCE_HINT": "LATENCY"}
     request = openvino.compile_model(arm.artifact / GRAPH, "CPU", options).create_infer_request()
 
     def turn(batch: int, seconds: float) -> list[float]:
@@ -166,7 +166,7 @@ class Worker:
 def tool_turn(arm: Arm, batch: int, seconds: float) -> list[float]:
     """OpenVINO's benchmark_app, its input filled once as the bare script's is; gives its median alone."""
     command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(arm.artifact / GRAPH), "-d", "CPU"]
-    command += ["-hint", "latency", "-api", "sync", "-infer_precision", HINTS[arm.precision], "-inference_only"]
+    command += ["-hint", "latency", "-api", "sync", "-infer_precision", hint(arm.precision), "-inference_only"]
     command += ["-data_shape", f"[{batch},3,224,224]", "-t", str(round(seconds))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(re.search(r"Median:\s+([\d.]+) ms", done.stdout).group(1)) / 1e3]

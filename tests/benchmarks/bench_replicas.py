@@ -24,6 +24,7 @@ import timm
 from tqdm.auto import tqdm
 
 from tests.inference.on_replicas import evaluate_while
+from tests.native import is_native
 from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.inference.records import write_json
@@ -104,7 +105,8 @@ def cost_of_a_kill(name: str, engine: Engine, data: ImageNetVal) -> tuple[dict, 
 
 def measure_all(rounds: int = ROUNDS) -> tuple[pd.DataFrame, list[str]]:
     data = ImageNetVal(data_path("shapes20"))
-    engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", "bf16")}
+    precision = "bf16" if is_native("openvino", "bf16") else "int8"
+    engines = {"vit_shapes20": convert(load_model("vit_shapes20"), "openvino", precision)}
     engines["vit_base_patch16_224"] = vit_base(data)
     rows, lines = [], []
     for name, engine in engines.items():

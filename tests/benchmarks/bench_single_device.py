@@ -32,6 +32,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, center_crop,
 from tqdm.auto import tqdm
 
 from tests.benchmarks.bench_extraction import make_archives
+from tests.native import is_native
 from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
 from vitdemo.conversion.engines.contract import Engine
 from vitdemo.dataset.imagenet import Sample
@@ -44,6 +45,7 @@ from vitdemo.paths import REPOSITORY, replacing
 
 ROUNDS, BATCH, THREADS = 9, 8, 2
 BIG = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+FEWER_BITS = [("openvino", each) for each in ("bf16", "int8") if is_native("openvino", each)]
 PHOTOS = REPOSITORY.parent / "shared" / "photos"
 
 
@@ -240,14 +242,13 @@ def small_model(samples: list[Sample], rounds: int) -> Part:
     model = load_model("vit_shapes20")
     preprocessing = model.info.preprocessing
     null = convert(model, "null", "none")
-    engines = [("openvino", "bf16"), ("openvino", "int8")]
-    variants = engine_variants(model, samples, engines)
+    variants = engine_variants(model, samples, FEWER_BITS)
     variants["decoding alone"] = input_variants(samples, preprocessing)["fast path"]
     variants["null engine, files: the harness alone"] = lambda: float(null_rate(null, samples))
     variants["baseline"] = lambda: baseline(model, samples)
     found = take_turns(variants, len(samples), rounds, scored=True)
     lines = []
-    for name in ("openvino bf16", "openvino int8"):
+    for name in map(" ".join, FEWER_BITS):
         files, alone = f"{name}, files", f"{name}, random input"
         decoding = found["decoding alone"].rates
         bound = [1 / (1 / d + 1 / e) for d, e in zip(decoding, found[alone].rates, strict=True)]
@@ -268,7 +269,7 @@ def null_rate(null: Engine, samples: list[Sample]) -> float:
 
 def big_model(samples: list[Sample], rounds: int) -> Part:
     model = load_model(BIG, "random")
-    variants = engine_variants(model, samples, [("openvino", "bf16"), ("openvino", "int8")])
+    variants = engine_variants(model, samples, FEWER_BITS)
     quarter = samples[: len(samples) // 4]
 
     def baseline_of_a_quarter() -> float:
@@ -278,16 +279,19 @@ def big_model(samples: list[Sample], rounds: int) -> Part:
 
     variants["baseline, a quarter of the images"] = baseline_of_a_quarter
     found = take_turns(variants, len(samples), rounds, scored=False)
-    int8, bf16, user = "openvino int8, files", "openvino bf16, files", "baseline, a quarter of the images"
+    user, targets = "baseline, a quarter of the images", {"int8": 6, "bf16": 3.5}
+    mixed = [
+        (f"{name}, files / baseline, mixed precision", ratio(found, f"{name}, files", user), targets[name.split()[1]])
+        for name in map(" ".join, FEWER_BITS)
+    ]
+    alone = ratio(found, "openvino int8, files", "openvino int8, random input")
     return Part(
         f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs",
         found,
         [
-            ("openvino int8, files / random input", ratio(found, int8, "openvino int8, random input"), 0.94),
-            ("openvino int8, files / baseline, mixed precision", ratio(found, int8, user), 6),
-            ("openvino bf16, files / baseline, mixed precision", ratio(found, bf16, user), 3.5),
-            overlap(found, "openvino int8"),
-            overlap(found, "openvino bf16"),
+            ("openvino int8, files / random input", alone, 0.94),
+            *mixed,
+            *(overlap(found, name) for name in map(" ".join, FEWER_BITS)),
         ],
     )
 

@@ -26,7 +26,7 @@ from vitdemo.benchmarking.gate import RATIO, compare
 from vitdemo.benchmarking.turns import Nursery, Worker
 from vitdemo.conversion.cache import artifacts_root
 from vitdemo.conversion.engines.contract import Engine
-from vitdemo.conversion.engines.openvino import GRAPH, HINTS
+from vitdemo.conversion.engines.openvino import GRAPH, hint
 from vitdemo.inference.records import write_json
 from vitdemo.measure.clock import cores, median_interval, now
 from vitdemo.paths import replacing
@@ -83,7 +83,7 @@ def _tool_s(engine: Engine, batch: int) -> float:
     """Seconds of the median call, as OpenVINO's benchmark_app reports it."""
     folder = artifacts_root() / engine.recipe.folder_name
     command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(folder / GRAPH), "-d", "CPU"]
-    command += ["-hint", "latency", "-api", "sync", "-infer_precision", HINTS[engine.precision]]
+    command += ["-hint", "latency", "-api", "sync", "-infer_precision", hint(engine.precision)]
     command += ["-data_shape", f"[{batch},3,224,224]", "-t", str(int(TOOL_S)), "-inference_only"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(re.search(r"Median:\s+([\d.]+) ms", done.stdout).group(1)) / 1e3
