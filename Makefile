@@ -51,11 +51,11 @@ notebooks: $(BIN)/.vitdemo-dev
 
 # The pictures that the notebooks open with, from a run of the course.
 pictures: $(BIN)/.vitdemo
-	$(BIN)/python -m vitdemo.runs.pictures
+	$(BIN)/python -m notebooks.img.renew
 
 # The README's table and figure, measured on this machine into data/results/NAME.
 results: $(BIN)/.vitdemo
-	$(BIN)/python -m vitdemo.benchmarking.recorded --measure "$(NAME)"
+	$(BIN)/python -m data.results.record --measure "$(NAME)"
 
 # The pins that the course is known to run with: what pip picks today, in an environment of its own.
 constraints:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vitdemo import ImageNetVal, convert, data_path, load_model
+from vitdemo.course import RunReport, run_notebooks
 from vitdemo.paths import REPOSITORY
-from vitdemo.runs import RunReport, run_notebooks
 
 # What is compared here is what CPUs compute, also where there is a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

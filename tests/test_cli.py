@@ -13,12 +13,11 @@ import time
 import pytest
 
 from vitdemo import VitdemoError, find_engines, load_model, merge
-from vitdemo.arguments import parser_of
-from vitdemo.cli import VERBS, main
-from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.cli import VERBS, main, parser_of
+from vitdemo.course import write_workshop
+from vitdemo.course.notebooks import assign_parameters, choose_notebooks, parse_parameter
+from vitdemo.engines.eager import EagerEngine
 from vitdemo.paths import REPOSITORY, data_path
-from vitdemo.runs import write_workshop
-from vitdemo.runs.plan import assign_parameters, choose_notebooks, parse_parameter
 
 READMES = [REPOSITORY / "README.md", REPOSITORY / "notebooks" / "README.md"]
 

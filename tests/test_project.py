@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitdemo
-from vitdemo.conversion import engines
+from vitdemo import engines
 from vitdemo.dataset.imagenet import ARCHIVE_MD5
 from vitdemo.paths import REPOSITORY, data_path, results_folder
 
@@ -90,7 +90,7 @@ def test_a_file_imports_only_what_stands_above_it_in_the_readme_s_house(path):
 
 
 def test_a_file_in_the_folder_of_engines_is_an_engine(tmp_path, monkeypatch):
-    source = "from vitdemo.conversion.engines.eager import EagerEngine\nclass Own(EagerEngine):\n    name = 'own'\n"
+    source = "from vitdemo.engines.eager import EagerEngine\nclass Own(EagerEngine):\n    name = 'own'\n"
     (tmp_path / "own.py").write_text(source)
     monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path)])
     assert "own" in vitdemo.find_engines.__wrapped__()

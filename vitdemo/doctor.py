@@ -42,7 +42,7 @@ def _looked(look: Callable[[], list[str]]) -> list[str]:
 
 
 def _machine() -> list[str]:
-    from vitdemo.measure.clock import describe_machine, machine_record
+    from vitdemo.machine import describe_machine, machine_record
 
     return [f"Python {platform.python_version()}", describe_machine(machine_record())]
 
@@ -68,8 +68,8 @@ def _packages() -> list[str]:
 
 
 def _engines() -> list[str]:
-    from vitdemo.conversion.engines.contract import find_engines
-    from vitdemo.measure.precisions import NATIVE
+    from vitdemo.engines.contract import find_engines
+    from vitdemo.precisions import NATIVE
 
     lines = []
     for name, engine in find_engines().items():
@@ -85,7 +85,7 @@ def _engines() -> list[str]:
 
 def _replicas() -> list[str]:
     from vitdemo.inference.cluster import check_ray
-    from vitdemo.measure.clock import installed_version
+    from vitdemo.machine import installed_version
 
     try:
         check_ray(None)
@@ -105,7 +105,7 @@ def _data() -> list[str]:
 
 
 def _hub() -> list[str]:
-    from vitdemo.conversion.weights import hub_resolves
+    from vitdemo.models.loading import hub_resolves
 
     if hub_resolves():
         return ["ok       the Hugging Face hub answers: timm tags are downloaded at their first use"]
@@ -113,7 +113,7 @@ def _hub() -> list[str]:
 
 
 def _notebooks() -> list[str]:
-    from vitdemo.runs import choose_notebooks
+    from vitdemo.course import choose_notebooks
 
     return [
         f"skipped  {each.name}: needs {', '.join(each.missing)}" if each.missing else f"ok       {each.name}"

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data.results import record as recorded_module
+from data.results.record import BEGIN, END, readme_table, recorded, shown
 from vitdemo import VitdemoError, merge
-from vitdemo.benchmarking import recorded as recorded_module
 from vitdemo.benchmarking.files import PATTERN, read_perf
-from vitdemo.benchmarking.recorded import BEGIN, END, readme_table, recorded, shown
 from vitdemo.benchmarking.tables import (
     aitemplate_table,
     flagperf_table,

@@ -18,15 +18,14 @@ import timm
 from tests.benchmarking.conftest import OPTIONS, PAIRS
 from tests.native import is_native
 from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, find_engines, load_model
-from vitdemo.arguments import parser_of
-from vitdemo.benchmarking import arms
+from vitdemo.benchmarking import sweeps as arms
+from vitdemo.benchmarking.bench import until_stable
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
+from vitdemo.benchmarking.processes import Failed, Nursery, Worker
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
-from vitdemo.benchmarking.turns import Failed, Nursery, Worker
-from vitdemo.benchmarking.worker import until_stable
-from vitdemo.cli import VERBS, main
+from vitdemo.cli import VERBS, main, parser_of
 
 SHORT = dict(row_budget_s=0.5, images=8)
 
@@ -161,7 +160,7 @@ def test_an_iteration_beyond_the_budget_skips_its_row_and_the_larger_ones(skippe
 
 BROKEN = """
 import os, signal, time
-import vitdemo.conversion.engines.openvino as module
+import vitdemo.engines.openvino as module
 infer = module.OpenVINOEngine._infer
 def broken(self, x):
     {what}
@@ -299,7 +298,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     while not list(tmp_path.glob(PATTERN)) and time.monotonic() < end:
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
-    ours = [worker for worker in workers if "vitdemo.benchmarking.worker" in worker.cmdline()]  # Python 3.14 has more
+    ours = [worker for worker in workers if "vitdemo.benchmarking.bench" in worker.cmdline()]  # Python 3.14 has more
     assert len(ours) == 3  # the one that starts the others, eager's and the roof's
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

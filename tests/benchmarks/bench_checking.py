@@ -23,7 +23,7 @@ from torchvision.io import decode_jpeg
 
 from vitdemo import ImageNetVal, data_path
 from vitdemo.dataset.checking import check_images
-from vitdemo.measure.clock import cores, describe_machine, machine_record, now
+from vitdemo.machine import cores, describe_machine, machine_record, now
 from vitdemo.paths import REPOSITORY
 
 TARGET = 0.9

@@ -28,12 +28,13 @@ import torch
 from tqdm.auto import tqdm
 
 from vitdemo import VitdemoError, convert, find_engines, load_model
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines.openvino import GRAPH, hint, import_silently
-from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, describe_machine, installed_version, machine_record, median_interval, now
-from vitdemo.measure.roof import SQUARE, Products, linear_shapes
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.openvino import GRAPH, hint, import_silently
+from vitdemo.engines.roof import SQUARE, Products, linear_shapes
+from vitdemo.inference.predictions import write_json
+from vitdemo.machine import cores, describe_machine, installed_version, machine_record, now
 from vitdemo.paths import replacing
+from vitdemo.stats import median_interval
 
 MODEL = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 BATCHES = (1, 8)

@@ -27,11 +27,10 @@ import pytest
 from PIL import Image
 
 from tests.dataset.conftest import val_name, write_devkit, write_tar
-from vitdemo.dataset.archives import Member, md5
-from vitdemo.dataset.extraction import extract
+from vitdemo.dataset.extraction import extract, extract_members
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.dataset.unpacking import extract_members
-from vitdemo.measure.clock import describe_machine, machine_record, now
+from vitdemo.dataset.tars import Member, md5
+from vitdemo.machine import describe_machine, machine_record, now
 
 TARGET = 0.8
 ROUNDS = 9

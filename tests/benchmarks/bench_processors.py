@@ -26,10 +26,10 @@ import pandas as pd
 from tests.benchmarks.bench_single_device import ROUNDS, baseline, ratio, take_turns, whole_way
 from vitdemo import ImageNetVal, benchmark, convert, data_path, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.pairs import choose_pairs
-from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import median_interval
+from vitdemo.course import run_notebooks
+from vitdemo.inference.predictions import write_json
 from vitdemo.paths import replacing
-from vitdemo.runs import run_notebooks
+from vitdemo.stats import median_interval
 
 VIT = "vit_base_patch16_224"
 TARGETS = {  # the least ratio: int8 over eager fp32 by batch size, files over the loop

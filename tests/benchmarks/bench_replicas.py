@@ -26,11 +26,12 @@ from tqdm.auto import tqdm
 from tests.inference.on_replicas import evaluate_while
 from tests.native import is_native
 from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
-from vitdemo.conversion.engines.contract import Engine
-from vitdemo.inference.records import write_json
-from vitdemo.inference.splits import RANGE_S
-from vitdemo.measure.clock import cores, machine_record, median_interval
+from vitdemo.engines.contract import Engine
+from vitdemo.inference.predictions import write_json
+from vitdemo.inference.schedule import RANGE_S
+from vitdemo.machine import cores, machine_record
 from vitdemo.paths import replacing
+from vitdemo.stats import median_interval
 
 ROUNDS, KILLS, IMAGES = 9, 5, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
 TARGETS = {  # (median, lower bound)

@@ -34,13 +34,13 @@ from tqdm.auto import tqdm
 from tests.benchmarks.bench_extraction import make_archives
 from tests.native import is_native
 from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
-from vitdemo.conversion.engines.contract import Engine
+from vitdemo.dataset.decoding import Preprocessing, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.images import Preprocessing, prefetched_batches
+from vitdemo.engines.contract import Engine
 from vitdemo.inference.loop import predict
+from vitdemo.inference.predictions import write_json
 from vitdemo.inference.random_input import run_random_input
-from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import Phases, cores, describe_machine, machine_record, now
+from vitdemo.machine import Phases, cores, describe_machine, machine_record, now
 from vitdemo.paths import REPOSITORY, replacing
 
 ROUNDS, BATCH, THREADS = 9, 8, 2

@@ -23,13 +23,14 @@ from torch.utils.benchmark import Timer
 
 from vitdemo import benchmark, convert, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.gate import RATIO, compare
-from vitdemo.benchmarking.turns import Nursery, Worker
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines.contract import Engine
-from vitdemo.conversion.engines.openvino import GRAPH, hint
-from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, median_interval, now
+from vitdemo.benchmarking.processes import Nursery, Worker
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.contract import Engine
+from vitdemo.engines.openvino import GRAPH, hint
+from vitdemo.inference.predictions import write_json
+from vitdemo.machine import cores, now
 from vitdemo.paths import replacing
+from vitdemo.stats import median_interval
 
 VIT, TURNS = "vit_base_patch16_224", 9
 NAMES = {"eager": "torch.utils.benchmark", "openvino": "benchmark_app"}

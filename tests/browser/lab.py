@@ -15,8 +15,8 @@ from pathlib import Path
 import nbformat
 import psutil
 
-from vitdemo.runs.kernels import MARK, end_processes, marked_processes
-from vitdemo.runs.plan import NOTEBOOKS, PROFILES, read_notebook
+from vitdemo.course.kernels import MARK, end_processes, marked_processes
+from vitdemo.course.notebooks import NOTEBOOKS, PROFILES, read_notebook
 
 START_S = 120  # a cold disk and a busy machine
 SETTINGS = {

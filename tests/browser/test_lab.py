@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.looks import hard_to_read
-from vitdemo.runs.plan import choose_notebooks
+from vitdemo.course.notebooks import choose_notebooks
 
 OURS = ".jp-OutputArea-output, .jp-RenderedMarkdown"  # what the notebook shows, without JupyterLab's own parts
 BROKEN_IMAGES = "images => images.filter(image => !image.naturalWidth).map(image => image.src)"

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.browser.looks import faults
-from vitdemo.runs.plan import choose_notebooks
-from vitdemo.runs.report import write_index
-from vitdemo.runs.runner import Result
+from vitdemo.course.notebooks import choose_notebooks
+from vitdemo.course.report import write_index
+from vitdemo.course.runner import Result
 
 FIRST, *OTHERS = [lesson.name for lesson in choose_notebooks()]
 LONG = "cell 12: VitdemoError: /a/very/long/path/that/does/not/break/anywhere/ILSVRC2012_img_val.tar: no such file"

@@ -18,9 +18,8 @@ from filelock import FileLock
 from torch import nn
 
 from vitdemo import CompiledEngine, Model, VitdemoError, cached_artifacts, clear_cache, convert, reference_crop
-from vitdemo.conversion.artifacts import Recipe
-from vitdemo.conversion.cache import CARD, VERIFIED
-from vitdemo.conversion.graph import export_graph
+from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe
+from vitdemo.engines.graph import export_graph
 from vitdemo.paths import PART
 
 

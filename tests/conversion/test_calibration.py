@@ -8,8 +8,8 @@ import torch
 
 from tests.dataset.conftest import Archives, TrainArchives, tar_member
 from vitdemo import ImageNetVal, VitdemoError, calibration_for, data_path, extract, load_model, reference_crop
-from vitdemo.conversion.calibration import IMAGES
-from vitdemo.dataset.archives import index_tar
+from vitdemo.dataset.tars import index_tar
+from vitdemo.engines.calibration import IMAGES
 
 CALIB = "shapes20/shapes20_calib.tar"
 
@@ -34,7 +34,7 @@ def test_a_larger_set_is_thinned_evenly(vit_shapes20, shapes20):
 
 @pytest.mark.parametrize("source", ["tar", "folder with the tar", "extracted", "both extracted"])
 def test_a_train_set_is_taken_where_there_is_no_val_set(vit_shapes20, tmp_path, monkeypatch, source):
-    monkeypatch.setattr("vitdemo.conversion.calibration.IMAGES", 4)
+    monkeypatch.setattr("vitdemo.engines.calibration.IMAGES", 4)
     train = TrainArchives(tmp_path / "train_archives")
     extracted = tmp_path / "extracted"
     path = {"tar": train.tar, "folder with the tar": train.folder}.get(source, extracted)

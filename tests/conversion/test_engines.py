@@ -5,7 +5,7 @@ import torch
 
 from tests.native import name_in_precision_ran, unless_native
 from vitdemo import Model, VitdemoError, convert, find_engines, reference_crop
-from vitdemo.conversion.models import FlopsByPrecision
+from vitdemo.models.model import FlopsByPrecision
 
 PAIRS = [
     pytest.param((name, precision), marks=unless_native(name, precision), id=f"{name}-{precision}")

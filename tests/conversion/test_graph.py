@@ -6,8 +6,8 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import nn
 
 from vitdemo import Model, convert, find_engines, verify
-from vitdemo.conversion.graph import tap_points
-from vitdemo.dataset.images import Preprocessing
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.engines.graph import tap_points
 
 SIZE = (3, 32, 32)
 PREPROCESSING = Preprocessing(SIZE, 1.0, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -15,9 +15,9 @@ from timm.data import ImageNetInfo
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vitdemo import Preprocessing, VitdemoError, data_path, load_model, reference_crop
-from vitdemo.conversion import weights as weights_module
-from vitdemo.conversion.huggingface import WEIGHTS_FILES, classes_of
-from vitdemo.conversion.weights import WEIGHTS_FILE
+from vitdemo.models import loading as weights_module
+from vitdemo.models.huggingface import WEIGHTS_FILES, classes_of
+from vitdemo.models.loading import WEIGHTS_FILE
 
 SMALL = {
     "hidden_size": 32,

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.native import unless_native
 from vitdemo import Model, Preprocessing, convert, data_path, load_model, reference_crop
-from vitdemo.conversion.engines.inductor import PACKAGE, InductorEngine
+from vitdemo.engines.inductor import PACKAGE, InductorEngine
 from vitdemo.paths import cache_root
 
 pytestmark = [

@@ -12,8 +12,8 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from vitdemo import Model, Preprocessing, VitdemoError, data_path, load_model
-from vitdemo.conversion import weights as weights_module
-from vitdemo.conversion.weights import WEIGHTS_FILE, weights_sha256
+from vitdemo.models import loading as weights_module
+from vitdemo.models.loading import WEIGHTS_FILE, weights_sha256
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from vitdemo import Model, VitdemoError, convert, load_model, reference_crop
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_which_cpus_add_products_exactly(monkeypatch, cpu, exactly):
 
 
 def test_weights_have_a_bit_less_where_products_overflow(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitdemo.conversion.engines.onnx.adds_products_exactly", lambda: False)
+    monkeypatch.setattr("vitdemo.engines.onnx.adds_products_exactly", lambda: False)
     pixels = torch.randint(0, 256, (20, 3, 224, 224), dtype=torch.uint8)
     engine = loaded(small, "int8", tmp_path, pixels)
     assert engine.precision_ran == {"int8": pytest.approx(1)}

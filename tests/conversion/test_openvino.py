@@ -15,16 +15,8 @@ from torch import nn
 
 from tests.native import is_native, precisions_of
 from vitdemo import Model, convert, load_model, reference_crop
-from vitdemo.conversion.engines.openvino import (
-    GRAPH,
-    TAPS,
-    OpenVINOEngine,
-    hint,
-    import_silently,
-    macs_by_precision,
-    shared_core,
-)
-from vitdemo.measure.clock import cores
+from vitdemo.engines.openvino import GRAPH, TAPS, OpenVINOEngine, hint, import_silently, macs_by_precision, shared_core
+from vitdemo.machine import cores
 
 openvino = import_silently("openvino")
 
@@ -161,7 +153,7 @@ def test_precision_ran(engines):
 def test_precision_ran_is_not_what_was_asked_for(small_vit, cache, monkeypatch):
     """Where bf16 is asked for and the runtime computes in float32, as with AVX2 alone, that is what it says."""
     folder = folder_of(convert(small_vit, "openvino", "fp32"), cache)
-    monkeypatch.setattr("vitdemo.conversion.engines.openvino.hint", lambda precision: "f32")
+    monkeypatch.setattr("vitdemo.engines.openvino.hint", lambda precision: "f32")
     engine = OpenVINOEngine(folder, small_vit.info, "bf16", device="cpu", threads=1)
     assert engine.precision == "bf16" and engine.precision_ran == {"fp32": pytest.approx(1)}
 

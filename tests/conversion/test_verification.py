@@ -23,13 +23,13 @@ from vitdemo import (
     load_model,
     reference_crop,
 )
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.calibration import calibration_for
-from vitdemo.conversion.comparison import LayerErrors, compare_answers, compare_logits
-from vitdemo.conversion.engines.eager import EagerEngine
-from vitdemo.conversion.plots import engine_look, plot_error_over_depth, plot_flips
-from vitdemo.conversion.verdict import TOLERANCES, loosened
-from vitdemo.conversion.verification import verify
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.calibration import calibration_for
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.plots.verification import engine_look, plot_error_over_depth, plot_flips
+from vitdemo.verification.comparison import LayerErrors, compare_answers, compare_logits
+from vitdemo.verification.tolerances import TOLERANCES, loosened
+from vitdemo.verification.verification import verify
 
 PAIRS = [(name, p) for name, cls in find_engines().items() for p in cls.precisions if p in TOLERANCES]
 NATIVE_PAIRS = [native_or_skip(*pair) for pair in PAIRS]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.dataset.conftest import val_name, write_tar
-from vitdemo.dataset.archives import Member, index_tar, md5
+from vitdemo.dataset.tars import Member, index_tar, md5
 from vitdemo.errors import VitdemoError
 
 

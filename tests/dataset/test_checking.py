@@ -26,8 +26,7 @@ from torchvision.io import decode_jpeg
 from tests.dataset.conftest import enormous_jpeg, val_name, write_devkit, write_tar
 from vitdemo import ImageNetVal, Preprocessing, VitdemoError, extract, reference_crop
 from vitdemo.dataset.checking import COLUMNS, check_images, examine_jpeg
-from vitdemo.dataset.headers import plain_header, read_header
-from vitdemo.dataset.images import UnreadableImage
+from vitdemo.dataset.decoding import UnreadableImage, plain_header, read_header
 
 PREPROCESSING = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -413,7 +412,7 @@ PEAK_IN_A_CHILD = """
 import sys
 from vitdemo import ImageNetVal
 from vitdemo.dataset.checking import check_images
-from vitdemo.measure.clock import machine_record, peak_memory_bytes
+from vitdemo.machine import machine_record, peak_memory_bytes
 machine_record()  # imports torch
 data = ImageNetVal(sys.argv[1])
 check_images(data, limit=2, progress=False)

@@ -36,12 +36,10 @@ from tests.dataset.conftest import (
     write_devkit,
 )
 from tests.dataset.test_archives import refused
-from vitdemo.dataset import archives as archives_module
 from vitdemo.dataset import imagenet
-from vitdemo.dataset.devkit import read_devkit
+from vitdemo.dataset import tars as archives_module
 from vitdemo.dataset.extraction import extract
-from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.dataset.imagenet_train import ImageNetTrain
+from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal, read_devkit
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import REPOSITORY
 

@@ -24,8 +24,7 @@ from tests.dataset.conftest import (
 from tests.dataset.test_archives import refused, tree
 from tests.dataset.test_imagenet import md5_of
 from vitdemo.dataset.extraction import extract
-from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetVal, devkit_of
-from vitdemo.dataset.imagenet_train import ImageNetTrain
+from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetTrain, ImageNetVal, devkit_of
 
 
 def extract_train(archives: Path, out: Path) -> ImageNetTrain:
@@ -257,8 +256,8 @@ def test_tarfile_finds_the_same_bytes_in_the_nested_tars(full_train):
 
 INDEXING = """
 import json, sys, psutil, timm.data
-from vitdemo.dataset.imagenet_train import ImageNetTrain
-from vitdemo.measure.clock import now
+from vitdemo.dataset.imagenet import ImageNetTrain
+from vitdemo.machine import now
 before, start = psutil.Process().memory_info().rss, now()
 data = ImageNetTrain(sys.argv[1])
 taken = now() - start

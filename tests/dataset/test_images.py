@@ -12,10 +12,9 @@ from timm.data import create_transform
 from transformers import ViTImageProcessorPil
 
 from vitdemo import Preprocessing, VitdemoError, image_facts, reference_crop
-from vitdemo.dataset.headers import is_enormous
+from vitdemo.dataset.decoding import INPUT_PATHS, UnreadableImage, fast_crop, is_enormous, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.images import INPUT_PATHS, UnreadableImage, fast_crop, prefetched_batches
-from vitdemo.measure.clock import now
+from vitdemo.machine import now
 
 CENTER = Preprocessing((3, 224, 224), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SQUASH = Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -12,8 +12,7 @@ from scipy.io import loadmat, savemat
 
 from tests.dataset.conftest import FIELDS
 from vitdemo import data_path, devkit_of, val_tar
-from vitdemo.dataset.devkit import _gunzip
-from vitdemo.dataset.matfile import read_struct_array
+from vitdemo.dataset.imagenet import _gunzip, read_struct_array
 
 CELL, STRUCT, CHAR, DOUBLE = 1, 2, 4, 6  # classes of arrays
 FILE_HEADER = b"made by a test".ljust(124) + b"\0\1IM"

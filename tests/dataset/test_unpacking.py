@@ -14,8 +14,8 @@ import pytest
 
 from tests.dataset.conftest import write_tar
 from tests.dataset.test_archives import refused, tree
-from vitdemo.dataset.archives import index_tar
-from vitdemo.dataset.unpacking import extract_members
+from vitdemo.dataset.extraction import extract_members
+from vitdemo.dataset.tars import index_tar
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def test_ctrl_c_leaves_a_state_that_can_be_resumed(full_archives, tmp_path):
 HOLDING = """
 import sys
 from pathlib import Path
-from vitdemo.dataset.archives import index_tar
-from vitdemo.dataset import unpacking
+from vitdemo.dataset.tars import index_tar
+from vitdemo.dataset import extraction as unpacking
 tar, out = sys.argv[1:]
 write = unpacking._write
 def slow(*args):
@@ -159,7 +159,7 @@ def test_of_two_extractions_at_once_the_second_is_refused(tar, targets, tmp_path
 def test_an_extraction_that_ended_between_opening_and_locking_is_noticed(tar, targets, tmp_path, monkeypatch):
     partial, out = tmp_path / "out.part", tmp_path / "out"
     partial.mkdir()
-    monkeypatch.setattr("vitdemo.dataset.unpacking._lock", lambda root: partial.rename(out))
+    monkeypatch.setattr("vitdemo.dataset.extraction._lock", lambda root: partial.rename(out))
     with refused(partial, "another extraction"):
         extract_members(tar, targets, out, progress=False)
     assert tree(out) == {}
@@ -171,7 +171,7 @@ def test_where_folders_cannot_be_locked_nothing_is(tar, targets, tmp_path, monke
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert extract_members(tar, targets, tmp_path / "a", progress=False) == 3
-    monkeypatch.setattr("vitdemo.dataset.unpacking.fcntl", None)
+    monkeypatch.setattr("vitdemo.dataset.extraction.fcntl", None)
     assert extract_members(tar, targets, tmp_path / "b", progress=False) == 3
 
 

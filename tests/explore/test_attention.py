@@ -19,7 +19,7 @@ from vitdemo import (
     reference_crop,
     rollout,
 )
-from vitdemo.conversion.graph import Normalised
+from vitdemo.engines.graph import Normalised
 
 SMALL = {
     "hidden_size": 32,

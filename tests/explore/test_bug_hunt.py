@@ -18,8 +18,8 @@ from vitdemo import (
     find_engines,
     hunt,
 )
-from vitdemo.explore.bug_hunt import CHECKS, NO_BUG, SEEN_BY
-from vitdemo.explore.careless import (
+from vitdemo.course.bug_hunt import CHECKS, NO_BUG, SEEN_BY
+from vitdemo.course.buggy_scripts import (
     AS_TEXT,
     BATCH,
     CALIBRATED,
@@ -32,7 +32,7 @@ from vitdemo.explore.careless import (
     PADDED,
     UNSYNCHRONISED,
 )
-from vitdemo.measure.clock import installed_version
+from vitdemo.machine import installed_version
 
 QUICK = [check for check in CHECKS if check != "diagnose"]
 

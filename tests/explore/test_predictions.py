@@ -24,9 +24,9 @@ from vitdemo import (
     top5,
     with_preprocessing,
 )
-from vitdemo.dataset.plots import thumbnail
-from vitdemo.explore.view import LEAST, MOST, NOTHING, WINDOW, patches_to_hide, second_look
+from vitdemo.course.view import LEAST, MOST, NOTHING, WINDOW, patches_to_hide, second_look
 from vitdemo.paths import data_path
+from vitdemo.plots.dataset import thumbnail
 
 SETTINGS = dict(patches=40, down=(25, 75), across=(0, 50))
 

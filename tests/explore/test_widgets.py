@@ -33,9 +33,9 @@ from vitdemo import (
     merge,
     published_performance,
 )
-from vitdemo.conversion import artifacts
-from vitdemo.explore import view
-from vitdemo.explore.panel import REST_S, Panel
+from vitdemo.course import view
+from vitdemo.course.panel import REST_S, Panel
+from vitdemo.engines import artifacts
 
 COARSER = "eager:bf16" if is_native("eager", "bf16") else "onnx:int8"
 ANSWER_MS = 300  # what a person takes for at once

@@ -16,12 +16,11 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from vitdemo import ImageNetVal, Model, VitdemoError, convert, data_path, evaluate, read_devkit, wilson_interval
-from vitdemo.conversion.engines.eager import EagerEngine
-from vitdemo.dataset.images import Preprocessing
-from vitdemo.inference.diagnosis import diagnose
-from vitdemo.inference.hypotheses import Hypothesis
-from vitdemo.inference.plots import plot_diagnosis
-from vitdemo.inference.published import compare_published, published_accuracy, published_for
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.evaluation.diagnosis import Hypothesis, diagnose
+from vitdemo.evaluation.published import compare_published, published_accuracy, published_for
+from vitdemo.plots.inference import plot_diagnosis
 
 TOTAL, PARTIAL = 24, 72  # images that show a mistake that costs nearly everything, and one that costs a fifth
 IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}

@@ -29,10 +29,10 @@ from vitdemo import (
     plot_timeline,
     wilson_interval,
 )
-from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.images import INPUT_PATHS
-from vitdemo.inference.metrics import covered_s, set_faults
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.evaluation.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
 
 

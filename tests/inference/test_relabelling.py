@@ -6,7 +6,7 @@ import pytest
 
 from tests.dataset.conftest import Archives, write_devkit
 from vitdemo import extract
-from vitdemo.inference.relabelling import read_numbering
+from vitdemo.evaluation.diagnosis import read_numbering
 
 
 @pytest.fixture

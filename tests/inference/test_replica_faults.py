@@ -17,10 +17,10 @@ import pytest
 
 from tests.inference.on_replicas import assert_same_predictions, evaluate_while, predictions, rows_of
 from vitdemo import EngineFailure, ImageNetVal, Replicas, VitdemoError, convert, data_path, evaluate, extract
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines.eager import EagerEngine
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.eager import EagerEngine
 from vitdemo.inference import cluster
-from vitdemo.measure.clock import cores
+from vitdemo.machine import cores
 
 TAR = str(data_path("shapes20/shapes20_img_val.tar"))
 

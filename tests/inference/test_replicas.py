@@ -12,7 +12,7 @@ import pytest
 
 from tests.inference.on_replicas import evaluate_while, predictions
 from vitdemo import Replicas, VitdemoError, evaluate
-from vitdemo.measure.clock import cores
+from vitdemo.machine import cores
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from vitdemo.inference.cluster import share_cores
-from vitdemo.inference.splits import SPLITS, cut, joined
-from vitdemo.inference.worker import Shard
+from vitdemo.inference.loop import cut, joined
+from vitdemo.inference.predictions import Shard
+from vitdemo.inference.schedule import SPLITS
 
 
 def shard(indices: range) -> Shard:

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from vitdemo import VitdemoError, agreement, convert, evaluate, evaluate_beside_reference, flagperf_row, roof_of
-from vitdemo.inference.validation import describe_row, write_row
-from vitdemo.measure.roof import Roof
+from vitdemo.engines.roof import Roof
+from vitdemo.evaluation.reference import describe_row, write_row
 
 ROOF = Roof("bf16", 1e12, (1024, 1024, 1024), "torch", 2, "2026-01-01 00:00 UTC")
 

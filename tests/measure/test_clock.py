@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitdemo.measure import clock
-from vitdemo.measure.clock import (
+from vitdemo import machine as clock
+from vitdemo.machine import (
     Phases,
     describe_machine,
     free_memory_bytes,
@@ -18,9 +18,9 @@ from vitdemo.measure.clock import (
     now,
     paid_once,
     peak_memory_bytes,
-    percentiles_ms,
     unaccounted_s,
 )
+from vitdemo.stats import percentiles_ms
 
 
 def test_percentiles_are_numpys_in_milliseconds():
@@ -59,7 +59,7 @@ def test_peak_memory_is_this_process_own_in_bytes():
     """A child of a process that has used much memory reports its own peak."""
     block = np.ones(500 << 20, np.uint8)
     assert block[-1] and peak_memory_bytes() > 500 << 20
-    code = "from vitdemo.measure.clock import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from vitdemo.machine import peak_memory_bytes; print(peak_memory_bytes())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 10 << 20 < child < 400 << 20
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitdemo import find_engines, precisions_here
-from vitdemo.conversion.models import FlopsByPrecision
+from vitdemo import find_engines, precisions, precisions_here
 from vitdemo.doctor import examine
-from vitdemo.measure import precisions
-from vitdemo.measure.precisions import MASKS, named_as_run, support_of, torch_product, torch_support
+from vitdemo.models.model import FlopsByPrecision
+from vitdemo.precisions import MASKS, named_as_run, support_of, torch_product, torch_support
 
 
 @pytest.fixture(autouse=True)

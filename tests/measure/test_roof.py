@@ -7,11 +7,11 @@ import time
 import pytest
 
 from vitdemo import Model, VitdemoError, find_engines, linear_shapes, machine_roof
-from vitdemo.conversion.engines import contract
-from vitdemo.conversion.engines.eager import EagerEngine
-from vitdemo.measure import roof as module
-from vitdemo.measure.clock import installed_version
-from vitdemo.measure.roof import Products
+from vitdemo.engines import contract
+from vitdemo.engines import roof as module
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.engines.roof import Products
+from vitdemo.machine import installed_version
 from vitdemo.paths import cache_root
 
 

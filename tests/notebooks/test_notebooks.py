@@ -8,8 +8,8 @@ import nbformat
 import pytest
 
 from vitdemo import VitdemoError
+from vitdemo.course.notebooks import choose_notebooks, read_notebook
 from vitdemo.paths import REPOSITORY
-from vitdemo.runs.plan import choose_notebooks, read_notebook
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 

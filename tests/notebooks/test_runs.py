@@ -16,9 +16,10 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from vitdemo.course import kernels, parse_parameter, run_notebooks
+from vitdemo.course import notebooks as plan
+from vitdemo.course.notebooks import cell_timeout_s
 from vitdemo.errors import VitdemoError
-from vitdemo.runs import kernels, parse_parameter, plan, run_notebooks
-from vitdemo.runs.plan import cell_timeout_s
 
 METRICS = {
     "valid": True,
@@ -57,7 +58,7 @@ def course(tmp_path_factory):
     folder.mkdir()
     where = "import os, sys; print(sys.executable, os.getcwd(), limit, sep='\\n')"
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '999'], start_new_session=True).pid)"
-    widget = "import ipywidgets; from vitdemo.explore.panel import Panel\nipywidgets.IntSlider()"
+    widget = "import ipywidgets; from vitdemo.course.panel import Panel\nipywidgets.IntSlider()"
     panel = "Panel({}, lambda say: 'drawn', [])"
     make_notebook(folder, "00_good", where, FIGURE, orphan, widget, leave(), panel)
     make_notebook(folder, "01_raises", leave(), "raise ValueError('first line\\nthe number is wrong')", "1")
@@ -297,7 +298,7 @@ def test_interrupted_nothing_is_left_running_and_what_was_done_is_kept(tmp_path,
     make_notebook(tmp_path, "00_waits", start, wait)
     make_notebook(tmp_path, "01_next", leave())
     out = tmp_path / "out"
-    code = f"from vitdemo.runs import run_notebooks; run_notebooks(out={str(out)!r}, notebooks={str(tmp_path)!r})"
+    code = f"from vitdemo.course import run_notebooks; run_notebooks(out={str(out)!r}, notebooks={str(tmp_path)!r})"
     run = subprocess.Popen([sys.executable, "-c", code], text=True, **own)
     os.close(end)
     waiting = out / "00_waits" / "waiting"

@@ -13,11 +13,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from tests.notebooks.exercises import exercises, names_read, needed
+from vitdemo.course import choose_notebooks, workshop, write_workshop
+from vitdemo.course.kernels import MARK, TOKEN, OwnKernel, end_processes
+from vitdemo.course.notebooks import PROFILES
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import REPOSITORY
-from vitdemo.runs import choose_notebooks, workshop, write_workshop
-from vitdemo.runs.kernels import MARK, TOKEN, OwnKernel, end_processes
-from vitdemo.runs.plan import PROFILES
 
 COURSE = REPOSITORY / "notebooks"
 LESSONS = [lesson.name for lesson in choose_notebooks()]

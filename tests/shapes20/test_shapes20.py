@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.datasets import imagenet
 
+from data.shapes20.make.classes import ANCESTORS, CLASSES
+from data.shapes20.make.draw import SPECIAL_FILES, VERY_LARGE, VERY_SMALL, bundled_jpeg, bundled_name, calibration_jpeg
+from data.shapes20.make.scenes import bundled_labels, picture
+from data.shapes20.make.train import count_correct
 from vitdemo.paths import data_path
-from vitdemo.shapes20.classes import ANCESTORS, CLASSES
-from vitdemo.shapes20.draw import SPECIAL_FILES, VERY_LARGE, VERY_SMALL, bundled_jpeg, bundled_name, calibration_jpeg
-from vitdemo.shapes20.scenes import bundled_labels, picture
-from vitdemo.shapes20.train import count_correct
 
 # One bundled file carries a broken EXIF block on purpose, and Pillow says so whenever it is opened.
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")

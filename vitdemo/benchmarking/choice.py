@@ -11,14 +11,14 @@ import torch
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
-from vitdemo.conversion.cache import artifacts_root
-from vitdemo.conversion.engines import onnx, openvino
-from vitdemo.conversion.engines.contract import CompiledEngine, Engine
-from vitdemo.conversion.graph import export_graph
-from vitdemo.conversion.models import Model
+from vitdemo.engines import onnx, openvino
+from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.engines.contract import CompiledEngine, Engine
+from vitdemo.engines.graph import export_graph
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.measure.precisions import TORCH_TYPES
+from vitdemo.models.model import Model
 from vitdemo.paths import PART, claim_folder, replacing
+from vitdemo.precisions import TORCH_TYPES
 
 SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
 

@@ -14,10 +14,10 @@ import pandas as pd
 
 from vitdemo.benchmarking.pairs import Pair
 from vitdemo.benchmarking.rows import COLUMNS, OK
-from vitdemo.conversion.engines.contract import precisions_here
+from vitdemo.engines.contract import precisions_here
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.inference.records import write_json
-from vitdemo.measure.clock import cores, machine_record
+from vitdemo.inference.predictions import write_json
+from vitdemo.machine import cores, machine_record
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
 PATTERN = "perf_*.csv"

@@ -9,8 +9,8 @@ import pandas as pd
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.benchmarking.rows import OK
-from vitdemo.conversion.models import ModelInfo
 from vitdemo.errors import VitdemoError
+from vitdemo.models.model import ModelInfo
 
 RATIO = "speedup_over_eager_fp32"
 SAME = ["model", "weights", "engine", "precision", "replicas", "device_batch_size"]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitdemo.conversion.artifacts import resolve_device
-from vitdemo.conversion.engines.contract import Engine, find_engines
+from vitdemo.engines.artifacts import resolve_device
+from vitdemo.engines.contract import Engine, find_engines
 from vitdemo.errors import VitdemoError
 
 HARNESS = "null"  # measures the harness, and is no engine to compare

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
-from vitdemo.conversion.models import ModelInfo
-from vitdemo.conversion.timm_models import full_tag
-from vitdemo.measure.clock import describe_machine, machine_record, median_interval, percentiles_ms, source_commit
+from vitdemo.machine import describe_machine, machine_record, source_commit
+from vitdemo.models.loading import full_tag
+from vitdemo.models.model import ModelInfo
+from vitdemo.stats import median_interval, percentiles_ms
 
 OK, WARM = "ok", "warm"
 MFU_CONVENTION = "FLOPs = 2 x MACs, of the roof measured here"

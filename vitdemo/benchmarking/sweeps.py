@@ -1,19 +1,277 @@
 """benchmark: models x engines x precisions x batch sizes on random pixels, by turns, a row each."""
 
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
-from vitdemo.benchmarking.arms import SHAPES20, Run
-from vitdemo.benchmarking.files import check_resumable, open_sweep
-from vitdemo.benchmarking.pairs import choose_pairs
-from vitdemo.conversion.models import Model, load_model
+from vitdemo.benchmarking.files import Sweep, check_resumable, open_sweep
+from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
+from vitdemo.benchmarking.processes import Failed, Nursery, ReplicaBench, Worker
+from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
+from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.roof import ROOF_BATCH, SQUARE, linear_shapes
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.cluster import check_ray
-from vitdemo.measure.clock import describe_machine, machine_record, source_commit
+from vitdemo.machine import cores, describe_machine, free_memory_bytes, machine_record, now, source_commit
+from vitdemo.models.model import Model, load_model
 from vitdemo.paths import data_path, user_path
+
+# One model's sweep: a process a pair of engine and precision, all taking turns, in rounds.
+
+
+ROUNDS, TURN_S = 9, 0.75
+WARM_UP = 0.25  # of the timed seconds, at most
+PATIENCE_S = 10.0  # a single call up to this long may be the machine's hiccup, and another one is made
+PROCESS_BYTES = 1 << 29  # of a worker before it has a model, beside what it shares
+SHAPES20 = "shapes20"
+
+
+@dataclass
+class Arm:
+    """A pair and its bench, None while there is none. facts: of its engine. ended: why it takes no further part, ""
+    while it does. crowded: it was killed beside others, and is to run alone."""
+
+    pair: Pair
+    recipe: Recipe
+    bench: Worker | ReplicaBench | None = None
+    facts: dict = field(default_factory=dict)
+    has_run: bool = False
+    ended: str = ""
+    crowded: bool = False
+
+    def end(self, why: str = "") -> None:
+        """Give back what it holds; ``why`` goes into the rows to come."""
+        self.ended = self.ended or why
+        if self.bench:
+            self.bench.end()
+        self.bench = None
+
+
+class Run:
+    """One model's sweep."""
+
+    def __init__(
+        self,
+        model: Model,
+        sweep: Sweep,
+        data: ImageNetVal | None,
+        calibration: Path | str | None,
+        replicas: int | None,
+    ):
+        self._model, self._sweep, self._data, self._calibration = model, sweep, data, calibration
+        self._replicas = replicas
+        self._settings = sweep.settings
+        self._shapes = sorted({*SQUARE, *linear_shapes(model, ROOF_BATCH)})
+        self._budget_s = self._settings["row_budget_s"]
+        self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
+        self._alone = False  # whether the pair that is measured has the memory to itself
+        self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
+
+    def do(self, pairs: list[Pair]) -> None:
+        """Measure what the sweep does not have yet."""
+        sizes = self._settings["device_batch_sizes"]
+        if not any(self._sweep.lacks(pair, size) for pair, size in product(pairs, sizes)):
+            return
+        recipes = dict(self._recipes(pairs))
+        for recipe in recipes.values():  # before the others are there: a build takes memory
+            if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
+                with suppress(VitdemoError):  # its row will say why
+                    recipe.engine(cores()).close()
+        together, alone = self._fitting(recipes)
+        crowded = self._measure_group({pair: recipes[pair] for pair in together}, sizes, "together")
+        for pair in [*crowded, *alone]:
+            self._measure_group({pair: recipes[pair]}, sizes, "alone")
+
+    def _recipes(self, pairs: list[Pair]) -> Iterator[tuple[Pair, Recipe]]:
+        """Of each pair that can run here; a row that says why for the others."""
+        for pair in pairs:
+            try:
+                yield pair, recipe_for(self._model, *pair, calibration=self._calibration)
+            except VitdemoError as error:
+                if pair == EAGER:
+                    raise
+                sizes = self._settings["device_batch_sizes"]
+                self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in sizes], "")
+
+    def _fitting(self, recipes: dict[Pair, Recipe]) -> tuple[list[Pair], list[Pair]]:
+        """Which pairs fit into memory together, the reference first, and which do not."""
+        weights = sum(tensor.nbytes for tensor in self._model.module.state_dict().values())
+        each = PROCESS_BYTES + 3 * weights  # the file's, the runtime's own layout, and room to make it
+        room = int(free_memory_bytes() // each) - 1  # the roof's
+        pairs = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)
+        if self._replicas:
+            return pairs, []
+        return pairs[: max(room, 1)], pairs[max(room, 1) :]
+
+    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> list[Pair]:
+        """Measure what these lack; those that were killed beside the others, and have no row for it."""
+        sizes = [size for size in sizes if any(self._sweep.lacks(pair, size) for pair in recipes)]
+        arms: list[Arm] = []
+        self._alone = len(recipes) == 1
+        if not sizes:
+            return []
+        try:
+            with ExitStack() as ending:
+                nursery = Nursery()
+                ending.callback(nursery.end)
+                roof = Worker(nursery)
+                ending.callback(roof.end)
+                roof.ask("roof", self._shapes)
+                for pair, recipe in recipes.items():
+                    ended = self._sweep.ended(pair)
+                    arms.append(Arm(pair, recipe, None if self._replicas or ended else Worker(nursery), ended=ended))
+                    ending.callback(arms[-1].end)
+                for size in sizes:
+                    with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
+                        found = self._measure(arms, roof, size, bar)
+                    self._inspect(arms)
+                    self._add([each for arm, each in zip(arms, found, strict=True) if not arm.crowded], turns)
+        except Failed as failure:
+            raise VitdemoError(f"benchmark: {failure}") from None
+        return [arm.pair for arm in arms if arm.crowded]
+
+    def _measure(self, arms: list[Arm], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
+        """One batch size: what each arm's calls took, and the roof in each round."""
+        found = [self._begin(arm, size, 1 / len(arms)) for arm in arms]
+        with suppress(Failed):
+            for precision in sorted({arm.pair.precision for arm in arms if arm.facts.get("device") == "cpu"}):
+                roof.ask("explore", precision)
+        self._take_turns(arms, found, roof, bar)
+        flops = self._model.info.flops_per_image
+        for arm, measured in zip(arms, found, strict=True):
+            if arm.ended:
+                continue
+            if len(shares := measured.of_roof(flops)) and np.median(shares) > 1:  # the roof was measured too low
+                with suppress(Failed):
+                    roof.ask("explore", arm.pair.precision, linear_shapes(self._model, size))
+                measured.again = Measured(arm.pair, size, arm.facts, measured.replicas)
+                bar.total += ROUNDS
+                self._take_turns([arm], [measured.again], roof, bar)
+            with suppress(Failed):
+                measured.peak_memory_bytes = arm.bench.ask("peak_memory_bytes")
+        return found
+
+    def _take_turns(self, arms: list[Arm], found: list[Measured], roof: Worker, bar: tqdm) -> None:
+        """ROUNDS of turns. The roof in a precision takes as much time as a row may, at most, and one turn at least."""
+        spent: Counter[str] = Counter()
+        for number in range(ROUNDS):
+            if all(arm.ended for arm in arms):
+                return
+            for arm, measured in list(zip(arms, found, strict=True))[:: -1 if number % 2 else 1]:
+                going = not measured.status and sum(measured.calls) < self._budget_s
+                measured.rounds.append(self._turn(arm, measured) if going else [])
+                bar.update()
+            rates = {}
+            for arm, measured in zip(arms, found, strict=True):
+                precision = arm.pair.precision
+                if precision not in rates and spent[precision] < self._budget_s and arm.facts.get("device") == "cpu":
+                    begin = now()
+                    with suppress(Failed):
+                        rates[precision] = roof.ask("flops_per_s", precision, self._turn_s / 3)
+                    spent[precision] += now() - begin
+                measured.roof.append(rates.get(precision) or np.nan)
+
+    def _begin(self, arm: Arm, size: int, share: float) -> Measured:
+        """Load the engine if it is not yet, make the first two calls, and warm up."""
+        measured = Measured(arm.pair, size, arm.facts, self._replicas or 1, status=arm.ended)
+        if arm.ended:
+            return measured
+        try:
+            if not arm.facts:
+                self._load(arm, share)
+            first = arm.bench.ask("first_call", size)
+            second = arm.bench.ask("step") if first < max(5 * self._budget_s, PATIENCE_S) else first
+            measured.first_run_s = None if arm.has_run else (arm.facts["load_s"] or 0.0) + first
+            measured.second_run_s, arm.has_run = second, True
+            usual = min(second, arm.bench.ask("step")) if self._budget_s < second < PATIENCE_S else second
+            if usual > self._budget_s:
+                taken = f"{usual:.3g} s" if usual < 100 else f"{usual:.0f} s"
+                measured.status = f"skipped: {taken} a batch"
+                arm.end(f"skipped: batch {measured.batch} took {taken}")
+            else:
+                left_s = WARM_UP * ROUNDS * self._turn_s - second
+                measured.warm_up_s = second + (arm.bench.ask("warm_up", left_s) if left_s > second else 0)
+        except Failed as failure:
+            self._fail(arm, measured, failure)
+        return measured
+
+    def _load(self, arm: Arm, share: float) -> None:
+        """Get the engine ready at the arm's bench. Raises Failed."""
+        try:
+            if self._replicas:
+                data = self._data or ImageNetVal(data_path(SHAPES20))
+                arm.bench = ReplicaBench(arm.recipe.engine(cores()), data, self._replicas, share)
+            elif not issubclass(arm.recipe.cls, CompiledEngine):
+                arm.bench.ask("engine", arm.recipe, cores())
+            else:
+                try:
+                    arm.bench.ask("engine", arm.recipe.ticket(), cores())
+                except Failed:  # it is not built yet, or cannot be used: here it is, and says so
+                    arm.recipe.engine(cores()).close()
+                    arm.bench.ask("engine", arm.recipe.ticket(), cores())
+        except VitdemoError as error:
+            raise Failed(str(error)) from None
+        parameters = sum(parameter.numel() for parameter in self._model.module.parameters())
+        arm.facts.update(arm.bench.ask("facts"), parameters=parameters)
+
+    def _turn(self, arm: Arm, measured: Measured) -> list[float]:
+        try:
+            return arm.bench.ask("turn", self._turn_s)
+        except Failed as failure:
+            self._fail(arm, measured, failure)
+            return []
+
+    def _fail(self, arm: Arm, measured: Measured, failure: Failed) -> None:
+        measured.status = f"failed: {failure}"
+        arm.end(f"skipped: batch {measured.batch} failed")
+        arm.crowded = failure.for_memory and not self._alone
+        later = "; it will be tried alone" if arm.crowded else ""
+        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}{later}", file=sys.stderr)
+
+    def _inspect(self, arms: list[Arm]) -> None:
+        """Whether the answers are right, once an arm, after its first batch size: its first call was to be cold."""
+        for arm in arms:
+            if arm.facts and "precision_ran" not in arm.facts and not arm.ended:
+                try:
+                    self._check(arm)
+                except Failed as failure:
+                    arm.facts.setdefault("precision_ran", {})
+                    arm.facts["unchecked"] = str(failure)
+
+    def _check(self, arm: Arm) -> None:
+        """precision_ran; on real images top-1 and agreement; on random pixels the logits beside eager fp32's."""
+        facts = arm.facts
+        facts["precision_ran"] = arm.bench.ask("precision_ran")
+        logits, answers = arm.bench.ask("logits"), None
+        if self._data:
+            found = arm.bench.ask("answers", str(Path(self._data.path).absolute()), self._settings["images"])
+            answers = found.pop("answers")
+            facts.update(found)
+        if arm.pair == EAGER:
+            self._reference = {"logits": logits, "answers": answers}
+        if not self._reference:  # it was too slow, or failed, or was measured before this sweep was stopped
+            return
+        if answers is not None:
+            read = np.maximum(answers, self._reference["answers"]) >= 0  # both fail to read the same files
+            if read.any():
+                facts["agreement"] = float(np.equal(answers, self._reference["answers"])[read].mean())
+        reference = self._reference["logits"].double()
+        if reference.shape == logits.shape:  # of a pair alone the first batch size may be another
+            facts["relative_l2"] = float((logits.double() - reference).norm() / reference.norm())
+
+    def _add(self, found: list[Measured], turns: str) -> None:
+        self._sweep.add(rows_of(found, self._model.info, self._sweep.rows, turns))
+
 
 DEVICE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

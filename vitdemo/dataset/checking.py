@@ -21,7 +21,7 @@ import pandas as pd
 import simplejpeg
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.headers import (
+from vitdemo.dataset.decoding import (
     PIL_ALONE,
     UNREADABLE,
     is_enormous,
@@ -33,7 +33,7 @@ from vitdemo.dataset.headers import (
 )
 from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.measure.clock import cores, installed_version, machine_record, now
+from vitdemo.machine import cores, installed_version, machine_record, now
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
 IMAGES, SUMMARY = "images.csv", "images.json"

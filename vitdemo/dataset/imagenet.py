@@ -1,20 +1,227 @@
 """ILSVRC2012's validation set, or one of the same form, as samples in ascending file name, whatever the source."""
 
 import errno
+import gzip
 import hashlib
 import os
 import re
+import struct
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.dataset.archives import IMAGE_LIMIT, MEMBER_LIMIT, index_tar
-from vitdemo.dataset.devkit import read_devkit
-from vitdemo.dataset.trees import AGAIN, FOLDERS, Item, expected, find_tree, index_tree, read_record
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.tars import IMAGE_LIMIT, MEMBER_LIMIT, REGULAR_TYPES, Member, index_tar, walk_headers
+from vitdemo.dataset.trees import (
+    AGAIN,
+    FOLDERS,
+    WNID,
+    Item,
+    expected,
+    find_tree,
+    index_tree,
+    known_classes,
+    read_record,
+)
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import user_path
+
+# A struct array out of a MAT-file, read without trust.
+
+
+LIMIT = 8 << 20  # bytes of all variables together, inflated; 1,860 synsets come to about 1.3 MB
+VALUES_LIMIT = 1 << 16  # values in a struct array; 1,860 synsets have 14,880
+COMPRESSED, MATRIX = 15, 14
+STRUCT, CHAR = 2, 4  # classes of arrays; 6 to 15 are numeric
+NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
+TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
+
+
+def read_struct_array(content: bytes, variable: str) -> list[dict[str, str | float | None]]:
+    """The elements of a struct array in a MAT-file, each as field -> value.
+
+    A value is a str for a row of characters, a number for a scalar, and None for anything else, which is not
+    looked into. Raises ValueError for a file that is damaged, of another format, or too large, and without the
+    variable.
+    """
+    if len(content) < 128 or content[126:128] != b"IM":
+        raise ValueError("no MAT-file of level 5, little-endian")
+    left = LIMIT
+    for kind, data in _elements(memoryview(content)[128:]):
+        if kind == COMPRESSED:
+            inflater = zlib.decompressobj()
+            try:
+                data = memoryview(inflater.decompress(data, left + 1))
+            except zlib.error as error:
+                raise ValueError(str(error)) from None
+            left -= len(data)
+            if left < 0 or not inflater.eof:
+                raise ValueError("a variable that is cut off, or too large")
+            kind, data = next(_elements(data), (0, data))
+        if kind != MATRIX:
+            continue
+        array_class, name, body = _array(data)
+        if name == variable and array_class == STRUCT:
+            return _rows(body)
+    raise ValueError(f"no struct array {variable}")
+
+
+def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and bytes of each data element; small ones share eight bytes with their tag."""
+    offset = 0
+    while offset < len(data):
+        if offset + 8 > len(data):
+            raise ValueError("an element without its tag")
+        kind, size = struct.unpack_from("<II", data, offset)
+        start, small = offset + 8, kind >> 16
+        if small:
+            kind, size, start = kind & 0xFFFF, small, offset + 4
+        if start + size > len(data) or (small and size > 4):
+            raise ValueError("an element that is larger than its place")
+        yield kind, data[start : start + size]
+        padded = size if kind == COMPRESSED else -(-size // 8) * 8
+        offset += 8 if small else 8 + padded
+
+
+def _array(data: memoryview) -> tuple[int, str, Iterator[tuple[int, memoryview]]]:
+    """The class of an array, its name, and the elements that follow: flags, dimensions and name come first."""
+    elements = _elements(data)
+    head = [bytes(content) for _, content in (next(elements, (0, b"")) for _ in range(3))]
+    if not head[0]:
+        return 0, "", iter(())
+    return head[0][0], head[2].decode("latin-1"), elements
+
+
+def _rows(elements: Iterator[tuple[int, memoryview]]) -> list[dict]:
+    """The elements of a struct array: a width, the fields' names in that width, then each element's values."""
+    (_, width), (_, names) = next(elements, (0, b"")), next(elements, (0, b""))
+    width = int.from_bytes(width, "little")
+    if not 0 < width <= len(names):
+        raise ValueError("a struct array without fields")
+    fields = [bytes(names[i : i + width]).split(b"\0")[0].decode("latin-1") for i in range(0, len(names), width)]
+    values = [_value(data) if kind == MATRIX else None for kind, data in islice(elements, VALUES_LIMIT + 1)]
+    if len(values) > VALUES_LIMIT:
+        raise ValueError(f"a struct array of more than {VALUES_LIMIT:,} values")
+    if len(values) % len(fields):
+        raise ValueError("a struct array whose last element is cut off")
+    return [dict(zip(fields, values[i : i + len(fields)], strict=True)) for i in range(0, len(values), len(fields))]
+
+
+def _value(data: memoryview) -> str | float | None:
+    array_class, _, elements = _array(data)
+    kind, content = next(elements, (0, b""))
+    if array_class == CHAR:
+        return bytes(content).decode(TEXTS.get(kind, "utf-8"))
+    if 6 <= array_class <= 15 and kind in NUMBERS and len(content) == struct.calcsize(NUMBERS[kind]):
+        return struct.unpack("<" + NUMBERS[kind], content)[0]
+    return None
+
+
+# The devkit of ILSVRC2012: the classes, and the class of every validation image.
+
+
+DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above
+FILE_LIMIT = 8 << 20  # bytes of a file in it; 1,860 synsets come to about 1.3 MB, 50,000 truths to 0.2
+META_MAT, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+
+
+class Synset(NamedTuple):
+    """A class as the devkit has it: ILSVRC2012_ID (from 1), wnid, and its synonyms as one string."""
+
+    id: int
+    wnid: str
+    words: str
+
+
+class Devkit(NamedTuple):
+    """``synsets``: the leaves, lexicographic by wnid, so that a synset's position is its label;
+    ``ground_truth``: an ILSVRC2012_ID an image, in ascending file name."""
+
+    synsets: list[Synset]
+    ground_truth: list[int]
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """Wnid -> synonyms as one string, in the order of the labels."""
+        return {synset.wnid: synset.words for synset in self.synsets}
+
+    @property
+    def labels(self) -> list[int]:
+        """The ground truth as labels, 0-based."""
+        label = {synset.id: position for position, synset in enumerate(self.synsets)}
+        return [label[id] for id in self.ground_truth]
+
+
+def read_devkit(path: Path | str) -> Devkit:
+    """Read a devkit ``.tar.gz`` without unpacking it to disk.
+
+    Format: ``data/meta.mat`` with the struct array ``synsets``, of which the leaves (num_children 0) are the
+    classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, an ID a line. Raises VitdemoError for anything else.
+    """
+    path = Path(path)
+    content = _gunzip(path)
+    files = {}
+    for header, offset in walk_headers(lambda length, at: content[at : at + length], len(content), path):
+        name = "/".join(header.name.split("/")[-2:])
+        if header.type not in REGULAR_TYPES or name not in (META_MAT, GROUND_TRUTH):
+            continue
+        if header.size > FILE_LIMIT:
+            raise VitdemoError(f"{path}: {header.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
+        files[name] = content[offset : offset + header.size]
+    for name in (META_MAT, GROUND_TRUTH):
+        if name not in files:
+            raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
+    synsets = _read_synsets(files[META_MAT], path)
+    truth = _read_ground_truth(files[GROUND_TRUTH], path)
+    unknown = set(truth) - {synset.id for synset in synsets}
+    if unknown:
+        raise VitdemoError(f"{path}: ground truth has ID {min(unknown)}, which no leaf of meta.mat has; get it again")
+    return Devkit(synsets, truth)
+
+
+def _gunzip(path: Path) -> bytes:
+    with named_errors(path):
+        try:
+            with gzip.open(path) as file:
+                content = file.read(DEVKIT_LIMIT + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise VitdemoError(f"{path}: no whole gzip file ({error}); is it the devkit? get it again") from None
+    if len(content) > DEVKIT_LIMIT:
+        raise VitdemoError(f"{path}: unpacks to more than {DEVKIT_LIMIT >> 20} MiB, so it is no devkit; refused")
+    return content
+
+
+def _read_synsets(meta_mat: bytes, path: Path) -> list[Synset]:
+    try:
+        leaves = [_leaf(row) for row in read_struct_array(meta_mat, "synsets") if row["num_children"] == 0]
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise VitdemoError(f"{path}: meta.mat cannot be read ({error}); get the devkit again") from None
+    for synset in leaves:
+        if not WNID.fullmatch(synset.wnid):  # wnids become names of folders
+            raise VitdemoError(f"{path}: meta.mat has the wnid {synset.wnid!r}, not n and 8 digits; refused")
+    if not leaves or any(len(set(column)) < len(leaves) for column in list(zip(*leaves, strict=True))[:2]):
+        raise VitdemoError(f"{path}: meta.mat has no leaves, or the same ID or wnid twice; get the devkit again")
+    return sorted(leaves, key=lambda synset: synset.wnid)
+
+
+def _leaf(row: dict) -> Synset:
+    synset = Synset(int(row["ILSVRC2012_ID"]), row["WNID"], row["words"])
+    if not (isinstance(synset.wnid, str) and isinstance(synset.words, str)):
+        raise ValueError(f"class {synset.id} has no wnid or no words")
+    return synset
+
+
+def _read_ground_truth(text: bytes, path: Path) -> list[int]:
+    try:
+        return [int(line) for line in text.split()]
+    except ValueError:
+        raise VitdemoError(f"{path}: the ground truth is not one number a line; get the devkit again") from None
+
 
 OFFICIAL_VAL, OFFICIAL_TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"
 
@@ -25,7 +232,7 @@ ARCHIVE_MD5 = {
     OFFICIAL_VAL: "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
     OFFICIAL_TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
-    # the bundled ones, printed by `python -m vitdemo.shapes20.draw`
+    # the bundled ones, printed by `python -m data.shapes20.make.draw`
     "shapes20_img_val.tar": "507739f1fc65b1a6fbeed3b998700df7",
     "shapes20_devkit.tar.gz": "138ba62ea185073dde2c13e19dacd442",
     "shapes20_calib.tar": "8bd55139a36e3827a412955a3e3ac07c",
@@ -242,3 +449,64 @@ def _check_val_names(names: list[str], expected: int, tar: Path, devkit: Path) -
     for number, name in enumerate(names, start=1):
         if name != f"ILSVRC2012_val_{number:08d}.JPEG":
             raise VitdemoError(f"{tar}: image number {number} is {name}: one is missing before it; get the tar again")
+
+
+# ILSVRC2012's training set, or one of the same form: a tar of a thousand tars, read where they lie.
+
+
+TRAIN_TAR = re.compile(r"n\d{8}\.tar", re.ASCII)
+TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.JPEG", re.ASCII)
+
+
+class ImageNetTrain(ImageNetSplit):
+    """An ILSVRC2012 training set, or one of the same form. What it shares with others: ``ImageNetSplit``.
+
+    ``path`` is one of
+    - a tar ``<name>_img_train.tar`` of tars ``<wnid>.tar`` with files ``<wnid>_<number>.JPEG``, or a folder with it.
+      The images are read where they lie, nothing is unpacked. A devkit ``<name>_devkit*.tar.gz`` beside it lists
+      the classes; without one they are ImageNet's 1,000 if the wnids are among them, else the wnids there are,
+    - what ``vitdemo extract --split train`` wrote, torchvision's or timm's tree, or ``train/`` in it.
+    """
+
+    split = "train"
+
+    def _index_tar(self, progress: bool) -> tuple[dict[str, str], Iterable[Item]]:
+        tars = sorted(index_tar(self.path))
+        for tar in tars:
+            if not TRAIN_TAR.fullmatch(tar.name):
+                raise VitdemoError(
+                    f"{self.path}: member {tar.name!r} is not named like n01440764.tar; is this the train tar, "
+                    "or are archives swapped?"
+                )
+        names = self._classes_of([tar.name.removesuffix(".tar") for tar in tars])
+        bar = tqdm(tars, desc=f"index {self.path.name}", unit="class", delay=2, disable=not progress)
+        return names, (item for tar in bar for item in self._index_class(tar))
+
+    def _classes_of(self, wnids: list[str]) -> dict[str, str]:
+        if not wnids:
+            raise VitdemoError(f"{self.path}: holds no classes; get the archive again")
+        devkit_path = find_devkit(self.path)
+        if devkit_path is None:
+            return known_classes(wnids, self.path, "put the devkit beside the tar")
+        names = read_devkit(devkit_path).class_names
+        for wnid in wnids:
+            if wnid not in names:
+                raise VitdemoError(
+                    f"{self.path}: holds {wnid}.tar, a class that {devkit_path.name} lacks; they do not belong "
+                    "together, get both again"
+                )
+        return names
+
+    def _index_class(self, tar: Member) -> list[Item]:
+        wnid = tar.name.removesuffix(".tar")
+        items = [Item(name, wnid, size, offset) for name, offset, size in sorted(index_tar(self.path, tar))]
+        for item in items:
+            match = TRAIN_NAME.fullmatch(item.file)
+            if not match or match[1] != wnid:
+                raise VitdemoError(
+                    f"{self.path}: {tar.name}: member {item.file!r} is not named like {wnid}_1234.JPEG; "
+                    "get the archive again"
+                )
+        if not items:
+            raise VitdemoError(f"{self.path}: {tar.name} holds no images; get the archive again")
+        return items

@@ -4,12 +4,15 @@ import csv
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.dataset.devkit import WNID
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import PART
+
+WNID = re.compile(r"n\d{8}", re.ASCII)
+
 
 FOLDERS = {"val": ("val", "validation"), "train": ("train",)}  # the first is ours and torchvision's
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}

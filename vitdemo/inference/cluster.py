@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.measure.clock import cores, now
+from vitdemo.machine import cores, now
 
 CONNECT_S, FREE_S = 5.0, 10.0
 

@@ -1,18 +1,36 @@
 """One engine over a range of samples: a row an image, in order, decoding and computing overlapped."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from vitdemo.conversion.engines.contract import Engine, EngineFailure
+from vitdemo.dataset.decoding import Batch, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.images import Batch, prefetched_batches
+from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.errors import reason_of
-from vitdemo.measure.clock import Phases, now
+from vitdemo.machine import Phases, now
+
+
+def cut(images: range, device_batch_size: int) -> list[range]:
+    """The batches of ``images``, the last one as long as what is left."""
+    starts = range(images.start, images.stop, device_batch_size)
+    return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
+
+
+def joined(batches: Iterable[range]) -> list[range]:
+    """The ranges that lie without a gap in ``batches``, which ascend."""
+    spans: list[range] = []
+    for batch in batches:
+        if spans and spans[-1].stop == batch.start:
+            spans[-1] = range(spans[-1].start, batch.stop)
+        else:
+            spans.append(batch)
+    return spans
+
 
 TOP = 5
 PREDICTED = [f"predicted_{k}" for k in range(1, TOP + 1)]

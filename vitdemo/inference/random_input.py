@@ -5,9 +5,10 @@ from itertools import cycle
 
 import torch
 
-from vitdemo.conversion.engines.contract import Engine
+from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
-from vitdemo.measure.clock import now, peak_memory_bytes, percentiles_ms
+from vitdemo.machine import now, peak_memory_bytes
+from vitdemo.stats import percentiles_ms
 
 INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
 WARM_UP = 0.2  # of the timed seconds

@@ -1,0 +1,186 @@
+"""A short script as people write it, with one usual mistake switched on: for teaching, and to prove the checks.
+
+The verbs of the library have no such switch. What the mistakes are, and which check sees each, is in ``bug_hunt.py``.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from vitdemo.dataset.decoding import prefetched_batches
+from vitdemo.dataset.imagenet import ImageNetVal, devkit_of, read_devkit
+from vitdemo.engines.artifacts import convert
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import VitdemoError
+from vitdemo.evaluation.diagnosis import NORMALISATIONS
+from vitdemo.machine import cores, now
+from vitdemo.models.model import Model
+from vitdemo.stats import percentiles_ms
+
+DROPPED, PADDED = "dropped last batch", "padded duplicates"
+NORMALISED = "wrong mean and std"
+ILSVRC, AS_TEXT = "labels in ILSVRC order", "labels sorted as text"
+UNSYNCHRONISED, COMPILE = "unsynchronised clock", "compile time counted in"
+CALIBRATED = "calibrated on the scored images"
+
+BUGS = {  # name -> what the script does
+    DROPPED: "it runs whole batches only (drop_last), and the images left over are never seen",
+    PADDED: "it fills the last batch with the first images again, as samplers of distributed training do, and counts "
+    "them twice",
+    NORMALISED: "it normalises with the mean and std of other weights",
+    ILSVRC: "it takes ILSVRC2012_ID - 1 for the class index",
+    AS_TEXT: "it numbers the classes in the order of their numbers as text: 0, 1, 10, 11 … 19, 2",
+    UNSYNCHRONISED: "it reads the clock when a batch was handed over, not when its logits were there",
+    COMPILE: "its clock runs while the engine is being built, which the first batch then pays",
+    CALIBRATED: "it finds the ranges of int8 on images that it is scored on",
+}
+
+NEEDS_ENGINE = {COMPILE: ("openvino", "fp32"), CALIBRATED: ("openvino", "int8")}
+IMAGES, BATCH, CALIBRATION = 100, 8, 32  # 12 batches of 8, and one of 4
+
+
+@dataclass(frozen=True)
+class CarelessRun:
+    """What the script has at its end.
+
+    files, labels, answers: of each answer the image's name, the class index it was held against, and the one given.
+    step_s: seconds of each batch by the script's own clock. wall_s: of its whole loop, by a clock beside it. model,
+    engine, data: what it used; ``data`` has the labels as the script read them.
+    """
+
+    files: list[str]
+    labels: list[int]
+    answers: list[int]
+    step_s: list[float]
+    wall_s: float
+    model: Model
+    engine: Engine
+    data: ImageNetVal
+
+    @property
+    def correct(self) -> int:
+        """How many answers are the label."""
+        return sum(answer == label for answer, label in zip(self.answers, self.labels, strict=True))
+
+    @property
+    def images_per_s(self) -> float:
+        """All answers over all seconds, by the script's own clock."""
+        return len(self.files) / sum(self.step_s)
+
+    @property
+    def report(self) -> dict:
+        """What the script prints: images, correct, top1 (a fraction), p50_ms, p99_ms of a batch, images_per_s."""
+        latency = percentiles_ms(self.step_s)
+        counts = {"images": len(self.files), "correct": self.correct, "top1": self.correct / len(self.files)}
+        return counts | {"p50_ms": latency["p50"], "p99_ms": latency["p99"], "images_per_s": self.images_per_s}
+
+
+def careless_run(model: Model, data: ImageNetVal, bug: str | None = None) -> CarelessRun:
+    """Run ``model`` over the first IMAGES of ``data`` in batches of BATCH, with one of BUGS or none.
+
+    Without a bug the script is plain and right: every image once, the labels of the devkit, the mean and std of the
+    weights, a warm-up, and a clock that is read when the logits are there. It uses eager fp32; COMPILE needs an engine
+    that is built, and CALIBRATED one that is calibrated: those are OpenVINO's (NEEDS_ENGINE). Raises VitdemoError for a
+    bug that is not known, for data other than a tar with enough images, and where OpenVINO or NNCF is missing.
+    """
+    _check_input(data, bug)
+    model = _with_other_mean_and_std(model) if bug == NORMALISED else model
+    data = MisreadVal(data.path, _labels(data, bug))
+    samples, batches = [data[i] for i in range(IMAGES)], _batches(bug)
+    calibration = samples[:CALIBRATION] if bug == CALIBRATED else None
+    make = partial(convert, model, *NEEDS_ENGINE.get(bug, ("eager", "fp32")), calibration=calibration)
+    make = partial(_built_anew, make) if bug == COMPILE else make
+    engine, answers, step_s, wall_s = _timed(make, _pixels(data, model), batches, bug)
+    seen = [samples[i] for batch in batches for i in batch]
+    files, labels = [sample.file for sample in seen], [sample.label for sample in seen]
+    return CarelessRun(files, labels, answers, step_s, wall_s, model, engine, data)
+
+
+def _built_anew(make: Callable[[], Engine]) -> Engine:
+    """In a cache of its own: what others have in theirs stays."""
+    before = os.environ.get("VITDEMO_CACHE")
+    with TemporaryDirectory() as cache:
+        os.environ["VITDEMO_CACHE"] = cache
+        try:
+            return make()
+        finally:
+            del os.environ["VITDEMO_CACHE"]
+            if before is not None:
+                os.environ["VITDEMO_CACHE"] = before
+
+
+def _timed(
+    make: Callable[[], Engine], pixels: torch.Tensor, batches: list[list[int]], bug: str | None
+) -> tuple[Engine, list[int], list[float], float]:
+    """The engine, its answers, the seconds of each batch by the script's clock, and those of the whole loop."""
+    engine = None if bug == COMPILE else make()
+    if engine:
+        engine.submit(pixels[batches[0]]).result()
+    answers, step_s, began = [], [], now()
+    for indices in batches:
+        batch = pixels[indices]
+        start = now()
+        engine = engine or make()
+        future = engine.submit(batch)
+        handed_over = now()
+        answers += future.result().argmax(dim=1).tolist()
+        step_s.append((handed_over if bug == UNSYNCHRONISED else now()) - start)
+    wall_s = now() - began
+    engine.close()
+    return engine, answers, step_s, wall_s
+
+
+class MisreadVal(ImageNetVal):
+    """A data set with the labels that a script read, whatever the devkit says."""
+
+    def __init__(self, path: Path, labels: list[int]):
+        super().__init__(path)
+        self.labels = labels
+
+
+def _check_input(data: ImageNetVal, bug: str | None) -> None:
+    if bug is not None and bug not in BUGS:
+        raise VitdemoError(f"bug {bug!r}: there is no such bug; there are {', '.join(map(repr, BUGS))}")
+    if data.source != "tar" or len(data) < IMAGES:
+        raise VitdemoError(
+            f"{data.path}: the bug hunt needs a tar with its devkit and at least {IMAGES} images; take "
+            "the bundled shapes20"
+        )
+
+
+def _with_other_mean_and_std(model: Model) -> Model:
+    """ImageNet's, or 0.5 for a model that has those."""
+    own = model.info.preprocessing
+    mean, std = next(pair for pair in NORMALISATIONS.values() if pair != (own.mean, own.std))
+    return Model(model.module, replace(model.info, preprocessing=replace(own, mean=mean, std=std)))
+
+
+def _labels(data: ImageNetVal, bug: str | None) -> list[int]:
+    if bug == ILSVRC:
+        return [id - 1 for id in read_devkit(devkit_of(Path(data.path))).ground_truth]
+    if bug == AS_TEXT:
+        as_text = sorted(str(label) for label in range(len(data.classes)))
+        return [as_text.index(str(label)) for label in data.labels]
+    return data.labels
+
+
+def _batches(bug: str | None) -> list[list[int]]:
+    """The indices of each batch."""
+    indices, left_over = list(range(IMAGES)), IMAGES % BATCH
+    if bug == DROPPED:
+        indices = indices[:-left_over]
+    if bug == PADDED:
+        indices += indices[: BATCH - left_over]
+    return [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+
+
+def _pixels(data: ImageNetVal, model: Model) -> torch.Tensor:
+    """The scored images as uint8[IMAGES, 3, H, W]."""
+    crop = model.info.preprocessing
+    batches = prefetched_batches(data, range(IMAGES), crop, BATCH, input_path="fast", workers=cores())
+    return torch.cat([batch.pixels for batch in batches])

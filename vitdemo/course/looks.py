@@ -1,0 +1,198 @@
+"""What an engine answers to one picture, how that moves with the input, and where two engines differ most."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from timm.data import ImageNetInfo
+from tqdm.auto import tqdm
+
+from vitdemo.course.attention import attention_maps, has_attention, mask_patches, rollout
+from vitdemo.dataset.decoding import Preprocessing, crop_picture, prefetched_batches
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.errors import VitdemoError
+from vitdemo.machine import cores
+from vitdemo.models.model import Model, ModelInfo
+from vitdemo.verification.comparison import ranking
+
+TOP = 5
+
+
+class Look(NamedTuple):
+    """One picture through one engine.
+
+    pixels: uint8[3, H, W], as the engine was given them. top5: as ``top5`` gives it. maps: float32[blocks, heads, T, T]
+    and rollout: float32[rows, columns], of the model in eager fp32; None for a model without such attention.
+    """
+
+    pixels: torch.Tensor
+    top5: pd.DataFrame
+    maps: torch.Tensor | None
+    rollout: torch.Tensor | None
+
+
+def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[str] | None = None) -> Look:
+    """What ``engine`` answers to uint8[3, H, W], and where ``model``, from which it was made, looks."""
+    answers = top5(engine, pixels, names)
+    if not has_attention(model):
+        return Look(pixels, answers, None, None)
+    maps = attention_maps(model, pixels[None])
+    return Look(pixels, answers, maps[0], rollout(model, maps)[0])
+
+
+def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """The five likeliest classes of uint8[3, H, W], or all where there are fewer: class (its index), answer, logit,
+    probability. ``names``: by class index."""
+    logits = _logits(engine, pixels[None])
+    probabilities = logits.double().softmax(dim=1)[0]
+    best = ranking(logits)[0, :TOP].tolist()
+    return pd.DataFrame(
+        {
+            "class": best,
+            "answer": [name_in(names, k) for k in best],
+            "logit": logits[0, best].tolist(),
+            "probability": probabilities[best].tolist(),
+        }
+    )
+
+
+def names_of(info: ModelInfo, data: ImageNetVal | None = None) -> list[str] | None:
+    """A short name for each output: the data set's for its wnids, else ImageNet's, else the wnid; None where nobody
+    knows what the outputs mean."""
+    if info.classes is None:
+        return None
+    known = dict(_imagenet_names())
+    if data is not None:
+        known |= zip(data.classes, data.class_names, strict=True)
+    return [known.get(wnid, wnid).split(",")[0] for wnid in info.classes]
+
+
+def name_in(names: Sequence[str] | None, k: int) -> str:
+    """The name of class ``k``, or its number where there are no names."""
+    return names[k] if names else f"class {k}"
+
+
+@cache
+def _imagenet_names() -> dict[str, str]:
+    imagenet = ImageNetInfo("imagenet-1k")
+    return dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
+
+
+def with_preprocessing(model: Model, preprocessing: Preprocessing) -> Model:
+    """The same module with another mean and std before it, and another crop, right for its weights or not."""
+    return Model(model.module, replace(model.info, preprocessing=preprocessing))
+
+
+def reference_of(model: Model) -> Engine:
+    """``model`` in eager fp32, without the record that ``convert`` makes of it, which takes longer than an answer."""
+    return EagerEngine(model, "fp32", device="cpu", threads=cores())
+
+
+def answers_under(
+    model: Model,
+    jpeg: bytes,
+    preprocessings: dict[str, Preprocessing],
+    names: Sequence[str] | None = None,
+    file: str = "the picture",
+) -> pd.DataFrame:
+    """What ``model`` answers in eager fp32 to one picture under each preprocessing, a row each, by its name.
+
+    answer, probability: the likeliest class. first: the probability of the class that the first row answers.
+    ``file``: its name, for errors, which are those of ``crop_picture``.
+    """
+    found = {}
+    for name, preprocessing in preprocessings.items():
+        logits = reference_of(with_preprocessing(model, preprocessing))(crop_picture(file, jpeg, preprocessing)[None])
+        found[name] = logits.double().softmax(dim=1)[0]
+    first = next(iter(found.values())).argmax()
+    return pd.DataFrame(
+        {
+            "answer": {name: name_in(names, int(p.argmax())) for name, p in found.items()},
+            "probability": {name: p.max().item() for name, p in found.items()},
+            "first": {name: p[first].item() for name, p in found.items()},
+        }
+    )
+
+
+def answers_masked(
+    engine: Engine,
+    model: Model,
+    pixels: torch.Tensor,
+    order: Sequence[tuple[int, int]],
+    counts: Iterable[int],
+) -> pd.DataFrame:
+    """What ``engine`` answers to uint8[3, H, W] while the first ``count`` patches of ``order`` are grey.
+
+    A row a count: hidden, class (the answer), first (the probability of the class that is answered with none hidden).
+    """
+    counts = list(counts)
+    batch = torch.stack([pixels, *(mask_patches(model, pixels, order[:count]) for count in counts)])
+    probabilities = engine(batch).double().softmax(dim=1)
+    answers = probabilities.argmax(dim=1)
+    return pd.DataFrame(
+        {"hidden": counts, "class": answers[1:].tolist(), "first": probabilities[1:, answers[0]].tolist()}
+    )
+
+
+def disagreements(
+    candidate: Engine,
+    reference: Engine,
+    data: ImageNetVal,
+    *,
+    limit: int | None = None,
+    device_batch_size: int = 8,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The first ``limit`` images of ``data``, a row each, those that two engines see most differently first.
+
+    index, file, label; candidate, reference: their answers, class indices; candidate_probability,
+    reference_probability: of those. distance: half the sum of the differences of their probabilities (the total
+    variation distance), 0 for the same to 1. logits_apart: the largest difference of two logits. An unreadable image
+    is left out. Raises VitdemoError for engines of different outputs or preprocessing.
+    """
+    preprocessing = reference.info.preprocessing
+    if candidate.info.preprocessing != preprocessing or candidate.info.classes != reference.info.classes:
+        raise VitdemoError("disagreements: the engines have other classes or preprocessing; give two of one model")
+    indices, rows = range(min(len(data), len(data) if limit is None else limit)), []
+    batches = prefetched_batches(data, indices, preprocessing, device_batch_size, input_path="fast")
+    with closing(batches), tqdm(total=len(indices), unit="image", disable=not progress) as bar:
+        for batch in batches:
+            logits = [_logits(engine, batch.pixels) for engine in (candidate, reference)]
+            for k, row in _compared(*logits).iterrows():
+                if not batch.errors[k]:
+                    rows.append({"index": batch.start + k, "file": batch.files[k], "label": batch.labels[k], **row})
+            bar.update(len(batch.files))
+            batch.recycle()
+    if not rows:
+        raise VitdemoError("disagreements: not one image could be read; see `vitdemo extract --check-images`")
+    whole = dict.fromkeys(("candidate", "reference"), int)
+    return pd.DataFrame(rows).astype(whole).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+
+
+def _logits(engine: Engine, pixels: torch.Tensor) -> torch.Tensor:
+    logits = engine(pixels)
+    if not torch.isfinite(logits).all():  # such an image would rank as the one that is least apart
+        raise EngineFailure(
+            f"the {engine.name} engine gave logits that are not finite; compare it with `vitdemo verify`"
+        )
+    return logits
+
+
+def _compared(candidate: torch.Tensor, reference: torch.Tensor) -> pd.DataFrame:
+    p, q = candidate.double().softmax(dim=1), reference.double().softmax(dim=1)
+    return pd.DataFrame(
+        {
+            "candidate": ranking(candidate)[:, 0],
+            "reference": ranking(reference)[:, 0],
+            "candidate_probability": p.max(dim=1).values,
+            "reference_probability": q.max(dim=1).values,
+            "distance": 0.5 * (p - q).abs().sum(dim=1),
+            "logits_apart": (candidate.double() - reference.double()).abs().max(dim=1).values,
+        }
+    )

@@ -1,0 +1,182 @@
+"""The verb: run the notebooks one after the other, judge each by what it left, and report."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbformat.reader import NotJSONError
+
+from vitdemo.course.kernels import Progress, execute, say, terminate_as_interrupt
+from vitdemo.course.notebooks import NOTEBOOKS, Notebook, assign_parameters, cell_timeout_s, choose_notebooks
+from vitdemo.course.report import write_index, write_page
+from vitdemo.errors import named_errors, reason_of
+from vitdemo.paths import claim_folder, runs_root, user_path
+
+MEASURED = ("images", "top1", "top1_ci95", "images_per_s", "engine", "precision")
+
+
+@dataclass
+class Result:
+    """What became of one notebook, and its headline: accuracy and speed of the same images."""
+
+    name: str
+    title: str
+    status: str = "not run"  # ok, failed, skipped, interrupted, not run
+    duration_s: float = 0.0
+    error: str = ""  # one line; the reason where it was skipped
+    images: int | None = None
+    top1: float | None = None  # a fraction
+    top1_ci95: Sequence[float] | None = None  # low and high, fractions
+    images_per_s: float | None = None
+    engine: str = ""
+    precision: str = ""
+
+    @property
+    def accuracy(self) -> str:
+        """``91.2% (95 % CI 88.1% to 93.9%)``; empty where no image was classified."""
+        if self.top1 is None:
+            return "not measured" if self.images_per_s else ""
+        if self.top1_ci95 is None:
+            return f"{self.top1:.1%}"
+        low, high = self.top1_ci95
+        return f"{self.top1:.1%} (95 % CI {low:.1%} to {high:.1%})"
+
+    @property
+    def speed(self) -> str:
+        """``81.2 (eager fp32)``, in images/s; empty where nothing was timed."""
+        return f"{self.images_per_s:.1f} ({self.engine} {self.precision})" if self.images_per_s else ""
+
+    def __str__(self) -> str:
+        line = f"{self.name:<20} {self.status:<11} {self.duration_s:6.1f} s"
+        if self.accuracy:
+            line += f"  {self.images} images, top-1 {self.accuracy}"
+        if self.speed:
+            line += f", images/s {self.speed}"
+        return line + (f"  {self.error}" if self.error else "")
+
+
+@dataclass
+class RunReport:
+    """A run's results, in the course's order, and the path of its HTML report; printed, its closing lines."""
+
+    notebooks: list[Result]
+    index: Path
+
+    @property
+    def ok(self) -> bool:
+        """Something ran, and nothing that ran failed or was cut short. A skipped notebook alone is no success."""
+        statuses = {result.status for result in self.notebooks}
+        return "ok" in statuses and statuses <= {"ok", "skipped"}
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.notebooks), f"report: {self.index}"])
+
+
+def run_notebooks(
+    names: Sequence[str] | None = None,
+    *,
+    profile: str = "bundled",
+    imagenet: Path | str | None = None,
+    parameters: dict[str, object] | None = None,
+    out: Path | str | None = None,
+    notebooks: Path | str = NOTEBOOKS,
+) -> RunReport:
+    """Run the notebooks called ``names`` (all: None) headlessly and write ``out/index.html``.
+
+    ``out`` (default ``runs/<time>/``) gets NAME.ipynb, NAME.html and the folder NAME for each notebook's
+    artefacts. ``profile`` and ``parameters`` set the notebooks' parameters; a relative path among them is
+    relative to the folder ``notebooks``. A notebook fails when a cell raises or hangs, and when it did
+    nothing; the others still run. Raises VitdemoError for bad input, before anything runs, and
+    KeyboardInterrupt after Ctrl-C or SIGTERM, when the report of what was done is written.
+    """
+    chosen = choose_notebooks(names, Path(notebooks).resolve())
+    values = assign_parameters(chosen, profile, imagenet, parameters or {})
+    limit_s = cell_timeout_s(profile, parameters or {})
+    out = claim_folder(user_path(out or runs_root() / time.strftime("%Y-%m-%d_%H%M%S")).resolve())
+    report = RunReport([Result(notebook.name, notebook.title) for notebook in chosen], out / "index.html")
+    with named_errors(out), terminate_as_interrupt():
+        try:
+            for number, (notebook, result) in enumerate(zip(chosen, report.notebooks, strict=True), 1):
+                progress = Progress(f"[{number}/{len(chosen)}] {notebook.name}", notebook.code_cells)
+                _run_one(notebook, result, values[notebook.name], out, progress, limit_s)
+        except KeyboardInterrupt:
+            say(f"interrupted; what was done: {report.index}")
+            raise
+        finally:
+            write_index(report.notebooks, report.index)
+    return report
+
+
+def _run_one(
+    notebook: Notebook,
+    result: Result,
+    values: dict[str, object],
+    out: Path,
+    progress: Progress,
+    limit_s: int | None,
+) -> None:
+    if notebook.missing:
+        result.status = "skipped"
+        result.error = f"needs {', '.join(notebook.missing)}: not installed, see `vitdemo doctor`"
+        progress.close(f"skipped  {result.error}")
+        return
+    folder, executed, start = out / notebook.name, out / f"{notebook.name}.ipynb", time.perf_counter()
+    folder.mkdir()
+    result.status = "interrupted"  # until it has come to its end
+    try:
+        error = execute(notebook, executed, {**values, "out": str(folder)}, progress, limit_s)
+        records, left_undone = _judge(notebook, folder, {**notebook.parameters, **values}.get("limit"))
+        result.error = error or left_undone
+        result.status = "failed" if result.error else "ok"
+        if result.status == "ok":  # a number from a notebook that failed would only look like one
+            vars(result).update(_headline(records))
+    finally:
+        result.duration_s = time.perf_counter() - start
+        progress.close(f"{result.status}  {result.duration_s:.1f} s  {result.error}".rstrip())
+        if executed.exists():
+            _write_page(executed, notebook, result)
+
+
+def _write_page(executed: Path, notebook: Notebook, result: Result) -> None:
+    try:
+        write_page(executed, notebook.path.parent)
+    except ValueError as error:
+        result.status, result.error = "failed", result.error or f"{executed}: {reason_of(error)}"
+        if isinstance(error, NotJSONError):  # the executed copy is not whole: the disk was full
+            executed.unlink()
+
+
+def _judge(notebook: Notebook, folder: Path, limit: object) -> tuple[list[dict], str]:
+    """The records in the notebook's JSON artefacts, and "" or why it does not count as done."""
+    records, problem = [], ""
+    for name in notebook.artefacts:
+        path = folder / name
+        if not path.is_file() or not path.stat().st_size:
+            problem = problem or f"did nothing: left no {name}"
+        elif path.suffix == ".json":
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                problem = problem or f"{name}: not valid JSON"
+            else:
+                records += [r for r in (content if isinstance(content, list) else [content]) if isinstance(r, dict)]
+    seen = _most_images(records)
+    wanted = min(notebook.min_images, limit) if isinstance(limit, int) else notebook.min_images
+    if any(record.get("valid") is False for record in records):
+        problem = problem or "an evaluation it left is not valid"
+    if seen < wanted:
+        problem = problem or f"did too little: {seen} images, at least {wanted} wanted"
+    return records, problem
+
+
+def _most_images(records: list[dict]) -> int:
+    return max((record.get("images") or 0 for record in records), default=0)
+
+
+def _headline(records: list[dict]) -> dict[str, object]:
+    """Of the records with an accuracy or a speed, the one of the most images, accuracy first."""
+    measured = [record for record in records if record.get("top1") is not None or record.get("images_per_s")]
+    best = max(measured, key=lambda r: (r.get("top1") is not None, r.get("images") or 0), default={})
+    return {"images": _most_images(records) or None} | {name: best[name] for name in MEASURED if name in best}

@@ -1,0 +1,207 @@
+"""The course's widgets: each a thin skin over functions that a notebook can call as well."""
+
+import io
+from html import escape
+from pathlib import Path
+
+import ipywidgets as widgets
+import pandas as pd
+
+from vitdemo.benchmarking.choice import choose_engine
+from vitdemo.benchmarking.others import published_performance
+from vitdemo.benchmarking.pairs import HARNESS, choose_pairs
+from vitdemo.benchmarking.tables import styled
+from vitdemo.course.browsing import browse, pages_of, sample_of
+from vitdemo.course.panel import Panel, html_of, image_html
+from vitdemo.course.performance import architecture_of, measured_and_published
+from vitdemo.course.view import (
+    ANSWER,
+    AS_TRAINED,
+    BLOCKS,
+    DATA,
+    LEAST,
+    MOST,
+    NOTHING,
+    SCALINGS,
+    TWO_ENGINES,
+    UPLOAD,
+    WINDOW,
+    ImageView,
+)
+from vitdemo.dataset.decoding import CROP_MODES
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.engines.contract import find_engines
+from vitdemo.errors import VitdemoError
+from vitdemo.models.model import BUNDLED
+from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
+from vitdemo.plots.dataset import short_names, thumbnail
+
+ALL = "all"
+TABLE, LATENCY, SPEEDUPS = "table", "latency and throughput", "speedups over eager"
+STYLE = {"description_width": "initial"}
+WIDE, NARROW, ONE_LINE = (widgets.Layout(width=width) for width in ("24em", "14em", "max-content"))
+BUTTONS = {"layout": ONE_LINE, "style": {"button_width": "auto"}}
+
+
+def image_explorer(
+    data: ImageNetVal,
+    model: str = "vit_shapes20",
+    engine: str = "eager",
+    precision: str = "fp32",
+    calibration: Path | str | None = None,
+) -> Panel:
+    """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
+
+    calibration: images for int8, as in ``convert``.
+
+    Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``second_look``); the
+    attention block by block (``plot_blocks``); or the images that two engines see most differently
+    (``disagreements``). The first draws within a third of a second for vit_shapes20, once it is loaded.
+    """
+    controls = _picture_controls(data) | _engine_controls(model, engine, precision) | _change_controls()
+
+    def keep_precisions(_) -> None:
+        controls["precision"].options = find_engines()[controls["engine"].value].precisions
+
+    def show_upload(change) -> None:
+        if change["new"]:
+            controls["picture"].value = UPLOAD
+
+    def show_data(_) -> None:
+        controls["picture"].value = DATA
+        controls["upload"].value = ()  # else the same file, uploaded once more, would be no change
+
+    controls["engine"].observe(keep_precisions, "value")
+    controls["upload"].observe(show_upload, "value")
+    controls["index"].observe(show_data, "value")
+    lines = (
+        ("data", "picture", "index", "upload"),
+        ("model", "engine", "precision"),
+        ("show", "against", "among"),
+        ("scaling", "crop", "crop_pct"),
+        ("hide", "patches", "down", "across"),
+    )
+    return Panel(controls, ImageView(data, calibration).draw, lines)
+
+
+def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
+    return {
+        "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
+        "picture": widgets.ToggleButtons(options=(DATA, UPLOAD), description="from", **BUTTONS),
+        "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
+        "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
+    }
+
+
+def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widgets.Widget]:
+    engines = {name: cls for name, cls in find_engines().items() if name != HARNESS}
+    if engine not in engines or precision not in engines[engine].precisions:
+        raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(map(str, choose_pairs(None)))}")
+    choices = engines[engine].precisions
+    others = [str(pair) for pair in choose_pairs(None)]
+    beside = next(name for name in others if name != f"{engine}:{precision}")
+    return {
+        "model": widgets.Combobox(
+            value=model, options=tuple(BUNDLED), continuous_update=False, description="model", layout=WIDE, style=STYLE
+        ),
+        "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
+        "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
+        "show": widgets.ToggleButtons(options=(ANSWER, BLOCKS, TWO_ENGINES), description="show", **BUTTONS),
+        "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
+        "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
+    }
+
+
+def _change_controls() -> dict[str, widgets.Widget]:
+    slide = dict(continuous_update=False, style=STYLE)
+    crops = AS_TRAINED, *CROP_MODES
+    return {
+        "scaling": widgets.Dropdown(options=tuple(SCALINGS), description="mean and std", style=STYLE),
+        "crop": widgets.Dropdown(options=crops, description="crop", layout=WIDE),
+        "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **slide),
+        "hide": widgets.Dropdown(options=(NOTHING, MOST, LEAST, WINDOW), description="hide", layout=WIDE),
+        "patches": widgets.IntSlider(40, 1, 196, description="patches", **slide),
+        "down": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="window down, %", **slide),
+        "across": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="across, %", **slide),
+    }
+
+
+def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Panel:
+    """Measured rows, as ``benchmark`` or ``merge`` gives them, beside published ones: a table, or one of two figures.
+
+    Below it the engine that ``choose_engine`` names of the measured rows, for a latency and a loss of accuracy.
+    """
+    published = published_performance() if published is None else published
+    table = measured_and_published(rows, published)
+    models = list(dict.fromkeys(table["model"]))
+    controls = {
+        "model": widgets.Dropdown(options=models, description="model", layout=WIDE),
+        "show": widgets.ToggleButtons(options=(TABLE, LATENCY, SPEEDUPS), description="show", **BUTTONS),
+        "precision": widgets.Dropdown(options=(ALL, *dict.fromkeys(table["precision"])), description="precision"),
+        "batch": widgets.Dropdown(options=(ALL, *sorted(map(int, set(table["batch"])))), description="batch"),
+        "budget_ms": widgets.BoundedFloatText(100.0, min=0.1, max=1e6, description="at most, ms", style=STYLE),
+        "loss": widgets.BoundedFloatText(1.0, min=0, max=100, step=0.1, description="top-1 lost, %", style=STYLE),
+    }
+
+    def draw(_, *, model: str, show: str, precision: str, batch: object, budget_ms: float, loss: float) -> str:
+        own = rows[architecture_of(rows) == model]
+        chosen = f"<p>{escape(_choice(own, budget_ms, loss))}</p>"
+        if show == TABLE:
+            shown = _only(table[table["model"] == model], precision, batch).drop(columns="model")
+            look = "max-height: 32em; overflow: auto; line-height: 1.2"
+            return f'{chosen}<div style="{look}">{styled(shown).to_html()}</div>'
+        theirs = published[published["model"] == model]
+        own = _only(own, precision, batch)
+        figure = plot_latency_throughput(own) if show == LATENCY else plot_speedups(own, theirs)
+        return chosen + html_of(figure, f"{show}: {model}")
+
+    return Panel(controls, draw, (("model", "show"), ("precision", "batch"), ("budget_ms", "loss")))
+
+
+def _only(table: pd.DataFrame, precision: str, batch: object) -> pd.DataFrame:
+    """The rows of a precision and a batch size."""
+    table = table if precision == ALL else table[table["precision"] == precision]
+    return table if batch == ALL else table[table["batch"] == batch]
+
+
+def _choice(rows: pd.DataFrame, budget_ms: float, loss: float) -> str:
+    what = f"of all precisions and batches, within {budget_ms:g} ms and with at most {loss:g} % of top-1 lost"
+    try:
+        best = choose_engine(rows, budget_ms, loss / 100)
+    except VitdemoError as error:
+        return f"{what}: none ({error})" if len(rows) else "of this model nothing was measured here"
+    found = f"{best['engine']} {best['precision']}, batch {best['batch']}, {best['images_per_s']:.1f} images/s"
+    return f"{what}: {found} on {best['machine']}; {best['accuracy']}"
+
+
+def dataset_browser(data: ImageNetVal, per_page: int = 12) -> Panel:
+    """The images of a data set, by class and page by page, with what their files say (``browse``)."""
+    classes = [(ALL, None), *((name, label) for label, name in enumerate(short_names(data)))]
+    controls = {
+        "label": widgets.Dropdown(options=classes, description="class", layout=WIDE),
+        "page": widgets.BoundedIntText(1, 1, pages_of(data, None, per_page), description="page", layout=NARROW),
+    }
+
+    def first_page(_) -> None:
+        controls["page"].value = 1
+        controls["page"].max = pages_of(data, controls["label"].value, per_page)
+
+    def draw(_, *, label: int | None, page: int) -> str:
+        shown = browse(data, label, page, per_page)
+        tiles = shown[["index", "class"]].itertuples(index=False, name=None)
+        pictures = "".join(_tile(data, index, name) for index, name in tiles)
+        facts = shown.to_html(index=False, border=0)
+        pages = f"<p>page {page} of {pages_of(data, label, per_page)}</p>"
+        return f'{pages}<div style="display: flex; flex-wrap: wrap; gap: 8px">{pictures}</div>{facts}'
+
+    controls["label"].observe(first_page, "value")
+    return Panel(controls, draw, (("label", "page"),))
+
+
+def _tile(data: ImageNetVal, index: int, name: str) -> str:
+    small = io.BytesIO()
+    picture = thumbnail(sample_of(data, index).jpeg)
+    picture.resize((120, 120)).save(small, "JPEG", quality=85)
+    caption = f'<figcaption style="width: 120px; font-size: 80%">{index}: {escape(name)}</figcaption>'
+    image = image_html(small.getvalue(), "jpeg", f"image {index}, {name}")
+    return f'<figure style="margin: 0">{image}{caption}</figure>'

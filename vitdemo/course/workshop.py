@@ -1,0 +1,54 @@
+"""Student copies of the notebooks: the course without its solutions, to be handed out."""
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nbformat
+
+from vitdemo.course.notebooks import NOTEBOOKS, choose_notebooks
+from vitdemo.errors import named_errors
+from vitdemo.paths import PART, claim_folder, user_path
+
+README = "README.md"
+
+
+def write_workshop(out: Path | str) -> list[Path]:
+    """Write the notebooks without their solutions into ``out``, with their pictures and README; the copies' paths.
+
+    A copy keeps each exercise's empty cell and its check, and no output of a session. It runs in any folder, with the
+    library and the data of this clone. ``out`` is new or empty (a stick, say), and gets all of it or nothing; the
+    course's own notebooks are only read. Raises VitdemoError for an ``out`` that holds something, and for what cannot
+    be read or written.
+    """
+    lessons, out = choose_notebooks(), claim_folder(user_path(out).resolve())
+    with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as folder:
+        part = Path(folder)
+        (part / "img").mkdir()
+        for picture in (NOTEBOOKS / "img").glob("[!.]*"):
+            shutil.copy(picture, part / "img")
+        shutil.copy(NOTEBOOKS / README, part)
+        for lesson in lessons:
+            text = nbformat.writes(_without_solutions(lesson.path)) + "\n"
+            (part / lesson.path.name).write_text(text, encoding="utf-8")
+        names = sorted(path.name for path in part.iterdir())
+        try:
+            for name in names:
+                (part / name).rename(out / name)
+        except BaseException:  # Ctrl-C too
+            for name in names:
+                with suppress(FileNotFoundError):  # it was not yet there
+                    (out / name).rename(part / name)
+            raise
+    return [out / lesson.path.name for lesson in lessons]
+
+
+def _without_solutions(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata.pop("widgets", None)
+    return notebook

@@ -1,0 +1,406 @@
+"""From a JPEG's bytes to the uint8 crop a model sees, and from samples to batches decoded ahead."""
+
+import io
+import math
+import struct
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import pandas as pd
+import simplejpeg
+import torch
+from PIL import ExifTags, Image
+from timm.data import create_transform
+from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
+
+from vitdemo.dataset.imagenet import Sample, UnreadableFile
+from vitdemo.dataset.tars import IMAGE_LIMIT
+from vitdemo.errors import VitdemoError
+from vitdemo.machine import now
+
+# What the files' headers say: size, mode, EXIF.
+
+
+UNREADABLE = "unreadable"
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and starts Ghostscript for one of them
+
+ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
+ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
+
+# PIL's only word on broken EXIF is a Python warning, and those can be caught for the whole process only.
+PIL_ALONE = threading.Lock()
+
+SOI, SOS, APP1 = 0xD8, 0xDA, 0xE1
+SOF = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive
+PASSED_OVER = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)} - {APP1}  # tables, comments, application data
+MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+
+
+class Header(NamedTuple):
+    """What a file says of its image: size in pixels, PIL's mode, EXIF state (see ``image_facts``), PIL's format."""
+
+    width: int
+    height: int
+    mode: str
+    exif: str
+    format: str
+
+
+def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
+    """What the files' headers say, without decoding: file, width and height in pixels, mode, bytes, EXIF.
+
+    A row an image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
+    than upright is asked for, "broken" where it cannot be read, "present" otherwise; ``mode``: PIL's, or
+    "unreadable".
+    """
+    rows = []
+    for index in range(len(data) if limit is None else min(limit, len(data))):
+        sample = data[index]
+        try:
+            header = read_header(sample.jpeg)
+        except Exception:  # PIL raises a dozen types, and each means: this is no image
+            header = Header(0, 0, UNREADABLE, "", "")
+        row = {"file": sample.file, "width": header.width, "height": header.height, "mode": header.mode}
+        rows.append(row | {"bytes": len(sample.jpeg), "exif": header.exif})
+    return pd.DataFrame(rows)
+
+
+def read_header(jpeg: bytes) -> Header:
+    """The header as PIL reads it, without decoding. Raises what PIL raises; for broken EXIF nothing."""
+    with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
+        return Header(*image.size, image.mode, _exif_state(image), image.format)
+
+
+def open_image(jpeg: bytes) -> Image.Image:
+    """PIL's image of the bytes, of one of FORMATS. Raises what PIL raises."""
+    return Image.open(io.BytesIO(jpeg), formats=FORMATS)
+
+
+def _exif_state(image: Image.Image) -> str:
+    block = image.info.get("exif")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            if block is not None:
+                Image.Exif().load(block)  # anew: opening may have read it already, and it warns once
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # XMP's, where EXIF has none
+        except Exception:  # as in image_facts
+            return "broken"
+    if warned:
+        return "broken"
+    return "rotated" if orientation != 1 else "present" if block is not None else ""
+
+
+def one_line(error: Exception) -> str:
+    """A decoder's reason in one line, the same in every run: without the address of the buffer that PIL read from."""
+    reason = " ".join(str(error).split("<_io")[0].split()) or "no reason given"
+    return f"{type(error).__name__}: {reason}"
+
+
+def is_enormous(width: int, height: int, jpeg: bytes) -> bool:
+    """Whether decoding would take gigabytes or minutes: each scan of a progressive JPEG goes over the whole image,
+    and a scan that changes nothing takes 11 bytes. Counting them takes time, so it is done where there may be many."""
+    pixels = width * height
+    if pixels * len(jpeg) < 11 * ENORMOUS_WORK or jpeg[:2] != bytes([0xFF, SOI]):
+        return pixels > ENORMOUS
+    return pixels > ENORMOUS or pixels * jpeg.count(bytes([0xFF, SOS])) > ENORMOUS_WORK
+
+
+def not_decoded(width: int, height: int) -> str:
+    """The reason to give for an image that ``is_enormous``."""
+    return f"not decoded: {width} x {height} pixels would take gigabytes or minutes"
+
+
+def plain_header(jpeg: bytes) -> Header | None:
+    """The header of an ordinary JPEG, 15 times as fast as PIL; None for one that PIL must see.
+
+    That is one with an APP1 segment (EXIF and XMP), and one with anything out of the ordinary before its first scan.
+    [ITU-T T.81, annex B: segments are 0xFF, a marker, and, but for SOI, a big-endian length that counts itself]
+    """
+    header, at = None, 2
+    if jpeg[:2] != bytes([0xFF, SOI]):
+        return None
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == SOS:
+            return header
+        if marker in SOF and header is None:
+            bits, height, width, components = struct.unpack_from(">BHHB", jpeg, at + 4)
+            if bits != 8 or not width or not height or components not in MODES:
+                return None
+            header = Header(width, height, MODES[components], "", "JPEG")
+        elif marker not in PASSED_OVER:
+            return None
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return None
+
+
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+INPUT_PATHS = ("fast", "reference")
+
+# EXIF is ignored here, so that a broken block is no news to somebody who evaluates 50,000 images.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
+
+
+class UnreadableImage(Exception):
+    """One image that cannot be decoded; the message is the decoder's reason."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model's weights expect of an image, in timm's names (``timm.data.resolve_model_data_config``).
+
+    input_size: (3, H, W) in pixels. crop_pct: input side over resized side. crop_mode: "center" resizes
+    the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x W/crop_pct whatever the
+    aspect ratio (Hugging Face's way for ViT, with crop_pct 1). mean, std: per channel, of values in 0..1.
+    """
+
+    input_size: tuple[int, int, int]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        for field in ("input_size", "mean", "std"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+            if getattr(self, field) not in known:
+                raise VitdemoError(f"preprocessing: {field} {getattr(self, field)!r} is not one of {', '.join(known)}")
+        if len(self.input_size) != 3 or self.input_size[0] != 3:
+            raise VitdemoError(f"preprocessing: input_size {self.input_size} is not (3, height, width)")
+
+    def to_dict(self) -> dict:
+        """A dict that JSON can hold."""
+        return asdict(self)
+
+
+@lru_cache(maxsize=8)
+def _timm_transform(preprocessing: Preprocessing):
+    # With use_prefetcher timm ends in uint8 and leaves mean and std to the device, which is our contract too.
+    return create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
+
+
+def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """Decode with PIL and apply timm's evaluation transform: uint8[3, H, W], always RGB.
+
+    EXIF orientation is ignored, as in timm. Raises UnreadableImage, for an enormous image too.
+    """
+    try:
+        with open_image(jpeg) as image:
+            if refusal := _refusal(*image.size, jpeg, preprocessing):
+                raise UnreadableImage(refusal)
+            return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders raise a dozen types, and each means: this file cannot be read
+        raise UnreadableImage(one_line(error)) from error
+
+
+def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
+    """``reference_crop`` of a sound JPEG at several times its rate; None for what it leaves to that.
+
+    TurboJPEG decodes to the very pixels that PIL does, and torch resizes them as the bytes they are, which rounds
+    here and there to the next level. Left to the reference: what is no JPEG in grey or colour, what the decoder has
+    a word to say about, more pixels than PIL takes without a warning, what is enormous, and a center crop that is not
+    square.
+    """
+    if preprocessing.crop_mode == "center" and len(set(preprocessing.input_size[1:])) != 1:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        if colours not in ("Gray", "YCbCr", "RGB"):
+            return None
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        if _refusal(width, height, jpeg, preprocessing):
+            return None
+        decoded = simplejpeg.decode_jpeg(jpeg)
+    except ValueError:
+        return None
+    pixels = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0)
+    resized = resize(pixels, _resized_size(preprocessing), InterpolationMode(preprocessing.interpolation))
+    return center_crop(resized, list(preprocessing.input_size[1:]))[0]
+
+
+def _resized_size(preprocessing: Preprocessing) -> list[int]:
+    """What torchvision's ``resize`` takes: both sides for "squash", the shorter one for "center"."""
+    sides = _resized_sides(preprocessing)
+    return sides if preprocessing.crop_mode == "squash" else sides[:1]
+
+
+def _resized_sides(preprocessing: Preprocessing) -> list[int]:
+    """Height and width that an image is resized to, or, for "center", is to cover."""
+    return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
+
+
+def _refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
+    """Why an image must not be decoded or resized, "" when it may: a few bytes can ask for gigabytes or minutes."""
+    if is_enormous(width, height, jpeg):
+        return not_decoded(width, height)
+    to_height, to_width = _resized_sides(preprocessing)
+    if preprocessing.crop_mode == "center":
+        scale = max(to_height / height, to_width / width)
+        to_height, to_width = round(height * scale), round(width * scale)
+    pixels = to_height * to_width
+    return f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
+
+
+@dataclass
+class Batch:
+    """Consecutive samples, decoded. ``start`` is the first one's index in the data set.
+
+    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason. Once nobody
+    needs them any more, ``recycle()`` gives their memory to a batch to come.
+    fallbacks: how many images of the fast path the reference path had to decode. began, ended: ``now()`` seconds, from
+    the first image's first byte to the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
+    """
+
+    start: int
+    files: list[str]
+    wnids: list[str]
+    labels: list[int]
+    pixels: torch.Tensor
+    errors: list[str]
+    fallbacks: int
+    began: float
+    ended: float
+    decode_cpu_s: float
+    recycle: Callable[[], None]
+
+
+class Loaded(NamedTuple):
+    """One image of a batch, whose pixels are in their place."""
+
+    file: str
+    wnid: str
+    label: int
+    error: str
+    fell_back: bool
+    began: float
+    ended: float
+    cpu_s: float
+
+
+def _load_into(
+    pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
+) -> Loaded:
+    began, cpu = now(), time.thread_time()
+    try:
+        sample = data[index]
+    except UnreadableFile as unreadable:
+        pixels.zero_()
+        sample, error, fell_back = unreadable.sample, str(unreadable), False
+    else:
+        error, fell_back = _crop_into(pixels, sample.jpeg, preprocessing, input_path)
+    cpu_s = time.thread_time() - cpu
+    return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, now(), cpu_s)
+
+
+def _crop_into(pixels: torch.Tensor, jpeg: bytes, preprocessing: Preprocessing, input_path: str) -> tuple[str, bool]:
+    """Why there is no crop, "" when there is; and whether the fast path left it to the reference."""
+    crop = fast_crop(jpeg, preprocessing) if input_path == "fast" else None
+    fell_back = crop is None and input_path == "fast"
+    try:
+        pixels.copy_(reference_crop(jpeg, preprocessing) if crop is None else crop)
+    except UnreadableImage as unreadable:
+        pixels.zero_()
+        return str(unreadable), fell_back
+    return "", fell_back
+
+
+def prefetched_batches(
+    data: Sequence[Sample],
+    indices: range,
+    preprocessing: Preprocessing,
+    device_batch_size: int,
+    *,
+    input_path: str = "reference",
+    workers: int = 2,
+    ahead: int = 2,
+) -> Iterator[Batch]:
+    """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
+
+    input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can. ``workers``
+    threads decode (the decoders work outside Python's lock); at most ``ahead`` batches wait, so memory does not grow
+    with the data set. Closing the iterator stops the threads.
+    """
+    starts = iter(range(indices.start, indices.stop, device_batch_size))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting, buffers = deque(), []
+
+    def begin(start):
+        rows = range(start, min(start + device_batch_size, indices.stop))
+        shape = device_batch_size, *preprocessing.input_size
+        buffer = buffers.pop() if buffers else torch.empty(shape, dtype=torch.uint8)
+        futures = [pool.submit(_load_into, buffer[k], data, i, preprocessing, input_path) for k, i in enumerate(rows)]
+        return start, buffer[: len(rows)], futures, lambda: buffers.append(buffer)
+
+    try:
+        for start in starts:
+            waiting.append(begin(start))
+            if len(waiting) > ahead:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(start: int, pixels: torch.Tensor, futures: list, recycle: Callable[[], None]) -> Batch:
+    loaded = [future.result() for future in futures]
+    return Batch(
+        start=start,
+        files=[image.file for image in loaded],
+        wnids=[image.wnid for image in loaded],
+        labels=[image.label for image in loaded],
+        pixels=pixels,
+        errors=[image.error for image in loaded],
+        fallbacks=sum(image.fell_back for image in loaded),
+        began=min(image.began for image in loaded),
+        ended=max(image.ended for image in loaded),
+        decode_cpu_s=sum(image.cpu_s for image in loaded),
+        recycle=recycle,
+    )
+
+
+# A picture from anywhere, perhaps from somebody who means harm: its bytes to the crop that a model sees.
+
+
+def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """``reference_crop`` of a file's bytes, uint8[3, H, W]; ``name`` is the file's, for errors.
+
+    Raises VitdemoError for what is no picture, is damaged, or would take gigabytes or minutes to decode.
+    """
+    try:
+        if reason := _refusal(content):
+            raise UnreadableImage(reason)
+        return reference_crop(content, preprocessing)
+    except UnreadableImage as unreadable:
+        raise VitdemoError(f"{_printable(name)}: {unreadable}; give a sound picture of ordinary size") from None
+
+
+def _refusal(content: bytes) -> str:
+    """Why the bytes must not be opened, "" when they may. Formats that PIL hands to other programs are refused."""
+    if not content:
+        return "is empty"
+    if len(content) > IMAGE_LIMIT:
+        return f"is larger than {IMAGE_LIMIT >> 20} MiB"
+    try:
+        header = read_header(content)
+    except Exception as error:  # PIL raises a dozen types, and each means: this is no picture
+        return f"is not a picture that can be read ({one_line(error)})"
+    return not_decoded(header.width, header.height) if is_enormous(header.width, header.height, content) else ""
+
+
+def _printable(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:80] or "the picture"

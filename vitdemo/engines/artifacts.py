@@ -1,0 +1,472 @@
+"""From a Model to an Engine ready to run; what takes long to build is built once and kept.
+
+An artifact is a folder in the cache, named by the hash of everything that shaped it. It is written under another
+name and renamed, so that a folder of the right name is whole. ``card.json`` in it says how it was made.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import CodeType
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from vitdemo.dataset.imagenet import Sample
+from vitdemo.engines import graph
+from vitdemo.engines.calibration import Calibration, calibration_for
+from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
+from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.machine import cores, free_memory_bytes, installed_version, now
+from vitdemo.models.model import Model, ModelInfo
+from vitdemo.paths import PART, cache_root
+from vitdemo.precisions import ABSENT, EMULATED
+
+# A fingerprint of what a module computes with its weights, which are fingerprinted apart.
+
+
+OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
+
+
+def architecture_sha256(module: nn.Module) -> str:
+    """sha256 of what a module computes with its weights.
+
+    That is its repr, its classes' source, and the values its parts hold: a LayerNorm's eps and the kind of a GELU are
+    in no state dict. Of functions and classes typed into a notebook also the values and functions that they name.
+    """
+    digest = hashlib.sha256(repr(module).encode())
+    own = {cls for part in module.modules() for cls in type(part).__mro__} - {nn.Module, object}
+    for cls in sorted(own, key=lambda cls: (cls.__module__, cls.__qualname__)):
+        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{source_of(cls)}".encode())
+    for name, part in module.named_modules():
+        held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
+        digest.update(f"{name} {_told(held)}\n".encode())
+    return digest.hexdigest()
+
+
+def source_of(thing: object) -> str:
+    """The source of a class, a function or a module; of one that has none, as one typed into a notebook, its code."""
+    return _source(thing, ())
+
+
+def _source(thing: object, around: tuple) -> str:
+    if getattr(thing, "__module__", None) != "__main__":  # for what is typed in, Python 3.13 gives another file's lines
+        with suppress(OSError, TypeError):
+            return inspect.getsource(thing)
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    if not inspect.isclass(thing):
+        return name
+    own = {key: value for key, value in vars(thing).items() if inspect.isfunction(value) or not key.startswith("__")}
+    return f"{name} {_told(own, around)}"
+
+
+def _told(value: object, around: tuple = ()) -> str:
+    """What a value adds to what is computed, the same wherever it lies in memory; "" where that cannot be said.
+
+    around: the ids of the values that this one lies in, as a function may name itself.
+    """
+    if id(value) in around:
+        return ""
+    around = (*around, id(value))
+    if value is None or isinstance(value, (int, float, str, torch.dtype)):
+        return repr(value)
+    if isinstance(value, dict):
+        return str(sorted((str(key), _told(each, around)) for key, each in value.items()))
+    if isinstance(value, (list, tuple)):
+        return str([_told(each, around) for each in value])
+    if isinstance(value, torch.Tensor):
+        return _sha256(value)
+    if isinstance(value, property):
+        return _told((value.fget, value.fset), around)
+    if isinstance(value, partial):
+        return _told((value.func, value.args, value.keywords), around)
+    if isinstance(value, (staticmethod, classmethod)) or inspect.ismethod(value):
+        return _told(value.__func__, around)
+    if inspect.isfunction(value):
+        held = value.__defaults__, value.__kwdefaults__, _closure(value), _named(value)
+        return f"{_source(value, around)} {_code(value.__code__)} {_told(held, around)}"
+    return _source(value, around) if callable(value) else ""
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        tensor = tensor.float()
+    return hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()
+
+
+def _closure(function) -> list:
+    """What a function takes from the functions around it, as far as it has a value."""
+    held = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            held.append(cell.cell_contents)
+    return held
+
+
+def _named(function) -> dict:
+    """What a function typed into a notebook takes from other cells: a module's own source has it all."""
+    if function.__module__ != "__main__":
+        return {}
+    return {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (value for value in code.co_consts if isinstance(value, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _code(code: CodeType) -> str:
+    """A function's bytecode, names and constants, those of the functions in it included."""
+    constants = [_code(value) if isinstance(value, CodeType) else _repr(value) for value in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _repr(value: object) -> str:
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
+
+
+# Where artifacts are kept, a folder each; what is there, and how to clear it.
+
+
+CARD = "card.json"
+VERIFIED = ".verified.json"  # after the artifact's name, as nothing is added to an artifact once it is built
+CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
+
+
+def artifacts_root() -> Path:
+    """The folder of the artifacts."""
+    return cache_root() / "artifacts"
+
+
+def cached_artifacts() -> pd.DataFrame:
+    """What is in the cache, a row an artifact: model, weights, engine, precision, bytes, build_s, built, key."""
+    rows = []
+    for path in sorted(artifacts_root().glob(f"*/{CARD}")):
+        if path.parent.name.endswith(PART):  # being built
+            continue
+        try:
+            card = json.loads(path.read_text(encoding="utf-8"))
+            size = sum(file["bytes"] for file in card["files"].values())
+            row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
+            rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            size = _bytes_below(path.parent)
+            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
+    return pd.DataFrame(rows, columns=CARD_COLUMNS)
+
+
+def clear_cache() -> int:
+    """Remove every artifact but one that is being built just now; the bytes that became free.
+
+    An engine that is loaded goes on running, but may no longer show its layers.
+    """
+    freed = 0
+    with named_errors(artifacts_root()):
+        for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
+            whole = str(folder).removesuffix(PART)
+            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
+                freed += _bytes_below(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(f"{whole}{VERIFIED}").unlink(missing_ok=True)
+    return freed  # the lock files stay, as somebody may be waiting for one
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+BUILD_MEMORY = 6  # times the weights: a little more than the largest build of a ViT-B/16 took
+
+
+def convert(
+    model: Model,
+    engine: str = "eager",
+    precision: str = "fp32",
+    *,
+    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
+) -> Engine:
+    """``model`` in ``engine`` and ``precision``, ready to run: from the cache, or built now and kept there.
+
+    calibration: the images that int8 needs, see ``calibration_for``. device: "cpu", "cuda", or "auto" (CUDA where
+    there is one). threads: CPU threads a call may use, all cores by default. force: build anew. Raises VitdemoError for
+    an unknown engine, precision or device, listing those there are, for a precision that the runtime does not have on
+    this processor, for a runtime that is not installed, and when calibration images are missing. An emulated precision
+    is said so on stderr.
+    """
+    if threads is not None and threads < 1:
+        raise VitdemoError(f"threads {threads}: must be at least 1")
+    what = recipe_for(model, engine, precision, calibration=calibration, device=device)
+    return what.engine(threads or cores(), force)
+
+
+def recipe_for(
+    model: Model,
+    engine: str,
+    precision: str,
+    *,
+    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
+    device: str = "auto",
+) -> "Recipe":
+    """From what ``convert`` makes the engine; arguments and errors as there."""
+    cls = _engine_class(engine, precision)
+    device = resolve_device(device, cls)
+    _say_what_is_not_native(cls, precision, device)
+    images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
+    model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
+    return Recipe(model, cls, precision, device, images)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an artifact is made from."""
+
+    model: Model
+    cls: type[Engine]
+    precision: str
+    device: str
+    calibration: Calibration | None
+
+    @cached_property
+    def ingredients(self) -> dict:
+        """Everything that shapes the artifact, as JSON can hold it."""
+        return {
+            "engine": self.cls.name,
+            "precision": self.precision,
+            "device": self.device,
+            "model": self.model.info.to_dict(),
+            "architecture": architecture_sha256(self.model.module),
+            "builder": _sha256((source_of(inspect.getmodule(self.cls) or self.cls) + source_of(graph)).encode()),
+            "calibration": self.calibration and self.calibration.fingerprint,
+            **built_for(self.cls),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of the ingredients."""
+        return _sha256(json.dumps(self.ingredients, sort_keys=True).encode())
+
+    def engine(self, threads: int, force: bool = False) -> Engine:
+        """The engine, from the cache if it is one that is built."""
+        if issubclass(self.cls, CompiledEngine):
+            with named_errors(artifacts_root()):
+                ready = self.cached(threads, force)
+        else:
+            card = {"key": self.key, **self.ingredients}  # before the clock starts
+            start = now()
+            with self._named("cannot be made ready"):
+                ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
+            ready.card, ready.load_s = card, now() - start
+        ready.recipe = self
+        return ready
+
+    def ticket(self) -> "Ticket":
+        """What another process needs to get the same engine."""
+        what = self.cls, self.precision, self.device, self.model.info
+        return Ticket(self.folder_name, self.key, *what, built_for(self.cls))
+
+    @property
+    def folder_name(self) -> str:
+        name = re.sub(r"[^\w.]+", "_", self.model.info.tag)
+        return f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
+
+    def cached(self, threads: int, force: bool) -> Engine:
+        """The engine from the cache, where it is built first if it is not there or ``force`` is given."""
+        folder = artifacts_root() / self.folder_name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
+            if folder.exists() and not force:
+                try:
+                    return self.ticket().load(folder, threads)
+                except VitdemoError:  # what this machine lacks a new build would not put right
+                    raise
+                except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
+                    print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
+            self._build(folder)
+            with self._named("it was built, and cannot be loaded"):
+                return self.ticket().load(folder, threads)
+
+    def _build(self, folder: Path) -> None:
+        partial = folder.with_name(folder.name + PART)
+        shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+        self._check_room(folder.parent)
+        partial.mkdir()
+        print(f"building {self.cls.name} {self.precision} of {self.model.info.tag}, once", file=sys.stderr)
+        try:
+            start = now()
+            pixels = self.calibration.pixels if self.calibration else None
+            with self._named("cannot be built"):
+                self.cls.build(self.model, self.precision, partial, device=self.device, calibration=pixels)
+            made = {"build_s": now() - start, "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
+            card = {"key": self.key, **made, "files": _files(partial), **self.ingredients}
+            card["calibration"] = self.calibration and self.calibration.to_dict()
+            (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def _named(self, what: str):
+        """Exporters and runtimes have a hundred types of errors; a VitdemoError of one line for all of them."""
+        try:
+            yield
+        except (VitdemoError, OSError):
+            raise
+        except Exception as error:
+            own = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
+            raise VitdemoError(
+                f"{own}: {what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
+            ) from error
+
+    def _check_room(self, folder: Path) -> None:
+        """Asked before, as a disk that fills while torch writes ends the process, and memory that runs out too."""
+        weights = sum(tensor.nbytes for tensor in self.model.module.state_dict().values())
+        needed = 3 * weights + (16 << 20)  # an exported copy beside the artifact, and what a runtime adds
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise VitdemoError(
+                f"{folder}: a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; make room, "
+                "or set VITDEMO_CACHE to another folder"
+            )
+        needed, free = BUILD_MEMORY * weights, free_memory_bytes()
+        if needed > free:
+            raise VitdemoError(
+                f"{self.cls.name} {self.precision} of {self.model.info.tag}: building may take {needed / 1e9:.1f} GB "
+                f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
+            )
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What another process, perhaps on another machine, needs to get an engine: where it lies in a cache, and whose.
+
+    built_for: the versions and the instruction set that the artifact holds for.
+    """
+
+    folder_name: str
+    key: str
+    cls: type[Engine]
+    precision: str
+    device: str
+    info: ModelInfo
+    built_for: dict
+
+    def open(self, recipe: Callable[[], Recipe], threads: int) -> Engine:
+        """The engine from this machine's cache; built from ``recipe`` where it has none, or is another machine."""
+        folder = artifacts_root() / self.folder_name
+        if folder.exists() and self.built_for == built_for(self.cls):
+            with suppress(Exception), FileLock(f"{folder}.lock"):  # what is wrong the next line puts right, or says
+                return self.load(folder, threads)
+        return replace(recipe()).engine(threads)  # a copy forgets the key that it has elsewhere
+
+    def load(self, folder: Path, threads: int) -> Engine:
+        """Raises anything when the artifact is damaged or another one."""
+        start = now()
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if card["key"] != self.key:
+            raise ValueError("its card is that of another artifact")
+        if {name: file["bytes"] for name, file in card["files"].items()} != _sizes(folder):
+            raise ValueError("its files have not the sizes of those that were built")
+        with ThreadPoolExecutor(1) as pool:  # reading every byte takes as long as getting ready to run
+            files = pool.submit(_files, folder)
+            if self.cls.machine_code:
+                _check_files(card, files.result())
+            ready = self.cls(folder, self.info, self.precision, device=self.device, threads=threads)
+            _check_files(card, files.result())
+        ready.card, ready.load_s = card, now() - start
+        return ready
+
+
+def built_for(cls: type[Engine]) -> dict:
+    """The versions and the CPU's instructions here that an artifact of ``cls`` depends on."""
+    packages = ("vitdemo", "torch", "torchvision", "timm", *cls.packages)
+    return {
+        "versions": {name: installed_version(name) for name in packages},
+        "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
+    }
+
+
+def _check_files(card: dict, files: dict) -> None:
+    if card["files"] != files:
+        raise ValueError("its files are not those that were built")
+
+
+def _engine_class(engine: str, precision: str) -> type[Engine]:
+    engines = find_engines()
+    if engine not in engines:
+        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
+    cls = engines[engine]
+    if precision not in cls.precisions:
+        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
+    if cls.packages:  # loading needs them too; what only building needs, such as a compiler, build asks for
+        cls.check_requirements()
+    return cls
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+@cache
+def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
+    """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
+    support, native = cls.support(device)[precision], _listed(cls.native(device)) or "nothing"
+    if support == ABSENT:
+        raise VitdemoError(
+            f"{cls.name} {precision}: not on this {device.upper()}, where the runtime would compute in another "
+            f"precision; native to it here: {native}"
+        )
+    if support == EMULATED:
+        print(
+            f"{cls.name} {precision}: emulated, slower than fp32, as this {device.upper()} has no instructions for it; "
+            f"native to {cls.name} here: {native}",
+            file=sys.stderr,
+        )
+
+
+def resolve_device(device: str, cls: type[Engine]) -> str:
+    """ "cpu" or "cuda" for ``cls``. Raises VitdemoError for a device that is unknown, missing, or not the engine's."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
+    if not cls.runs_on(device):
+        raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
+    return device
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of an artifact, the card left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+
+
+def _files(folder: Path) -> dict[str, dict]:
+    """Size in bytes and sha256 of every file of an artifact, the card left out."""
+    found = {}
+    for name, size in _sizes(folder).items():
+        with open(folder / name, "rb") as file:
+            found[name] = {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return found
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,177 @@
+"""What every engine promises, and the registry that finds the engines."""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from vitdemo.errors import VitdemoError
+from vitdemo.machine import installed_version
+from vitdemo.models.model import Model, ModelInfo
+from vitdemo.precisions import NATIVE, Call, Shape
+
+
+class EngineFailure(RuntimeError):
+    """An engine broke while running: the run it was part of is invalid."""
+
+
+class Engine(ABC):
+    """A model ready to run: ``engine(x: uint8[B, 3, H, W]) -> float32[B, C]``, both on the CPU, any B >= 1.
+
+    ``(x / 255 - mean) / std`` happens inside, in float32, before the cast to the engine's precision.
+
+    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and answers ``_infer``.
+    It builds itself in ``__init__(self, model, precision, *, device, threads)``; one whose runtime reads a file is a
+    ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
+    costs only its own engine.
+
+    name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
+    info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
+    runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
+    shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
+    artifact, check it and make it ready to run. has_run: whether it was called yet.
+    """
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
+    depth = 1
+
+    def __init__(self, info: ModelInfo, precision: str, *, device: str, threads: int):
+        self.info = info
+        self.precision = precision
+        self.device = device
+        self.threads = threads
+        self.card: dict = {}
+        self.recipe = None
+        self.load_s: float | None = None
+        self.has_run = False
+        self._worker: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def check_requirements(cls) -> None:
+        """Raise VitdemoError, saying what to install, where this machine lacks what building the engine needs."""
+        if missing := [name for name in cls.packages if not installed_version(name)]:
+            raise VitdemoError(f"{cls.name} engine: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
+
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        """Whether the engine computes on ``device``, "cpu" or "cuda", given a machine that has one."""
+        return device == "cpu"
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        """How ``device`` computes in each of ``precisions``: "native", "emulated" (it can, slower than in fp32) or
+        "absent" (the runtime computes in another precision), by the runtime's own words, see ``support_of``."""
+        return dict.fromkeys(cls.precisions, NATIVE)
+
+    @classmethod
+    def native(cls, device: str = "cpu") -> tuple[str, ...]:
+        """Those of ``precisions`` that are native on ``device``."""
+        return tuple(name for name, support in cls.support(device).items() if support == NATIVE)
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        """A call that multiplies an [m, k] matrix by a [k, n] one, by which precisions and roofs are measured; None
+        where the runtime does not multiply in ``precision`` here, or has no plain products."""
+        return None
+
+    @abstractmethod
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, float32[B, C] on the CPU, of a checked uint8[B, 3, H, W]."""
+
+    @property
+    @abstractmethod
+    def precision_ran(self) -> dict[str, float]:
+        """The share of multiply-accumulates in each precision, as read back from the runtime; a precision that is
+        emulated here is called so, ``bf16 emulated``."""
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the layers gave on the way to the logits, float32 on the CPU by the names of ``graph.tap_points``.
+
+        The last entry, "logits", is of the very run that gave the layers: where looking inside needs a twin of the
+        artifact, it shows how far the twin is from it. Empty for an engine that nobody can look into.
+        """
+        return {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
+        self._check(x)
+        self.has_run = True
+        return self._infer(x)
+
+    def submit(self, x: torch.Tensor) -> "Future[torch.Tensor]":
+        """Start one batch and return at once; ``x`` must stay untouched until the future is done."""
+        self._check(x)
+        self.has_run = True
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(self.depth, thread_name_prefix=f"engine-{self.name}")
+        return self._worker.submit(self._infer, x)
+
+    def close(self) -> None:
+        """Wait for what is in flight and give threads back. The engine may be used again afterwards."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+            self._worker = None
+
+    def _check(self, x: torch.Tensor) -> None:
+        size = self.info.preprocessing.input_size
+        if not isinstance(x, torch.Tensor):
+            raise VitdemoError(f"{self.name} engine: a batch is a torch tensor, not {type(x).__name__}")
+        if x.dtype != torch.uint8 or x.device.type != "cpu" or x.ndim != 4 or len(x) == 0 or x.shape[1:] != size:
+            raise VitdemoError(
+                f"{self.name} engine: a batch is uint8[B >= 1, {', '.join(map(str, size))}] on the CPU, "
+                f"not {str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+            )
+
+
+class CompiledEngine(Engine):
+    """An engine whose runtime reads files: ``build`` writes them once, ``__init__`` loads them.
+
+    calibrated: the precisions whose ``build`` needs images to find the ranges of the activations.
+    machine_code: whether an artifact is code of the CPU's, which is not loaded before all of it is known to be whole;
+    any other is checked while it is loaded.
+    """
+
+    calibrated: ClassVar[tuple[str, ...]] = ()
+    machine_code: ClassVar[bool] = False
+
+    @abstractmethod
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        """Load what ``build`` wrote into ``folder``.
+
+        Raises VitdemoError for what this machine lacks; any other exception means that the artifact is damaged, and it
+        is built again.
+        """
+        super().__init__(info, precision, device=device, threads=threads)
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        """Write the artifact of ``model`` into the empty ``folder``; nothing else is kept.
+
+        calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, else None. Raises VitdemoError for what
+        the user can put right, such as a missing compiler.
+        """
+
+
+@cache
+def find_engines() -> dict[str, type[Engine]]:
+    """Every engine in this folder by name. Imports no runtime, so it works whatever is installed."""
+    package = importlib.import_module("vitdemo.engines")
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {cls.name: cls for cls in classes if issubclass(cls, Engine) and hasattr(cls, "name")}
+
+
+def precisions_here(device: str = "cpu") -> dict[str, dict[str, str]]:
+    """What every engine whose runtime is installed answers to ``support``, by its name."""
+    engines = {name: cls for name, cls in find_engines().items() if all(map(installed_version, cls.packages))}
+    return {name: cls.support(device) for name, cls in engines.items()}

@@ -1,0 +1,75 @@
+"""Torch, operation by operation: the reference that every other engine is held against."""
+
+import copy
+from functools import cached_property
+
+import torch
+
+from vitdemo.engines.contract import Engine
+from vitdemo.engines.graph import Normalised, tap_points
+from vitdemo.models.model import FlopsByPrecision, Model
+from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, Call, Shape, named_as_run, torch_product, torch_support
+
+PRECISION_OF = {str(dtype).removeprefix("torch."): precision for precision, dtype in TORCH_TYPES.items()}
+
+
+class EagerEngine(Engine):
+    """timm's module as it is; bf16 casts a copy of the weights."""
+
+    name = "eager"
+    precisions = ("fp32", "bf16")
+
+    def __init__(self, model: Model, precision: str, *, device: str, threads: int):
+        super().__init__(model.info, precision, device=device, threads=threads)
+        dtype = TORCH_TYPES[precision]
+        module = model.module
+        if dtype != torch.float32 or device != "cpu":  # .to() would change the caller's model in place
+            module = copy.deepcopy(module).to(device, dtype)
+        if device == "cuda" and precision == "fp32":  # not run; cuDNN would round the patch embedding to TF32
+            torch.backends.cudnn.allow_tf32 = False
+        self._module = Normalised(module, self.info.preprocessing, dtype).eval().to(device)
+
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        return True
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        if device == "cpu":
+            return torch_support()
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # not run
+        return {"fp32": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        return torch_product(precision, shape, threads)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            return self._module(x.to(self.device)).cpu()
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._check(x)
+        torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            logits, *taken = self._tapped(x.to(self.device))
+        names = (*self._tapped.taps, "logits")
+        return {name: tensor.cpu() for name, tensor in zip(names, (*taken, logits), strict=True)}
+
+    @cached_property
+    def _tapped(self) -> Normalised:
+        graph, preprocessing = self._module, self.info.preprocessing
+        taps = tap_points(graph.module, preprocessing.input_size)
+        return Normalised(graph.module, preprocessing, graph.dtype, taps).eval().to(self.device)
+
+    @cached_property
+    def precision_ran(self) -> dict[str, float]:
+        """Read off the operations that torch really ran on one black image, by the dtype of their operands."""
+        x = torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8, device=self.device)
+        self.has_run = True
+        with torch.no_grad(), FlopsByPrecision() as counter:
+            self._module(x)
+        total = sum(counter.flops.values())
+        shares = {PRECISION_OF.get(dtype, dtype): flops / total for dtype, flops in counter.flops.items()}
+        return named_as_run(shares, self.support(self.device))

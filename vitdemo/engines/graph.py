@@ -1,0 +1,117 @@
+"""The graph that every engine runs, uint8 pixels -> normalised floats -> the model -> logits, and views into it."""
+
+from collections.abc import Iterator
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.models.model import Model
+
+
+class Normalised(nn.Module):
+    """uint8[B, 3, H, W] -> float32 logits [B, C]: ``(x / 255 - mean) / std`` in float32, a cast, then the model.
+
+    The normalisation is never folded into the patch embedding's weights by hand: a convolution that pads
+    with zeros would then see zeros where it must see the normalised black of the padding.
+
+    With ``taps``, names of submodules, the answer is a tuple: the logits, then what each of those gave, in float32.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        dtype: torch.dtype = torch.float32,
+        taps: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+        self.taps = taps
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor):
+        x = ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
+        if not self.taps:
+            return self.module(x).float()
+        taken: dict[str, torch.Tensor] = {}
+
+        def take(name: str, output: torch.Tensor | tuple) -> None:
+            taken[name] = _first(output).clone()  # as a ReLU that works in place would change what was taken
+
+        hooks = [
+            self.module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: take(name, output))
+            for name in self.taps
+        ]
+        try:
+            logits = self.module(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits.float(), *(taken[name].float() for name in self.taps)
+
+
+def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
+    """The submodules whose outputs are compared, from input to output; the logits follow as the last point.
+
+    Of timm's VisionTransformer: the patch embedding, each block's attention and MLP before they are added to the
+    residual stream, each block, and the last norm. Of any other module its children that have parameters, those of a
+    list or a dict of modules one by one, but for the last one, which gives the logits. Only what gives a tensor when
+    a black image runs through counts: some parts of a model are for training alone.
+    """
+    if isinstance(module, VisionTransformer):
+        blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
+        return _that_run(module, ["patch_embed", *blocks, "norm"], input_size)
+    children = [name for name, child in _children(module) if next(child.parameters(), None) is not None]
+    return _that_run(module, children[:-1], input_size)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # which nobody calls
+            yield from ((f"{name}.{key}", part) for key, part in child.named_children())
+        else:
+            yield name, child
+
+
+def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, int]) -> tuple[str, ...]:
+    known = dict(module.named_modules())
+    ran: dict[str, None] = {}
+
+    def note(name: str, output: object) -> None:
+        if isinstance(_first(output), torch.Tensor):
+            ran[name] = None
+
+    hooks = [
+        known[name].register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name in names
+        if name in known
+    ]
+    like = next(module.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            module(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(name for name in names if name in ran)
+
+
+def _first(output: object) -> object:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def export_graph(model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] = ()) -> ExportedProgram:
+    """``model``, its normalisation before it, by ``torch.export``: uint8[B, 3, H, W] in, any B >= 1, logits out.
+
+    ``dtype``: what the model computes in; its parameters must be of it. ``taps`` as in ``Normalised``.
+    """
+    graph = Normalised(model.module, model.info.preprocessing, dtype, taps).eval()
+    # A batch of 1 would be taken for a constant.
+    example = torch.zeros(2, *model.info.preprocessing.input_size, dtype=torch.uint8)
+    with torch.no_grad():
+        return torch.export.export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))

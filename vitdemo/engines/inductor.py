@@ -1,0 +1,178 @@
+"""AOTInductor: torch's own compiler, run once, into a package that runs without a compiler and without tracing."""
+
+import copy
+import json
+import tempfile
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils.flop_counter import conv_flop_count
+
+from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.eager import PRECISION_OF
+from vitdemo.engines.graph import export_graph, tap_points
+from vitdemo.errors import VitdemoError
+from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
+from vitdemo.precisions import TORCH_TYPES, named_as_run, torch_support
+
+PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
+
+OPTIONS = {
+    "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
+    "cpp.dynamic_threads": True,  # how many threads run is the engine's, not the artifact's
+    "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
+    "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
+}
+
+# What freezing makes of convolutions and linear layers; torch has no formulas for these. A torch without oneDNN, as on
+# a Mac, does not have the operations either.
+MKLDNN_FLOPS = {
+    "_convolution_pointwise": lambda x, w, *_, out_val: conv_flop_count(x.shape, w.shape, out_val.shape),
+    "_linear_pointwise": lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
+}
+
+
+class InductorEngine(CompiledEngine):
+    """The module exported with any batch size, its weights frozen and laid out for oneDNN, compiled to machine code.
+
+    Runs on the CPU. Building needs a C++ compiler that knows the CPU's instructions: g++, or the one that CXX names;
+    loading needs none.
+    """
+
+    name = "inductor"
+    precisions = ("bf16",)
+    machine_code = True
+
+    @classmethod
+    def check_requirements(cls) -> None:
+        """Raises VitdemoError where torch finds no C++ compiler, before the long work."""
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, OSError):
+            raise VitdemoError(
+                f"inductor engine: needs a C++ compiler, and {config.cpp.cxx[-1]} does not run; install g++ (with apt) "
+                "or cxx-compiler (with conda), or name yours in the environment variable CXX"
+            ) from None
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        return {precision: torch_support()[precision] for precision in cls.precisions}
+
+    @classmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        cls.check_requirements()
+        dtype = TORCH_TYPES[precision]
+        # .to() would change the caller's model in place
+        cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
+        taps = tap_points(cast.module, model.info.preprocessing.input_size)
+        torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
+        flops = _compile(export_graph(cast, dtype=dtype), folder / PACKAGE)
+        facts = {"taps": taps, "precision_ran": _shares(flops, model.info.flops_per_image)}
+        (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        super().__init__(folder, info, precision, device="cpu", threads=threads)
+        self._folder = folder
+        self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self._run = _load(folder / PACKAGE)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(self.threads)
+        (logits,) = self._run([x.contiguous()])  # the machine code does not look at strides
+        return logits
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of a twin: the exported graph that the machine code was made of, run by torch, operation by operation.
+
+        A package cannot be opened, and what it fuses is never written to memory. So a mistake in the model shows in a
+        layer, and one that the compiler makes shows as a distance of the twin's logits from the engine's own.
+        """
+        self._check(x)
+        torch.set_num_threads(self.threads)
+        with torch.inference_mode():
+            logits, *taken = self._twin(x)
+        return dict(zip((*self._facts["taps"], "logits"), (*taken, logits), strict=True))
+
+    @property
+    def precision_ran(self) -> dict[str, float]:
+        """By the operands' dtype in the graph that Inductor made machine code of.
+
+        That graph is Inductor's own, after its decompositions, constant folding and freezing, so a cast or a fallback
+        it put in shows. Multiply-accumulates of the model that are not found there again are "unknown".
+        It does not show how oneDNN multiplies; that comes from ``support``, asked here and not where it was built.
+        """
+        return named_as_run(self._facts["precision_ran"], self.support("cpu"))
+
+    @cached_property
+    def _twin(self) -> torch.nn.Module:
+        return torch.export.load(self._folder / TAPPED).module()
+
+
+def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
+    """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+    flops: Counter[str] = Counter()
+    options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
+    # Freezing is for inference, which torch tells from gradients being off.
+    with tempfile.TemporaryDirectory(dir=package.parent) as scratch, temporary_cache_dir(scratch), torch.no_grad():
+        try:
+            aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
+        except RuntimeError as error:
+            if "CppCompileError" not in str(error):
+                raise
+            reason = next((line for line in str(error).splitlines() if "error:" in line), "it gives no reason")
+            raise VitdemoError(f"inductor engine: the C++ compiler failed ({reason}); name another in CXX") from None
+    return flops
+
+
+def _count_flops(graph: fx.Graph) -> Counter[str]:
+    """FLOPs of one image by the dtype of the first operand."""
+    theirs = {getattr(torch.ops.mkldnn, name, None): formula for name, formula in MKLDNN_FLOPS.items()}
+    formulas = FLOP_FORMULAS | theirs
+    flops: Counter[str] = Counter()
+    formulas.pop(None, None)
+    for node in graph.nodes:
+        formula = formulas.get(getattr(node.target, "overloadpacket", None))
+        if formula is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            count = formula(*args, **kwargs, out_val=node.meta["val"])
+            operand = next(arg for arg in args if isinstance(arg, torch.Tensor))
+            flops[str(operand.dtype).removeprefix("torch.")] += _at_batch_1(count)
+    return flops
+
+
+def _at_batch_1(count: int | torch.SymInt) -> int:
+    if isinstance(count, int):
+        return count
+    expression = count.node.expr
+    return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
+
+
+def _shares(flops: Counter[str], expected: int) -> dict[str, float]:
+    """``flops`` as shares; what is missing of ``expected`` is "unknown"."""
+    counts = dict(flops)
+    if (missing := expected - flops.total()) > 0:
+        counts["unknown"] = missing
+    total = sum(counts.values())
+    return {PRECISION_OF.get(name, name): count / total for name, count in counts.items()}
+
+
+def _load(package: Path):
+    """A function from a list of tensors to one.
+
+    Not by ``torch._inductor.aoti_load_package``: that asks the compiler anew which instructions it knows, some twenty
+    seconds in every process, and the function it gives parses its own signature at every call.
+    """
+    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).run

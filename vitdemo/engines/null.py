@@ -1,0 +1,26 @@
+"""An engine that computes nothing: what is left when it runs is the harness's own cost."""
+
+import torch
+
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import VitdemoError
+from vitdemo.models.model import Model
+
+
+class NullEngine(Engine):
+    """Answers zeros. Its rate is the ceiling that reading, decoding and bookkeeping put on every other engine."""
+
+    name = "null"
+    precisions = ("none",)
+
+    def __init__(self, model: Model, precision: str, *, device: str, threads: int):
+        super().__init__(model.info, precision, device=device, threads=threads)
+        if self.info.classes is None:
+            raise VitdemoError(f"{self.info.tag}: the null engine answers one zero a class; give the model its classes")
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), len(self.info.classes))
+
+    @property
+    def precision_ran(self) -> dict[str, float]:
+        return {"none": 1.0}

@@ -1,0 +1,240 @@
+"""ONNX Runtime: the graph as torch's exporter writes it, in float32 or quantised to int8 by the runtime's own tool."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.graph import export_graph, tap_points
+from vitdemo.errors import VitdemoError
+from vitdemo.machine import installed_version
+from vitdemo.models.model import Model, ModelInfo
+
+GRAPH, TAPS = "model.onnx", "taps.json"  # the weights lie in model.onnx.data, as a graph's file holds 2 GB at most
+
+# By device, in the order in which each part of the graph is offered to them. Those of CUDA were *not run*.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("TensorrtExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"),
+}
+ON_CUDA = {"TensorrtExecutionProvider", "CUDAExecutionProvider"}
+
+PRECISION_OF = {"float": "fp32", "uint8": "int8", "int8": "int8", "float16": "fp16", "bfloat16": "bf16"}
+# The build for CUDA is another distribution of the same module.
+RUNTIME = "onnxruntime-gpu" if installed_version("onnxruntime-gpu") else "onnxruntime"
+CALIBRATION_BATCH = 2  # images whose every activation is in memory at once; more are no faster
+
+
+class ONNXEngine(CompiledEngine):
+    """The graph on the CPU; on CUDA, by TensorRT's and CUDA's providers, it was *not run*.
+
+    The artifact is one ONNX file with an input "x" and an output "logits", beside the names of the values that
+    ``layers`` reads. int8 is static: fixed ranges of the activations, found on the calibration images.
+
+    providers: those that ONNX Runtime took, as it tells them.
+    """
+
+    name = "onnx"
+    precisions = ("fp32", "int8")
+    packages = (RUNTIME, "onnx", "onnxscript")
+    calibrated = ("int8",)
+
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        super().__init__(folder, info, precision, device=device, threads=threads)
+        self._folder = folder
+        self._taps: dict[str, str] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
+        self._session = self._open(folder / GRAPH)
+        self.providers = self._session.get_providers()
+        require_provider(device, self.providers)
+
+    @classmethod
+    def runs_on(cls, device: str) -> bool:
+        if device == "cpu":
+            return True
+        import onnxruntime
+
+        return not ON_CUDA.isdisjoint(onnxruntime.get_available_providers())
+
+    def _open(self, graph: Path | bytes, *, profile: Path | None = None):
+        """A session over a graph's file, or its bytes where its weights are the artifact's.
+
+        profile: a folder for a record of the kernels that run.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors, which are raised as well
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle, it leaves the cores to others
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "kernels")
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape there
+        source = graph if isinstance(graph, bytes) else str(graph)
+        # A provider that fails is an error, and no reason to go on with another.
+        return onnxruntime.InferenceSession(source, options, list(PROVIDERS[self.device]), enable_fallback=0)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        (logits,) = self._session.run(None, feed(x))
+        return torch.from_numpy(logits)
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As every engine's; without the layers that int8 has folded into others, as a batch norm's convolution."""
+        self._check(x)
+        values = self._tapped.run([*self._taps.values(), "logits"], feed(x))
+        return {name: torch.from_numpy(value) for name, value in zip((*self._taps, "logits"), values, strict=True)}
+
+    @cached_property
+    def _tapped(self):
+        """A session over the artifact's graph with an output more for each layer."""
+        import onnx
+
+        model = onnx.load(self._folder / GRAPH, load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in self._taps.values())
+        return self._open(model.SerializeToString())
+
+    @cached_property
+    def precision_ran(self) -> dict[str, float]:
+        """Read off the kernels that ONNX Runtime reports to have run for one black image."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self._open(self._folder / GRAPH, profile=Path(folder))
+            session.run(None, feed(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8)))
+            macs = macs_by_precision(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
+        total = self.info.flops_per_image / 2
+        if sum(macs.values()) < 0.99 * total:  # a kind of kernel that this does not know, such as TensorRT's own
+            macs["unknown"] = total - sum(macs.values())
+        return {precision: count / sum(macs.values()) for precision, count in macs.items()}
+
+    @classmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        if precision == "int8":
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                taps = export(model, Path(scratch) / GRAPH)
+                quantise(Path(scratch) / GRAPH, folder / GRAPH, calibration)
+            taps = {name: value for name, value in taps.items() if value in computed_values(folder / GRAPH)}
+        else:
+            taps = export(model, folder / GRAPH)
+        (folder / TAPS).write_text(json.dumps(taps, indent=2), encoding="utf-8")
+
+
+def feed(x: torch.Tensor) -> dict:
+    """What a session takes: the batch's own memory, which the runtime copies only where it is not contiguous."""
+    return {"x": x.numpy()}
+
+
+def require_provider(device: str, there: Iterable[str]) -> None:
+    """Raises VitdemoError where ONNX Runtime would run on the CPU what was meant for ``device``."""
+    if device == "cuda" and not ON_CUDA.intersection(there):
+        raise VitdemoError(
+            "device 'cuda': ONNX Runtime has no CUDA provider here; use cpu, or install onnxruntime-gpu in place of "
+            "onnxruntime"
+        )
+
+
+def export(model: Model, path: Path) -> dict[str, str]:
+    """Write the graph, any batch, to ``path``; the names of its values at the tap points, in their order."""
+    taps = tap_points(model.module, model.info.preprocessing.input_size)
+    program = torch.onnx.export(
+        export_graph(model, taps=taps), dynamo=True, verbose=False, input_names=["x"], output_names=["logits", *taps]
+    )
+    outputs = program.model.graph.outputs
+    values = {name: value.name for name, value in zip(taps, outputs[1:], strict=True)}
+    del outputs[1:]
+    program.save(path, external_data=True)
+    return values
+
+
+def quantise(exported: Path, path: Path, pixels: torch.Tensor) -> None:
+    """Write ``exported`` to ``path`` with static int8 rounding around its convolutions and layers with weights.
+
+    Rounded are their inputs (uint8) and their weights (int8, a scale for each channel out). What a layer gives stays
+    in float32, but for a convolution's, which has no kernel for that. So do the two products in attention: rounded
+    as well, they more than tripled the error and were no faster. The ranges are the least and the greatest values
+    seen on ``pixels``, uint8[N, 3, H, W].
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = exported.with_name("prepared.onnx")
+    # The exporter has written every shape already.
+    quant_pre_process(
+        exported, prepared, skip_symbolic_shape=True, save_as_external_data=True, all_tensors_to_one_file=True
+    )
+    graph = onnx.load(prepared, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    attention = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+    quantize_static(
+        prepared,
+        path,
+        CalibrationBatches(pixels),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=not adds_products_exactly(),
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=attention,
+        use_external_data_format=True,
+        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+    )
+
+
+class CalibrationBatches:
+    """ONNX Runtime's ``CalibrationDataReader``: a few images at a time, with a progress bar."""
+
+    def __init__(self, pixels: torch.Tensor):
+        self._batches = iter(tqdm(pixels.split(CALIBRATION_BATCH), desc="calibrating", unit="batch"))
+
+    def get_next(self) -> dict | None:
+        batch = next(self._batches, None)
+        return None if batch is None else feed(batch)
+
+
+def adds_products_exactly() -> bool:
+    """Whether this CPU adds up products of uint8 and int8 exactly.
+
+    An x86 without VNNI adds them by pairs in 16 bits, which two large ones overflow; weights of 7 bits do not.
+    """
+    cpu = torch.cpu.get_capabilities()
+    return not cpu["architecture"].startswith("x86") or cpu["avx512_vnni"] or cpu["avx_vnni"]
+
+
+def computed_values(path: Path) -> set[str]:
+    """The names of what the nodes of an ONNX graph give."""
+    import onnx
+
+    return {value for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
+
+
+def macs_by_precision(events: list[dict]) -> Counter[str]:
+    """Multiply-accumulates in an ONNX Runtime profile, by the type of the first of the two that are multiplied.
+
+    Of convolutions and matrix products under all the names that the runtime has for them (FusedMatMul, QLinearConv,
+    MatMulIntegerToFloat …). A product has a row of its output for each row of its first operand.
+    """
+    macs: Counter[str] = Counter()
+    for kernel in (event["args"] for event in events if "input_type_shape" in event.get("args", ())):
+        is_convolution = "Conv" in kernel["op_name"]
+        if not is_convolution and "MatMul" not in kernel["op_name"] and "Gemm" not in kernel["op_name"]:
+            continue
+        (kind, data), *others = (pair for operand in kernel["input_type_shape"] for pair in operand.items())
+        ((_, out),) = kernel["output_type_shape"][0].items()
+        if is_convolution:  # its weights are [channels out, channels in, height, width]
+            weights = next(shape for _, shape in others if len(shape) == len(data))
+            count = prod(out) * prod(weights[1:])
+        else:
+            count = prod(data) * out[-1]
+        macs[PRECISION_OF.get(kind, kind)] += count
+    return macs

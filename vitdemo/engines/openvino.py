@@ -1,0 +1,303 @@
+"""OpenVINO, Intel's runtime for CPUs: torch's exported graph in float32 or bfloat16, or in int8 by NNCF."""
+
+import importlib
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from math import prod
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import ModuleType
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.graph import export_graph, tap_points
+from vitdemo.machine import installed_version
+from vitdemo.models.model import Model, ModelInfo
+from vitdemo.precisions import NATIVE, Call, Shape, named_as_run, support_of
+
+GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
+PRECISION_OF = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+
+
+class OpenVINOEngine(CompiledEngine):
+    """The graph on the CPU, compiled for the shortest latency; one compiled model serves every batch size.
+
+    The artifact is the plain graph in OpenVINO's own format, weights as they are, beside the names of the nodes that
+    ``layers`` reads. int8: NNCF finds the ranges of the activations on the calibration images and lays its rounding
+    into the graph; the products that it leaves out, probabilities times values in each attention, run in bfloat16
+    where that is native, else in float32.
+    """
+
+    name = "openvino"
+    precisions = ("fp32", "bf16", "int8")
+    packages = ("openvino", "nncf")
+    calibrated = ("int8",)
+    depth = 2  # the next batch lies ready when one is done
+
+    def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
+        super().__init__(folder, info, precision, device="cpu", threads=threads)
+        self._graph = shared_core().read_model(folder / GRAPH)
+        self._taps: dict[str, list] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
+        self._compiled = self._compile(self._graph)
+        self.threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
+        self._idle: SimpleQueue = SimpleQueue()  # requests that nobody is using
+
+    def _compile(self, graph):
+        options = {
+            "INFERENCE_PRECISION_HINT": hint(self.precision),  # its own choice would be bfloat16 where the CPU has it
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        return shared_core().compile_model(graph, "CPU", options)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            request = self._idle.get_nowait()
+        except Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            return run(request, x)[0]
+        finally:
+            self._idle.put(request)
+
+    def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._check(x)
+        logits, *taken = run(self._tapped.create_infer_request(), x)
+        return dict(zip((*self._taps, "logits"), (*taken, logits), strict=True))
+
+    @cached_property
+    def _tapped(self):
+        """A twin of the artifact with an output more for each layer, compiled as the artifact is."""
+        return self._compile(with_outputs(self._graph, self._taps.values(), apart=self.precision == "int8"))
+
+    @cached_property
+    def precision_ran(self) -> dict[str, float]:
+        """Read off the runtime's own graph, as it was fused and rounded when it ran one black image."""
+        self(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8))
+        macs = macs_by_precision(self._compiled.get_runtime_model())
+        total = self.info.flops_per_image / 2
+        if macs.total() < 0.99 * total:  # there is a kind of node that is not counted
+            macs["unknown"] = total - macs.total()
+        shares = {precision: count / macs.total() for precision, count in macs.items()}
+        return named_as_run(shares, self.support("cpu"))
+
+    @classmethod
+    def support(cls, device: str) -> dict[str, str]:
+        every = super().support(device)
+        return every | {"bf16": bf16_support()} if installed_version("openvino") else every
+
+    @classmethod
+    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
+        return product(precision, shape, threads)
+
+    @classmethod
+    def build(
+        cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
+    ) -> None:
+        openvino = import_silently("openvino")
+        taps = tap_points(model.module, model.info.preprocessing.input_size)
+        graph = openvino.convert_model(export_graph(model, taps=taps))
+        _, *tapped = graph.get_results()
+        nodes = {}
+        for name, result in zip(taps, tapped, strict=True):
+            source = result.input_value(0)
+            nodes[name] = [source.get_node().get_friendly_name(), source.get_index()]
+            graph.remove_result(result)
+        graph.reshape([-1, *model.info.preprocessing.input_size])  # the importer leaves every dimension open
+        if precision == "int8":
+            graph = quantised(graph, calibration)
+        openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
+        (folder / TAPS).write_text(json.dumps(nodes, indent=2), encoding="utf-8")
+
+
+@cache
+def bf16_support() -> str:
+    """Of OpenVINO on this CPU. Where it has AVX512 and no bf16, OpenVINO emulates it, up to 17 times slower than fp32;
+    with AVX2 alone it computes in float32 whatever the hint."""
+    return support_of("bf16", ["BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")], product)
+
+
+def hint(precision: str) -> str:
+    """OpenVINO's name of the precision that everything runs in that the graph does not round to int8.
+
+    Of int8 itself it is what NNCF leaves out, a fiftieth of a ViT-B/16: on a CPU with bf16 a batch of 8 took a tenth
+    longer in float32; on one with AVX512 and no bf16, five times as long in bf16.
+    """
+    if precision == "int8":
+        return "bf16" if bf16_support() == NATIVE else "f32"
+    return {"fp32": "f32", "bf16": "bf16"}[precision]
+
+
+def product(precision: str, shape: Shape, threads: int) -> Call | None:
+    """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
+    openvino = import_silently("openvino")
+    from openvino import opset13 as ops
+
+    m, k, n = shape
+    kind = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
+    random = np.random.default_rng(0)
+    x = ops.parameter([m, k], getattr(openvino.Type, kind))
+    weights = random.integers(-127, 128, (n, k), dtype=np.int8)
+    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
+        left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
+    else:
+        left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
+    y = ops.matmul(left, right, False, True)
+    if precision == "int8":
+        y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
+    graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    try:
+        compiled = shared_core().compile_model(graph, "CPU", options)
+    except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
+        return None
+    request = compiled.create_infer_request()
+    bits = request.get_input_tensor().data.view(np.uint8)
+    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
+    request.infer()
+    return request.infer if set(macs_by_precision(compiled.get_runtime_model())) == {precision} else None
+
+
+def run(request, x: torch.Tensor) -> list[torch.Tensor]:
+    """Every output of one batch, copied, as the next batch overwrites what the request holds."""
+    from openvino import Tensor
+
+    pixels = x.contiguous().numpy()
+    request.set_input_tensor(Tensor(pixels, shared_memory=True))
+    request.infer()
+    return [torch.from_numpy(tensor.data.copy()) for tensor in request.output_tensors]
+
+
+@cache
+def shared_core():
+    """OpenVINO's runtime, one for all engines and for as long as the process lives.
+
+    Each has a stack of its own for signals. Where the older of two is dropped first, OpenVINO 2026.4 leaves signals to
+    memory that is free, and the next one, of a child that ends or of Ctrl-C, writes over whatever lies there.
+    """
+    return import_silently("openvino").Core()
+
+
+def import_silently(name: str) -> ModuleType:
+    """A module of OpenVINO or NNCF that reports to nobody.
+
+    Both send statistics of their use to their makers unless the user has refused them, and write an identity into the
+    home folder for that. Both do without where the package that sends them is missing, as it seems to be here.
+    """
+    if "openvino_telemetry" in sys.modules:  # the user's own program got it first, and decides
+        return importlib.import_module(name)
+    sys.modules["openvino_telemetry"] = None
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules["openvino_telemetry"]
+
+
+def with_outputs(graph, nodes: Iterable[tuple[str, int]], *, apart: bool):
+    """A copy of ``graph`` that also gives these outputs of its nodes, each by name and index.
+
+    apart: after each point a node that changes nothing and that the runtime moves no factor across. In a quantised
+    graph it gets the factors of a layer with two readers wrong otherwise: what ResNet-18's first convolution gave
+    came out 42,000 times too small in OpenVINO 2026.4.
+    """
+    from openvino import opset13
+
+    twin = graph.clone()
+    found = {node.get_friendly_name(): node for node in twin.get_ops()}
+    results = []
+    for name, index in nodes:
+        point = found[name].output(index)
+        if apart:
+            readers = point.get_target_inputs()
+            point = opset13.minimum(point, np.float32(np.inf)).output(0)
+            for reader in readers:
+                reader.replace_source_output(point)
+        results.append(opset13.result(point))
+    twin.add_results(results)
+    return twin
+
+
+def quantised(graph, pixels: torch.Tensor):
+    """``graph`` with NNCF's int8 rounding; pixels: the calibration images, uint8[N, 3, H, W], run one by one."""
+    nncf = import_silently("nncf")
+    nncf.set_log_level(logging.ERROR)
+    transformer = any(node.get_type_name() in ("ScaledDotProductAttention", "Softmax") for node in graph.get_ops())
+    passes = 2 if transformer else 1  # of a transformer the outlying channels first, to be smoothed away
+    with tqdm(total=passes * len(pixels), desc="calibrating", unit="image") as bar, silent_console():
+
+        def feed(image):
+            bar.update()
+            return image[None]
+
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(pixels.numpy(), feed),
+            subset_size=len(pixels),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )
+
+
+@contextmanager
+def silent_console() -> Iterator[None]:
+    """NNCF's own progress bars, one after the other, are not drawn inside, nor as empty outputs of a notebook; and
+    torch does not warn that the CUDA compiler which NNCF makes it look for has no GPU."""
+    import rich
+
+    console, torchs = rich.get_console(), logging.getLogger("torch.utils.cpp_extension")
+    before = console.quiet, console.is_jupyter, torchs.level
+    console.quiet, console.is_jupyter = True, False
+    torchs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        console.quiet, console.is_jupyter = before[:2]
+        torchs.setLevel(before[2])
+
+
+def macs_by_precision(runtime_graph) -> Counter[str]:
+    """Multiply-accumulates an image in an OpenVINO runtime graph that has run, by the type of what is multiplied.
+
+    Of convolutions, matrix products, and the two products in each fused attention, which is one node there.
+    """
+    batch = dimensions(runtime_graph.inputs[0])[0]  # the graph shows the dimensions it ran last
+    macs: Counter[str] = Counter()
+    for node in runtime_graph.get_ordered_ops():
+        kind, layers = (node.get_rt_info()[key].astype(str) for key in ("layerType", "originalLayersNames"))
+        if kind in ("Convolution", "FullyConnected", "MatMul"):
+            data, weights = node.inputs()[:2]
+            out = dimensions(node.output(0))
+            if kind == "Convolution":  # its weights are [(groups,) channels out, channels in, height, width]
+                terms = prod(dimensions(weights)) // out[1]
+            else:
+                rows, columns = dimensions(data)[-2:]
+                terms = columns if kind == "FullyConnected" or rows == out[-2] else rows
+            macs[multiplied_in(data, weights)] += prod(out) * terms / batch
+        elif kind == "Subgraph" and "Softmax" in layers and len(node.inputs()) > 2:
+            query, key, *_, value = node.inputs()
+            keys = dimensions(value)[-2]
+            macs[multiplied_in(query, key)] += prod(dimensions(query)) * keys / batch
+            macs[multiplied_in(value)] += prod(dimensions(node.output(0))) * keys / batch
+    return macs
+
+
+def dimensions(port) -> list[int]:
+    """The shape of a node's input or output."""
+    return [dimension.get_length() for dimension in port.get_partial_shape()]
+
+
+def multiplied_in(*operands) -> str:
+    """int8 where every operand is; else the precision of the first that is not."""
+    types = [operand.get_element_type().get_type_name() for operand in operands]
+    return next((kind for kind in (PRECISION_OF.get(name, name) for name in types) if kind != "int8"), "int8")

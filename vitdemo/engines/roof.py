@@ -1,0 +1,169 @@
+"""The roof: what this machine was measured to reach, a precision, in plain matrix products.
+
+A model's own rate over the roof says how much of the machine it uses. It is measured, not read off a data sheet: the
+clock that a processor holds, and the share that other programs take, are in no data sheet.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+
+import torch
+from torch import nn
+
+from vitdemo.engines.contract import find_engines, precisions_here
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.machine import cores, machine_record, now
+from vitdemo.models.model import Model
+from vitdemo.paths import cache_root, replacing
+from vitdemo.precisions import NATIVE, Call, Shape
+
+SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
+ROUNDS = 3
+ROOF_BATCH = 8  # images at once, of which the model's own products are
+FINALISTS = 3  # products that take part in the rounds after the first
+FILE = "roof.json"
+COPIED = 256 << 20  # bytes, more than any cache holds
+LONGEST_S = 1.0  # a product that takes longer is left out: smaller ones reach as much, and a roof is to be quick
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The best that plain matrix products reached.
+
+    flops_per_s: 2 x multiply-accumulates in a second, of integers where precision is int8. shape and runtime: of the
+    product that reached it, runtime an engine's name. threads: CPU threads it used. measured: when.
+    """
+
+    precision: str
+    flops_per_s: float
+    shape: Shape
+    runtime: str
+    threads: int
+    measured: str
+
+    def __str__(self) -> str:
+        m, k, n = self.shape
+        return (
+            f"roof: {self.flops_per_s / 1e12:.2f} TFLOP/s in {self.precision}, reached by {self.runtime} with "
+            f"[{m}, {k}] x [{k}, {n}] on {self.threads} threads, measured {self.measured}"
+        )
+
+
+def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = False) -> Roof:
+    """The roof of this machine in ``precision``: "fp32", "bf16" or "int8".
+
+    The best of square products and of ``shapes``, such as a model's own (``linear_shapes``), in every engine that has
+    plain products and the precision natively; the median call of the best shape, the best of three rounds, the last
+    two of them among the three fastest. What was measured is kept in the cache, for this machine, these versions and
+    shapes, until ``fresh`` asks for it anew. Takes ten to twenty seconds: a product whose first call takes more than a
+    second is left out.
+    Raises VitdemoError where nothing here multiplies natively in that precision.
+    """
+    shapes = sorted({*SQUARE, *shapes})
+    path, key = cache_root() / FILE, _key(precision, shapes)
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {}
+        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
+            kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        if fresh or key not in kept:
+            print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
+            products = Products(precision, shapes)
+            rounds = [products.keep(FINALISTS, seconds=2, least=1)]
+            rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
+            kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
+            with replacing(path) as file:
+                json.dump({key: asdict(roof) for key, roof in kept.items()}, file, indent=2)
+    return replace(kept[key], shape=tuple(kept[key].shape))
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that the memory gives to all cores: reading an array and writing another, the best of five."""
+    torch.set_num_threads(cores())
+    source, target = torch.zeros(COPIED // 4), torch.empty(COPIED // 4)
+    return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])
+
+
+def _key(precision: str, shapes: list[Shape]) -> str:
+    machine = machine_record()
+    what = [precision, shapes, machine["cpu"], machine["isa"], machine["cores"], machine["versions"]]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def linear_shapes(model: Model, batch: int) -> list[Shape]:
+    """The matrix products of ``model``'s linear layers for ``batch`` images, each once, from input to output."""
+    shapes: dict[Shape, None] = {}
+
+    def note(layer: nn.Linear, inputs: tuple[torch.Tensor], _) -> None:
+        k = inputs[0].shape[-1]
+        shapes[inputs[0].numel() // k, k, layer.out_features] = None
+
+    layers = [part for part in model.module.modules() if isinstance(part, nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.inference_mode():
+            model.module(torch.zeros(1, *model.info.preprocessing.input_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(m * batch, k, n) for m, k, n in shapes]
+
+
+class Products:
+    """Matrix products in ``precision``, ready to be timed, in every runtime that has them here."""
+
+    def __init__(self, precision: str, shapes: Iterable[Shape]):
+        self.precision = precision
+        self._calls: dict[tuple[str, Shape], Call] = {}
+        for name, support in precisions_here().items():
+            if support.get(precision) == NATIVE:
+                products = {(name, shape): find_engines()[name].product(precision, shape, cores()) for shape in shapes}
+                self._calls |= {key: call for key, call in products.items() if call}
+        if not self._calls:
+            raise VitdemoError(f"no roof in {precision} here: nothing installed has it natively; see vitdemo doctor")
+
+    def keep(self, count: int, seconds: float, least: int = 2) -> Roof:
+        """As ``best``, without the products whose first call takes longer than LONGEST_S; from now on only the
+        ``count`` fastest take part."""
+        rates = self._rates(seconds, least, LONGEST_S) or self._rates(seconds, least)
+        fastest = sorted(rates, key=rates.get, reverse=True)[:count]
+        self._calls = {key: self._calls[key] for key in fastest}
+        return self._roof(rates)
+
+    def best(self, seconds: float, least: int = 2) -> Roof:
+        """Time each product for an equal part of ``seconds``, ``least`` calls after a cold one; the fastest, by its
+        median call."""
+        return self._roof(self._rates(seconds, least))
+
+    def _rates(self, seconds: float, least: int, longest_s: float = math.inf) -> dict[tuple[str, Shape], float]:
+        rates = {}
+        for (runtime, shape), call in self._calls.items():
+            if taken := _timed(call, seconds / len(self._calls), least, longest_s):
+                rates[runtime, shape] = 2 * math.prod(shape) / statistics.median(taken)
+        return rates
+
+    def _roof(self, rates: dict[tuple[str, Shape], float]) -> Roof:
+        runtime, shape = max(rates, key=rates.get)
+        measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
+
+
+def _timed(call: Call, seconds: float, least: int = 2, longest_s: float = math.inf) -> list[float]:
+    """Seconds of each call after a cold one; none where that took more than ``longest_s``."""
+    start = now()
+    call()
+    if now() - start > longest_s:
+        return []
+    taken: list[float] = []
+    while len(taken) < least or sum(taken) < seconds:
+        start = now()
+        call()
+        taken.append(now() - start)
+    return taken

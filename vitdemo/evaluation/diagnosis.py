@@ -1,0 +1,466 @@
+"""diagnose: why is the accuracy off? Hypotheses measured on the spot, and the one that explains the loss."""
+
+import csv
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from math import ceil, log2
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.decoding import Preprocessing, prefetched_batches
+from vitdemo.dataset.imagenet import DEVKITS, OFFICIAL_VAL, Devkit, ImageNetVal, Sample, devkit_of, read_devkit
+from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.evaluation.metrics import wilson_interval
+from vitdemo.evaluation.published import Published, published_for
+from vitdemo.machine import cores, now
+from vitdemo.models.model import Model
+
+# Classes in another order than that of the wnids: the usual mix-ups, and what lies beside a data set to tell them.
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The devkit's side of a data set.
+
+    ids: int[classes], the ILSVRC2012_ID of each label. truth: file name -> label, by the devkit. ``missing`` says why
+    where one of them is None.
+    """
+
+    ids: np.ndarray | None
+    truth: dict[str, int] | None
+    missing: str = ""
+
+
+def read_numbering(data: ImageNetVal) -> Numbering:
+    """From the devkit beside a tar or beside ``val/``; the IDs alone also from ``classes.csv`` beside ``val/``."""
+    path = Path(data.path)
+    try:
+        devkit = read_devkit(devkit_of(path) if path.is_file() else _devkit_in(path.parent))
+    except VitdemoError as error:
+        return Numbering(_ids(_ids_of_extraction(path.parent), data.classes), None, f"it needs the devkit: {error}")
+    ids = _ids({synset.wnid: synset.id for synset in devkit.synsets}, data.classes)
+    if ids is None:
+        return Numbering(None, None, "it needs the devkit, and the one here is of other classes")
+    return Numbering(ids, _truth(devkit))
+
+
+def _devkit_in(root: Path) -> Path:
+    """The devkit beside ``val/``, of whatever name; ILSVRC2012's before others. Raises VitdemoError without one."""
+    with named_errors(root):
+        others = sorted(root.glob(DEVKITS))
+    if len(others) != 1:  # none, or several, of which ILSVRC2012's may be one
+        return devkit_of(root / OFFICIAL_VAL)
+    return others[0]
+
+
+def _ids_of_extraction(root: Path) -> dict[str, int]:
+    """wnid -> ILSVRC2012_ID as ``extract`` wrote it down in ``root``, empty where it did not."""
+    try:
+        with open(root / "classes.csv", encoding="utf-8", newline="") as file:
+            return {row["wnid"]: int(row["ilsvrc_id"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _ids(by_wnid: dict[str, int], classes: Sequence[str]) -> np.ndarray | None:
+    """The ID of each class, provided that they are 1 to the number of classes."""
+    ids = [by_wnid.get(wnid, 0) for wnid in classes]
+    return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
+
+
+def _truth(devkit: Devkit) -> dict[str, int]:
+    return {f"ILSVRC2012_val_{number:08d}.JPEG": label for number, label in enumerate(devkit.labels, start=1)}
+
+
+def other_orders(data: ImageNetVal, numbering: Numbering) -> dict[str, np.ndarray | None]:
+    """The orders of the classes that get mistaken for the lexicographic one of the wnids.
+
+    Name of the order -> int[classes], the rank of each label in it, or None where it cannot be known.
+    """
+    labels = range(len(data.classes))
+    return {
+        "ILSVRC order": None if numbering.ids is None else numbering.ids - 1,
+        "the order of numbers as text": np.argsort(sorted(labels, key=str)),  # 0, 1, 10, 100, 101 …
+        "the order of the class names": np.argsort(sorted(labels, key=data.class_names.__getitem__)),
+    }
+
+
+# The usual mistakes that cost accuracy: each is put right in turn, and the same images are counted again.
+
+
+NORMALISATIONS = {
+    "with ImageNet's mean/std": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "with mean/std 0.5": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+    "with CLIP's mean/std": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+}
+OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
+FLAT = "labels of a flat folder"
+EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One mistake put right; ``name`` says what was changed.
+
+    correct, before: bool[images], which images are right with the mistake put right, and which without; None where
+    it was not tested, and ``not_tested`` says why. cure: what to do if this is it. took_s: the seconds that its answers
+    took, 0 for those that were only counted anew.
+    """
+
+    name: str
+    cure: str
+    correct: np.ndarray | None = None
+    before: np.ndarray | None = None
+    took_s: float = 0.0
+    not_tested: str = ""
+
+    @property
+    def gained(self) -> int:
+        """Images that were wrong before and are right now."""
+        return int((self.correct & ~self.before).sum())
+
+    @property
+    def lost(self) -> int:
+        """Images that were right before and are wrong now."""
+        return int((self.before & ~self.correct).sum())
+
+    @property
+    def p(self) -> float:
+        """McNemar's exact test on these images, one-sided: only a better accuracy explains a loss."""
+        changed = self.gained + self.lost
+        return float(binomtest(self.gained, changed, alternative="greater").pvalue) if changed else 1.0
+
+
+class Spread:
+    """``images`` samples of ``data`` (all if it has fewer), evenly spread over it."""
+
+    def __init__(self, data: ImageNetVal, images: int):
+        count = min(images, len(data))
+        self._data = data
+        self._indices = [i * len(data) // count for i in range(count)]
+        self.files = [data.files[i] for i in self._indices]
+        self.labels = [data.labels[i] for i in self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, k: int) -> Sample:
+        return self._data[self._indices[k]]
+
+
+@dataclass
+class Run:
+    """An engine and the crops it is given, which is ``crop`` in all but mean and std; those lie in the engine.
+
+    answers: int[images], the index of the largest logit, -1 for an unreadable image. took_s: with the decoding, where
+    no run before it had decoded the same crops.
+    """
+
+    name: str
+    cure: str
+    engine: Engine
+    crop: Preprocessing
+    swap_channels: bool = False
+    answers: list[int] = field(default_factory=list)
+    took_s: float = 0.0
+
+
+def planned_runs(engine: Engine, model: Model) -> list[Run]:
+    """The engine as it is, the eager fp32 reference of ``model``, then that reference with each other preprocessing."""
+    usual = model.info.preprocessing
+
+    def reference(preprocessing: Preprocessing) -> Engine:
+        changed = Model(model.module, replace(model.info, preprocessing=preprocessing))
+        return EagerEngine(changed, "fp32", device=engine.device, threads=engine.threads)
+
+    eager = reference(usual)
+    mode, crop_pct = OTHER_CROP[usual.crop_mode]
+    cure = "give the model a Preprocessing with {}"
+    swap_cure = "the weights expect blue first: swap the channels of the patch embedding's weights"
+    return [
+        Run("as it is", "", engine, usual),
+        Run("on the reference engine", "the conversion loses it: vitdemo verify says where", eager, usual),
+        *(
+            Run(name, cure.format(f"mean={mean}, std={std}"), reference(replace(usual, mean=mean, std=std)), usual)
+            for name, (mean, std) in NORMALISATIONS.items()
+            if (usual.mean, usual.std) != (mean, std)
+        ),
+        Run("with red and blue swapped", swap_cure, eager, usual, swap_channels=True),
+        Run(
+            f"with crop mode {mode}",
+            cure.format(f"crop_mode={mode!r}, crop_pct={crop_pct}"),
+            eager,
+            replace(usual, crop_mode=mode, crop_pct=crop_pct),
+        ),
+    ]
+
+
+def answer(runs: list[Run], sample: Spread, device_batch_size: int, progress: bool) -> int:
+    """Fill in the runs' answers; the number of unreadable images. Crops that runs share are decoded once."""
+    unreadable = 0
+    with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
+        for crop in dict.fromkeys(run.crop for run in runs):
+            sharing, start, unreadable = [run for run in runs if run.crop == crop], now(), 0
+            batches = prefetched_batches(sample, range(len(sample)), crop, device_batch_size, workers=cores())
+            with closing(batches):
+                for batch in batches:
+                    readable = np.array([not error for error in batch.errors])
+                    unreadable += int((~readable).sum())
+                    for run in sharing:
+                        run.answers += np.where(readable, _answers(run, batch.pixels), -1).tolist()
+                        run.took_s, start = run.took_s + now() - start, now()
+                        bar.update(len(readable))
+    return unreadable
+
+
+def _answers(run: Run, pixels: torch.Tensor) -> np.ndarray:
+    try:
+        return run.engine(pixels.flip(1) if run.swap_channels else pixels).argmax(1).numpy()
+    except Exception as error:  # each runtime has its own
+        raise EngineFailure(f"the {run.engine.name} engine failed in a diagnosis: {reason_of(error)}") from error
+
+
+def preprocessing_hypotheses(runs: list[Run], labels: np.ndarray) -> list[Hypothesis]:
+    """What each of ``planned_runs`` says: another preprocessing against the reference, that against the engine."""
+    own, reference, *others = ((run, np.array(run.answers) == labels) for run in runs)
+    pairs = [*((run, reference[1]) for run in others), (reference, own[1])]
+    return [Hypothesis(run.name, run.cure, correct, before, run.took_s) for (run, correct), before in pairs]
+
+
+def order_hypotheses(
+    answers: np.ndarray, labels: np.ndarray, data: ImageNetVal, numbering: Numbering
+) -> list[Hypothesis]:
+    """The outputs, or the labels, stand in another order than that of the wnids; told by counting anew."""
+    hypotheses = []
+    for name, ranks in other_orders(data, numbering).items():
+        outputs = (f"outputs read in {name}", "put the rows of the model's last layer into the order of the wnids")
+        wrong_labels = (f"labels read in {name}", EXTRACT)
+        if ranks is None or (ranks == np.arange(len(ranks))).all():
+            reason = numbering.missing if ranks is None else "it is the order of the wnids"
+            hypotheses += [Hypothesis(*both, not_tested=reason) for both in (outputs, wrong_labels)]
+            continue
+        before = answers == labels
+        hypotheses.append(Hypothesis(*outputs, answers == ranks[labels], before))
+        hypotheses.append(Hypothesis(*wrong_labels, answers == np.argsort(ranks)[labels], before))
+    return hypotheses
+
+
+def devkit_hypothesis(answers: np.ndarray, sample: Spread, data: ImageNetVal, numbering: Numbering) -> Hypothesis:
+    """The labels are not those that the devkit has for these files, for whatever reason."""
+    name = FLAT if is_flat(data) else "labels read from the devkit"
+    if numbering.truth is None:
+        return Hypothesis(name, EXTRACT, not_tested=numbering.missing)
+    truth = [numbering.truth.get(file) for file in sample.files]
+    if None in truth:
+        return Hypothesis(name, EXTRACT, not_tested="the devkit here has no label for these files")
+    if truth == sample.labels:
+        return Hypothesis(name, EXTRACT, not_tested="the labels are the devkit's")
+    return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == np.array(sample.labels))
+
+
+def is_flat(data: ImageNetVal) -> bool:
+    """Whether all images carry one label, as those of a folder without classes do, though there are more classes."""
+    return len(set(data.labels)) == 1 < min(len(data), len(data.classes))
+
+
+SIGNIFICANCE = 0.05
+AS_IT_IS = "as it is"
+
+
+def diagnose(
+    engine: Engine,
+    model: Model,
+    data: ImageNetVal,
+    *,
+    images: int = 256,
+    device_batch_size: int = 8,
+    progress: bool = True,
+) -> "Diagnosis":
+    """Look for what costs ``engine`` accuracy, on ``images`` of ``data`` (all if fewer), evenly spread over it.
+
+    Each hypothesis is one usual mistake put right, measured on the same images: outputs or labels in another order
+    than that of the wnids; labels that are not the devkit's, as those of a flat folder; the other mean and std; red
+    and blue swapped; the other crop mode; a conversion that loses something. Orders and labels need no new answers of
+    the engine, they are counted anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference
+    of ``model`` and held against that reference unchanged, as the engine is too. All images are decoded on the
+    reference path.
+
+    A loss may have two causes: put right the one that is named, then diagnose again. Raises VitdemoError for bad input
+    and for answers that mean nothing (random weights, the null engine), EngineFailure when the engine breaks.
+    """
+    _check_input(engine, model, data, images, device_batch_size)
+    start, sample, runs = now(), Spread(data, images), planned_runs(engine, model)
+    unreadable = answer(runs, sample, device_batch_size, progress)
+    answers, labels, numbering = np.array(runs[0].answers), np.array(sample.labels), read_numbering(data)
+    hypotheses = [
+        *order_hypotheses(answers, labels, data, numbering),
+        devkit_hypothesis(answers, sample, data, numbering),
+        *preprocessing_hypotheses(runs, labels),
+    ]
+    wnids = [data.classes[label] for label in data.labels]
+    published, _ = published_for(model.info.tag, data.files, wnids)
+    as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
+    flat = len(data.classes) if is_flat(data) else None
+    return Diagnosis(as_it_is, hypotheses, published, unreadable, flat, now() - start)
+
+
+def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
+    for name, value in (("images", images), ("device_batch_size", device_batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    if engine.info != model.info:
+        raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
+    if model.info.weights == "random" or engine.name == "null":
+        what = "random weights" if model.info.weights == "random" else "the null engine"
+        raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
+    if list(model.info.classes or ()) != list(data.classes):
+        raise VitdemoError(f"{data.path}: its classes are not those of {model.info.tag}; take that model's data set")
+
+
+@dataclass
+class Diagnosis:
+    """What ``diagnose`` found.
+
+    as_it_is: the engine's own answers. hypotheses: each mistake put right, or why it was not tested. published: the
+    published accuracy that these images may be held against, or None. unreadable: images that count as wrong whatever
+    is put right. flat_classes: where all images carry one label, how many classes there should be. took_s: all of it,
+    in seconds.
+    """
+
+    as_it_is: Hypothesis
+    hypotheses: list[Hypothesis]
+    published: Published | None
+    unreadable: int
+    flat_classes: int | None
+    took_s: float
+
+    @property
+    def images(self) -> int:
+        """How many images each hypothesis was measured on."""
+        return len(self.as_it_is.correct)
+
+    @property
+    def tested(self) -> list[Hypothesis]:
+        """The hypotheses that were measured."""
+        return [h for h in self.hypotheses if h.correct is not None]
+
+    def p_corrected(self, hypothesis: Hypothesis) -> float:
+        """Its p times the number of hypotheses tested (Bonferroni): with many, one would look good by luck."""
+        return min(1.0, hypothesis.p * len(self.tested))
+
+    @property
+    def explanation(self) -> Hypothesis | None:
+        """Of the hypotheses that are significantly better (corrected p < 0.05) the best, of equals the first."""
+        better = [h for h in self.tested if self.p_corrected(h) < SIGNIFICANCE]
+        return max(better, key=lambda h: h.correct.sum(), default=None) or self._flat()
+
+    def _flat(self) -> Hypothesis | None:
+        """A flat folder without a devkit leaves only this to see: one label, and no more right than by luck."""
+        if self.flat_classes is None:
+            return None
+        correct = int(self.as_it_is.correct.sum())
+        luck = binomtest(correct, self.images, 1 / self.flat_classes, alternative="greater")
+        plainly_wrong = wilson_interval(correct, self.images)[1] < 0.5
+        return Hypothesis(FLAT, EXTRACT) if luck.pvalue > SIGNIFICANCE and plainly_wrong else None
+
+    @property
+    def named(self) -> str | None:
+        """The name of the explanation, or None."""
+        return self.explanation.name if self.explanation else None
+
+    @property
+    def explained(self) -> float | None:
+        """What the explanation regains, as a fraction of what was missing to the published top-1.
+
+        It may exceed 1, as both are measured on a sample. None without an explanation that was measured, without a
+        published top-1, or where none was missing.
+        """
+        found = self.explanation
+        if found is None or found.correct is None or self.published is None:
+            return None
+        missing = self.published.top1 - found.before.mean()
+        return float((found.gained - found.lost) / self.images / missing) if missing > 0 else None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for things as they are and for each hypothesis tested.
+
+        top1 and its 95 % Wilson interval (ci95_low, ci95_high) as fractions; gained, lost: images right only after, or
+        only before, the mistake was put right; p: McNemar's, p_corrected: times the number of hypotheses; took_s.
+        """
+        rows = []
+        for h in (self.as_it_is, *self.tested):
+            correct = int(h.correct.sum())
+            low, high = wilson_interval(correct, self.images)
+            row = {"hypothesis": h.name, "correct": correct, "images": self.images, "top1": correct / self.images}
+            row |= {"ci95_low": low, "ci95_high": high, "gained": h.gained, "lost": h.lost}
+            rows.append(row | {"p": h.p, "p_corrected": self.p_corrected(h), "took_s": h.took_s})
+        table = pd.DataFrame(rows)
+        table.loc[0, ["p", "p_corrected"]] = np.nan
+        return table
+
+    @property
+    def verdict(self) -> str:
+        """One line: what explains the loss, by how much, and what to do; or that nothing tested does."""
+        found = self.explanation
+        if found is None:
+            text = self._unexplained()
+        elif found.correct is None:
+            text = f"{FLAT}: all images carry one label, and the answers hit it no oftener than luck; {found.cure}"
+        else:
+            text = self._explained(found)
+        if self.unreadable:
+            text += f"; {self.unreadable} of the {self.images} images cannot be read and count as wrong"
+        return text
+
+    def _explained(self, found: Hypothesis) -> str:
+        before, after = found.before.mean(), found.correct.mean()
+        text = (
+            f"{found.name}: top-1 {before:.1%} -> {after:.1%} on the same {self.images} images (gained {found.gained}, "
+            f"lost {found.lost}, p = {self.p_corrected(found):.1g} among {len(self.tested)} hypotheses)"
+        )
+        if self.explained is None:
+            return f"{text}; {found.cure}"
+        missing, (_, high) = self.published.top1 - before, wilson_interval(int(found.correct.sum()), self.images)
+        text += f", {(after - before) * 100:+.1f} points where {missing * 100:.1f} were missing to the published "
+        text += f"{self.published.top1:.1%}; {found.cure}"
+        return text if high >= self.published.top1 else f"{text}, then diagnose again: more is wrong"
+
+    def _unexplained(self) -> str:
+        n, correct, count = self.images, int(self.as_it_is.correct.sum()), len(self.tested)
+        low, high = wilson_interval(correct, n)
+        text = f"top-1 {correct / n:.1%} ({correct}/{n}, 95 % interval {low:.1%} to {high:.1%})"
+        if self.published is None:
+            text += f": none of {count} hypotheses is significantly better, and nothing published to hold it against"
+        elif high < self.published.top1:
+            text += f": below the published {self.published.top1:.1%}, and none of {count} hypotheses explains it"
+        else:
+            text += f": no loss to explain, published is {self.published.top1:.1%}"
+        least = ceil(log2(count / SIGNIFICANCE))  # so many images gained and none lost are just significant
+        if least > n:
+            return f"{text}; {n} images are too few to show anything, give more"
+        return f"{text}; a mistake that costs fewer than {least} of {n} images ({least / n:.1%}) would not show"
+
+    def __str__(self) -> str:
+        formats = {name: "{:.1%}".format for name in ("top1", "ci95_low", "ci95_high")}
+        formats |= {"p_corrected": "{:.1g}".format, "took_s": "{:.1f}".format}
+        table = self.table[["hypothesis", "correct", *formats, "gained", "lost"]]
+        not_tested = [f"not tested: {h.name}: {h.not_tested}" for h in self.hypotheses if h.correct is None]
+        lines = [self.verdict, table.to_string(index=False, formatters=formats, na_rep=""), *not_tested]
+        return "\n".join([*lines, f"{self.images} images, {self.took_s:.1f} s in all"])

@@ -1,0 +1,255 @@
+"""evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.decoding import INPUT_PATHS
+from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
+from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.evaluation.metrics import Session, set_faults, summarise
+from vitdemo.inference.cluster import check_ray
+from vitdemo.inference.loop import BatchTimes, cut, joined, predict
+from vitdemo.inference.predictions import (
+    METRICS,
+    appending,
+    claim_run,
+    csv_lines,
+    finished_metrics,
+    rows_frame,
+    write_json,
+    write_predictions,
+)
+from vitdemo.inference.replicas import Replicas
+from vitdemo.inference.schedule import SPLITS
+from vitdemo.machine import cores, machine_record, now
+from vitdemo.models.loading import full_tag
+from vitdemo.paths import user_path
+from vitdemo.stats import percentiles_ms
+
+
+@dataclass(eq=False)  # tables have no one answer to ==
+class Evaluation:
+    """What ``evaluate`` gives.
+
+    rows: one an image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder. times: a
+    row a batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
+    """
+
+    rows: pd.DataFrame
+    metrics: dict
+    out: Path | None
+    times: pd.DataFrame
+
+    def __str__(self) -> str:
+        m = self.metrics
+        rate = f"{m['images_per_s']:.1f} images/s end to end" if m["images_per_s"] else "no image run in this session"
+        return (
+            f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {m['threads']} threads, "
+            f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
+        )
+
+    def _shared(self) -> str:
+        if not (shared := self.metrics["replicas"]):
+            return ""
+        idle = max(each["idle_s"] for each in shared["each"])
+        return f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
+
+    def _accuracy(self) -> str:
+        m = self.metrics
+        if m["top1"] is None:
+            command = f"vitdemo evaluate {full_tag(m['model'])} --weights pretrained --data PATH --out DIR"
+            return f"accuracy: not measured ({m['weights']} weights, {m['engine']} engine; for one run `{command}`)"
+        low, high = m["top1_ci95"]
+        unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""
+        scored = f", {m['calibrated_on_scored']} of them seen in calibration" if m["calibrated_on_scored"] else ""
+        counts = f"{m['correct']}/{m['images']}{unread}{scored}; 95 % interval {low:.1%} to {high:.1%}"
+        return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
+
+
+def evaluate(
+    engine: Engine,
+    data: ImageNetVal,
+    *,
+    device_batch_size: int = 8,
+    replicas: int | Replicas | None = None,
+    split: str = "async",
+    input_path: str = "fast",
+    limit: int | None = None,
+    out: Path | str | None = None,
+    resume: bool = False,
+    ray_address: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run ``engine`` over the first ``limit`` images of ``data`` (all by default) in ascending file order.
+
+    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. input_path:
+    "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the difference.
+    replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or ``Replicas``
+    that were started before, of this engine and data. split: "async" or "sync", see ``AsyncSplit`` and ``SyncSplit``.
+    With ``out``, the rows go to ``out/predictions.csv`` as they come, in file order when all are there, then
+    ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on
+    where an interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure, after
+    writing ``"valid": false``, when the engine breaks. With replicas the same images get the same rows; a replica that
+    dies or hangs is replaced, and what it did not bring back is done again.
+    """
+    _check_input(engine, data, device_batch_size, input_path, limit)
+    _check_replicas(engine, data, replicas, split, ray_address)
+    images = len(data) if limit is None else min(limit, len(data))
+    settings = _settings(engine, data, device_batch_size, input_path, images)
+    out = user_path(out) if out is not None else None
+    with named_errors(out or data.path):
+        lines = claim_run(out, settings, data, resume) if out else [""] * images
+        finished = finished_metrics(out) if out and all(lines) else None
+    if finished:
+        return Evaluation(rows_frame("".join(lines).encode()), finished, out, _times_frame([], 0.0))
+    todo = [batch for batch in cut(range(images), device_batch_size) if not lines[batch.start]]
+    options = dict(device_batch_size=device_batch_size, input_path=input_path)
+    with ExitStack() as stack:
+        if isinstance(replicas, int):
+            replicas = stack.enter_context(Replicas(engine, data, replicas, ray_address=ray_address))
+        left = sum(map(len, todo))
+        bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
+        session = Session(engine.threads, cores())
+        if replicas:
+            source = _on_replicas(replicas, split, todo, session, **options)
+        else:
+            source = _here(engine, data, todo, session, **options)
+            stack.callback(engine.close)
+        stack.enter_context(closing(source))
+        try:
+            with named_errors(out or data.path), appending(out) as file, bar:
+                for first, brought in source:
+                    with session.phases("postprocess"):
+                        lines[first : first + len(brought)] = brought
+                        if file:
+                            file.writelines(brought)
+                            file.flush()
+                    bar.update(len(brought))
+        except EngineFailure as failure:
+            if out:
+                with named_errors(out):
+                    write_json(out / METRICS, {"valid": False, "error": str(failure), "images": sum(map(bool, lines))})
+            raise
+        session.end()
+    rows = rows_frame("".join(lines).encode())
+    if faults := set_faults(rows["file"].tolist(), data.files[:images]):
+        raise AssertionError(
+            f"the rows are not the data set's images, each exactly once ({faults}): a fault in vitdemo"
+        )
+    metrics = summarise(rows, settings, engine, session)
+    metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
+    if out:
+        with named_errors(out):
+            write_predictions(out, lines)  # replicas brought them in any order
+            write_json(out / METRICS, metrics)
+    return Evaluation(rows, metrics, out, _times_frame(session.times, session.began))
+
+
+def _here(
+    engine: Engine, data: ImageNetVal, todo: Sequence[range], session: Session, **options
+) -> Iterator[tuple[int, list[str]]]:
+    """The first image's number and the lines of predictions.csv of each batch, from this process."""
+    cpu = process_time()
+    options |= dict(workers=cores(), phases=session.phases, times=session.times)
+    for span in joined(todo):
+        first = span.start
+        with closing(predict(engine, data, span, **options)) as batches:
+            for rows in batches:
+                with session.phases("postprocess"):
+                    lines = csv_lines(rows)
+                yield first, lines
+                first += len(rows)
+    session.cpu_s = process_time() - cpu
+
+
+def _on_replicas(
+    replicas: Replicas, split: str, todo: Sequence[range], session: Session, **options
+) -> Iterator[tuple[int, list[str]]]:
+    """The first image's number and the lines of predictions.csv of each range, as they come back."""
+    plan = SPLITS[split](todo, len(replicas.slots))
+    session.threads, session.cores = replicas.threads, replicas.cores
+    with closing(replicas.run(sum(map(len, todo)), plan, **options)) as shards:
+        for shard in shards:
+            session.add(shard, len(replicas.slots))
+            yield shard.indices.start, shard.lines
+    session.replicas = replicas.summary(split, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
+
+
+def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
+    if input_path not in INPUT_PATHS:
+        raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
+    for name, value in (("device_batch_size", device_batch_size), ("limit", limit)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    if engine.info.classes is None:
+        raise VitdemoError(
+            f"{engine.info.tag}: nobody said which class each output is; give Model.from_module classes="
+        )
+    if list(engine.info.classes) != list(data.classes):
+        raise VitdemoError(
+            f"{data.path}: its {len(data.classes)} classes are not the {len(engine.info.classes)} that "
+            f"{engine.info.tag} was made for, so no accuracy could be right; take the data set of that model"
+        )
+
+
+def _check_replicas(
+    engine: Engine, data: ImageNetVal, replicas: int | Replicas | None, split: str, ray_address: str | None
+) -> None:
+    """Before anything is written or started."""
+    if split not in SPLITS:
+        raise VitdemoError(f"split {split!r}: is not one of {', '.join(SPLITS)}")
+    if isinstance(replicas, Replicas):
+        if replicas.engine is not engine or replicas.data.fingerprint != data.fingerprint:
+            raise VitdemoError("replicas: were started for another engine or other data")
+    elif replicas is not None:
+        if not isinstance(replicas, int) or replicas < 1:
+            raise VitdemoError(f"replicas {replicas!r}: must be a whole number of at least 1")
+        check_ray(ray_address)
+    elif ray_address or split != "async":
+        raise VitdemoError("split and ray_address are for replicas; say how many, or leave them out")
+
+
+def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:
+    """All that shapes the predictions: a run may be resumed only under the very same."""
+    return {
+        "model": engine.info.to_dict() | {"classes": len(engine.info.classes)},
+        "engine": engine.name,
+        "precision": engine.precision,
+        "device": engine.device,
+        "threads": engine.threads,
+        "device_batch_size": device_batch_size,
+        "images": images,
+        "artifact": engine.card.get("key"),
+        "data_fingerprint": data.fingerprint,
+        "versions": machine_record()["versions"],
+        "input_path": input_path,
+    }
+
+
+def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
+    """How many of the first ``images`` of ``data`` the engine was calibrated on, told by their bytes.
+
+    None where it was not calibrated, or nobody knows the files.
+    """
+    files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
+    if not files:
+        return None
+    sizes, found = {size for size, _ in files}, 0  # only files of such a size need be read
+    for i in (i for i, size in enumerate(data.sizes[:images]) if size in sizes):
+        with suppress(UnreadableFile):  # then it was not calibrated on either, as far as anybody can tell
+            found += (data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files
+    return found
+
+
+def _times_frame(times: list[BatchTimes], start: float) -> pd.DataFrame:
+    frame = pd.DataFrame(times, columns=BatchTimes._fields)
+    moments = ["decode_began", "decode_ended", "submitted", "finished"]
+    return frame.assign(**(frame[moments] - start))

@@ -1,0 +1,169 @@
+"""What a run says of itself in numbers: counts, accuracy with its interval, where the time went, speed, memory."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from vitdemo.engines.contract import Engine
+from vitdemo.inference.loop import PREDICTED, BatchTimes
+from vitdemo.inference.predictions import Shard
+from vitdemo.machine import Phases, now, paid_once, peak_memory_bytes
+from vitdemo.stats import percentiles_ms
+
+PHASES = ("decode_wait", "compute_wait", "postprocess")
+
+
+@dataclass
+class Session:
+    """What was measured while images were run, here or on replicas.
+
+    threads: CPU threads a call of the engine uses. cores: all that were given to the run. began: in ``now()`` seconds.
+    times: a row a batch. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those, if any.
+    """
+
+    threads: int
+    cores: int
+    began: float = field(default_factory=now)
+    times: list[BatchTimes] = field(default_factory=list)
+    phases: Phases = field(default_factory=Phases)
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    replicas: dict | None = None
+
+    def add(self, shard: Shard, replicas: int) -> None:
+        """A range that a replica did; its phases count as an average over the replicas."""
+        offset = now() - time.time()  # its moments are seconds since 1970, which machines share
+        moments = ("decode_began", "decode_ended", "submitted", "finished")
+        for batch in shard.times:
+            self.times.append(batch._replace(**{name: getattr(batch, name) + offset for name in moments}))
+        for name, seconds in shard.phases.items():
+            self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds / replicas
+        self.cpu_s += shard.cpu_s
+
+    def end(self) -> None:
+        self.wall_s = now() - self.began
+
+    @property
+    def inference_s(self) -> float:
+        """Of the replica that computed longest."""
+        spans = self._by_replica().values()
+        return max((covered_s((b.submitted, b.finished) for b in span) for span in spans), default=0.0)
+
+    def latencies_s(self) -> tuple[list[float], list[float]]:
+        """From submission to logits: of the first batch of each replica, and of all others."""
+        spans = [[batch.finished - batch.submitted for batch in span] for span in self._by_replica().values()]
+        return [span[0] for span in spans], [latency for span in spans for latency in span[1:]]
+
+    def _by_replica(self) -> dict[int, list[BatchTimes]]:
+        spans: dict[int, list[BatchTimes]] = {}
+        for batch in sorted(self.times, key=lambda batch: batch.submitted):
+            spans.setdefault(batch.replica, []).append(batch)
+        return spans
+
+
+def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Session) -> dict:
+    """The metrics of a run.
+
+    - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
+      an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
+      Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
+      answers mean nothing.
+    - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
+      row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
+    - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
+      for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
+      decoding was hidden, not free.
+    - ``inference_s``: how long the engine had a batch to work on, from submission to logits, what overlaps counted
+      once.
+    - ``flops_per_image``: 2 x the multiply-accumulates of the model, for an MFU.
+    - ``build_s``, ``load_s``: how long it took to build the engine's artifact, whenever that was (None where nothing
+      is built), and to make it ready to run. In neither ``wall_s`` nor ``images_per_s``.
+    - ``decode_share``, ``compute_share``: the shares of the cores that decoding got, and all else (the engine, and
+      Python): CPU seconds, as the system counts them a thread, over ``wall_s`` x cores. What is missing to 1 was idle,
+      or other programs'.
+    - ``fallbacks``: images that the fast path left to the reference path, in this session.
+    - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one. Of
+      replicas, each one's first, and the slowest of those. ``first_batch_share``: see ``paid_once``; the part of these
+      times that a longer run would not pay again.
+    - ``peak_memory_bytes``: this process's largest resident size so far; replicas tell their own.
+    - ``replicas``: None, or what ``Replicas.summary`` gives. With replicas, ``wall_s`` is by this process's clock,
+      from the first range handed out to the last one back, and the times above are averages over the replicas.
+
+    ``evaluate`` adds ``calibrated_on_scored``: how many of these very images the engine was calibrated on, None where
+    it was not calibrated or nobody knows the files.
+    """
+    images = len(rows)
+    correct = int(rows["correct"].sum())
+    correct_top5 = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
+    first_s, latencies_s = session.latencies_s()
+    decode_cpu_s = sum(batch.decode_cpu_s for batch in session.times)
+    wall_s, core_s = session.wall_s, session.wall_s * session.cores
+    means_something = engine.info.weights != "random" and engine.name != "null"
+    accuracy = {
+        "top1": correct / images,
+        "top1_ci95": wilson_interval(correct, images),
+        "top5": correct_top5 / images,
+        "top5_ci95": wilson_interval(correct_top5, images),
+    }
+    return {
+        "valid": True,
+        "model": engine.info.tag,
+        "weights": engine.info.weights,
+        **{key: settings[key] for key in ("engine", "precision", "device", "device_batch_size", "input_path")},
+        "threads": session.threads,
+        "precision_ran": engine.precision_ran,
+        "images": images,
+        "correct": correct,
+        "correct_top5": correct_top5,
+        "errors": int(rows["error"].ne("").sum()),
+        **(accuracy if means_something else dict.fromkeys(accuracy)),
+        "session_images": (session_images := sum(batch.images for batch in session.times)),
+        "wall_s": wall_s,
+        "images_per_s": session_images / wall_s if session_images else None,
+        **{f"{name}_s": session.phases.seconds.get(name, 0.0) for name in PHASES},
+        "flops_per_image": engine.info.flops_per_image,
+        "inference_s": session.inference_s,
+        "build_s": engine.card.get("build_s"),
+        "load_s": engine.load_s,
+        "decode_share": decode_cpu_s / core_s,
+        "compute_share": (session.cpu_s - decode_cpu_s) / core_s,
+        "fallbacks": sum(batch.fallbacks for batch in session.times),
+        "first_batch_ms": round(max(first_s) * 1e3, 3) if first_s else None,
+        "first_batch_share": paid_once([max(first_s), *latencies_s]) if first_s else None,
+        "latency_ms": percentiles_ms(latencies_s),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "replicas": session.replicas,
+    }
+
+
+def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
+    """What keeps ``files`` from being the ``expected`` images, each exactly once and in order; "" where nothing does.
+
+    Such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)".
+    """
+    found, wanted = Counter(files), Counter(expected)
+    counted = {"missing": wanted - found, "too many": found - wanted}
+    faults = [
+        f"{names.total()} {what} (the first is {next(iter(names))})" for what, names in counted.items() if names.total()
+    ]
+    return ", ".join(faults) or ("" if list(files) == list(expected) else "in another order")
+
+
+def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Seconds that at least one interval covers; ``intervals``: (begin, end) in seconds, by ascending begin."""
+    covered, reached = 0.0, -math.inf
+    for begin, end in intervals:
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def wilson_interval(correct: int, images: int) -> list[float]:
+    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
+    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    return [float(interval.low), float(interval.high)]

@@ -1,0 +1,135 @@
+"""Published accuracies, and how a measured one stands beside its own."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from timm.data import ImageNetInfo
+
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.dataset.imagenet import VAL_NAME, read_devkit
+from vitdemo.evaluation.evaluation import Evaluation
+from vitdemo.paths import data_path
+
+TABLE = "published/accuracy.csv"
+SHAPES20_DEVKIT = "shapes20/shapes20_devkit.tar.gz"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published of the weights ``tag`` on ``data_set``, which has ``images`` of ``classes`` classes.
+
+    top1, top5: fractions (top5 is None where nobody gave it). preprocessing: what they were measured with. source: by
+    whom. timm measures again now and then: between versions of its table a top-1 moves by up to 0.02 points.
+    """
+
+    tag: str
+    data_set: str
+    images: int
+    classes: int
+    top1: float
+    top5: float | None
+    preprocessing: Preprocessing
+    source: str
+
+
+def published_accuracy(tag: str) -> Published | None:
+    """The published accuracy of a weights tag, such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
+
+    From ``data/published/accuracy.csv``; None for a tag that is not in it.
+    """
+    return _table().get(tag)
+
+
+@cache
+def _table() -> dict[str, Published]:
+    with open(data_path(TABLE), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["tag"]: _published(row) for row in rows}
+
+
+def _published(row: dict[str, str]) -> Published:
+    side = int(row["input_size_px"])
+    preprocessing = Preprocessing(
+        input_size=(3, side, side),
+        crop_pct=float(row["crop_pct"]),
+        crop_mode=row["crop_mode"],
+        interpolation=row["interpolation"],
+        mean=tuple(map(float, row["mean"].split())),
+        std=tuple(map(float, row["std"].split())),
+    )
+    return Published(
+        tag=row["tag"],
+        data_set=row["data_set"],
+        images=int(row["images"]),
+        classes=int(row["classes"]),
+        top1=float(row["top1_percent"]) / 100,
+        top5=float(row["top5_percent"]) / 100 if row["top5_percent"] else None,
+        preprocessing=preprocessing,
+        source=row["source"],
+    )
+
+
+def published_for(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:
+    """The published accuracy that images may be held against, or None and the reason.
+
+    files, wnids: names and wnids of the images, which must be of the data set that it was published for: all of it, or
+    a part that is spread over the classes as chance would spread it.
+    """
+    published = published_accuracy(tag)
+    if published is None:
+        return None, f"none is known for {tag}"
+    if not _are_of(published.data_set, files, wnids):
+        return None, f"{tag}'s is for {published.data_set}, and these images are not from it"
+    covered, expected = len(set(wnids)), published.classes * (1 - (1 - 1 / published.classes) ** len(wnids))
+    # More images of a class than the data set has cannot be a choice of classes: such labels are wrong.
+    possible = len(wnids) <= covered * published.images // published.classes
+    if possible and covered < 0.8 * expected:
+        return None, f"{tag}'s is for {published.classes} classes, and these images are of {covered}"
+    return published, ""
+
+
+def _are_of(data_set: str, files: Sequence[str], wnids: Sequence[str]) -> bool:
+    if data_set == "shapes20":
+        known = {synset.wnid for synset in read_devkit(data_path(SHAPES20_DEVKIT)).synsets}
+    else:
+        known = set(ImageNetInfo("imagenet-1k").label_names())
+    return set(wnids) <= known and all(VAL_NAME.fullmatch(file) for file in files)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured top-1 beside the published one.
+
+    verdict: "agrees", "below" or "above" when the published value lies in, above or below the measured 95 % interval;
+    "not published", "not measured". The interval is that of a sample. Where all the images of the data set were run,
+    both sides saw the same ones, and less than the interval's half-width can already be a loss: ``points`` (measured -
+    published, in points of per cent) says how much.
+    """
+
+    verdict: str
+    text: str
+    published: Published | None = None
+    points: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def compare_published(evaluation: Evaluation) -> Comparison:
+    """Hold the top-1 of ``evaluation`` against the published top-1 of its weights tag."""
+    m, rows = evaluation.metrics, evaluation.rows
+    published, reason = published_for(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
+    if published is None:
+        return Comparison("not published", f"published top-1: {reason}")
+    own = "" if m["weights"] == "pretrained" else f"; of the published weights, these are from {m['weights']}"
+    text = f"published top-1 {published.top1:.1%} on {published.data_set} ({published.source}{own})"
+    if m["top1"] is None:
+        return Comparison("not measured", f"{text}: not measured here", published)
+    (low, high), points = m["top1_ci95"], (m["top1"] - published.top1) * 100
+    verdict = "below" if high < published.top1 else "above" if low > published.top1 else "agrees"
+    measured = f"{m['correct']}/{m['images']} = {m['top1']:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    part = "" if m["images"] == published.images else f", on a part of its {published.images:,} images"
+    says = {"agrees": "measured agrees", "below": "measured is below", "above": "measured is above"}[verdict]
+    return Comparison(verdict, f"{text}: {says}: {measured}, {points:+.2f} points{part}", published, points)

@@ -1,0 +1,172 @@
+"""An engine's run beside the reference's over the same images: whether they agree, and the FlagPerf row of both.
+
+FlagPerf (https://github.com/FlagOpen/FlagPerf, inference/benchmarks/vit_l_16) validates a model in its framework,
+converts it, runs the engine, and prints one row. Here the framework's part is eager fp32, the reference.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.engines.artifacts import convert
+from vitdemo.engines.contract import Engine
+from vitdemo.engines.roof import ROOF_BATCH, Roof, linear_shapes, machine_roof
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.evaluation.evaluation import Evaluation, evaluate
+from vitdemo.inference.predictions import FLAGPERF
+from vitdemo.machine import memory_bytes
+from vitdemo.models.model import Model
+from vitdemo.paths import replacing, user_path
+from vitdemo.verification.comparison import compare_answers
+
+REFERENCE = ("eager", "fp32")
+GIB = 2**30
+
+
+def evaluate_beside_reference(
+    engine: Engine,
+    model: Model,
+    data: ImageNetVal,
+    *,
+    repeat: int = 1,
+    skip_validation: bool = False,
+    out: Path | str,
+    resume: bool = False,
+    **options: Any,
+) -> tuple[list[Evaluation], Evaluation | None]:
+    """``evaluate`` of the engine, ``repeat`` times, then of ``model`` in eager fp32; the runs, and the reference's.
+
+    The first run is in ``out``, the others in ``out/repeat_2`` …, the reference's in ``out/validation``; None with
+    ``skip_validation``, and the first run itself where the engine is the reference. ``options``: as in ``evaluate``.
+    Raises VitdemoError for a ``repeat`` below 1, and what ``evaluate`` raises.
+    """
+    if not isinstance(repeat, int) or repeat < 1:
+        raise VitdemoError(f"repeat {repeat!r}: must be a whole number of at least 1")
+    out = user_path(out)
+    folders = [out, *(out / f"repeat_{number}" for number in range(2, repeat + 1))]
+    runs = [evaluate(engine, data, out=folder, resume=resume, **options) for folder in folders]
+    if (engine.name, engine.precision) == REFERENCE:
+        return runs, runs[0]
+    if skip_validation:
+        return runs, None
+    tqdm.write("validation: the reference, eager fp32, over the same images")
+    reference = convert(model, *REFERENCE)
+    return runs, evaluate(reference, data, out=out / "validation", resume=resume, **options)
+
+
+def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
+    """How many images got the same answer, and whether the difference in accuracy is more than luck (McNemar)."""
+    _check_same_images([evaluation, reference])
+    answers = pd.DataFrame(
+        {
+            "label": reference.rows["label"],
+            "reference": reference.rows["predicted_1"].fillna(-1),
+            "candidate": evaluation.rows["predicted_1"].fillna(-1),
+        }
+    )
+    answers = answers[(answers["reference"] >= 0) | (answers["candidate"] >= 0)]  # both fail to read the same files
+    m, same = evaluation.metrics, int((answers["reference"] == answers["candidate"]).sum())
+    line = f"{m['engine']} {m['precision']} gives eager fp32's answer for {same} of {len(answers)} images"
+    if answers.empty:
+        return f"{line}: none could be read"
+    found = compare_answers(answers)
+    if m["top1"] is None:
+        return line
+    return (
+        f"{line} ({same / len(answers):.2%}); only it is right {found['better']} times, only the reference "
+        f"{found['worse']} times, McNemar's p {found['mcnemar_p']:.2g}"
+    )
+
+
+def flagperf_row(
+    runs: Sequence[Evaluation],
+    reference: Evaluation | None = None,
+    *,
+    e2e_s: float | None = None,
+    roof: Roof | None = None,
+) -> dict:
+    """One row of FlagPerf's table, by its column names; None where nothing was measured.
+
+    runs: the engine's over the same images, one a repeat. reference: the reference's run over them.
+
+    - ``precision``, ``bs``: what the engine was asked for; images a batch.
+    - ``e2e_time``: ``e2e_s``, seconds of everything, from loading the weights to the last row, where it was done in one
+      go.
+    - ``p_val_whole`` (the reference), ``p_infer_whole`` (the engine, all repeats together): images/s of the whole loop,
+      images / ``wall_s``.
+    - ``p_val_core``, ``p_infer_core``: images/s from "batch available" to "logits there", images / ``inference_s``.
+      The next images are decoded meanwhile; without a GPU on the same cores, so these rates feel it.
+    - ``MFU``: floating-point operations an image (2 x multiply-accumulates) x ``p_infer_core`` / ``roof``, a fraction.
+    - ``MFU_flagperf``: by FlagPerf's own convention, which counts a multiply-accumulate as one operation: half of it.
+    - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak/the machine's memory in GiB, where FlagPerf
+      has a GPU's. MFU and mem are None with replicas.
+
+    Rates are of the images that were run in this session. Raises VitdemoError where the runs are not of the same
+    images.
+    """
+    _check_same_images([*runs, *([reference] if reference else [])])
+    first, p_infer_core = runs[0].metrics, _rate(runs, "inference_s")
+    shared = first["replicas"] is not None  # on machines whose roof and memory nobody asked for
+    mfu = first["flops_per_image"] * p_infer_core / roof.flops_per_s if roof and p_infer_core and not shared else None
+    validated = [reference] if reference else []
+    peak = max(run.metrics["peak_memory_bytes"] for run in [*runs, *validated])
+    return {
+        "engine": first["engine"],
+        "precision": first["precision"],
+        "bs": first["device_batch_size"],
+        "e2e_time": e2e_s,
+        "p_val_whole": _rate(validated, "wall_s"),
+        "p_val_core": _rate(validated, "inference_s"),
+        "p_infer_whole": _rate(runs, "wall_s"),
+        "p_infer_core": p_infer_core,
+        "MFU": mfu,
+        "MFU_flagperf": mfu and mfu / 2,
+        "acc": f"{_percent(runs[0])}/{_percent(reference)}",
+        "mem": None if shared else f"{peak / GIB:.1f}/{memory_bytes() / GIB:.1f}",
+    }
+
+
+def describe_row(row: dict) -> str:
+    """A FlagPerf row as one line, in its units."""
+    shown = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in row.items()}
+    shown |= {name: f"{row[name]:.1%}" for name in ("MFU", "MFU_flagperf") if row[name] is not None}
+    return ", ".join(f"{name} {'n/a' if value is None else value}" for name, value in shown.items())
+
+
+def write_row(row: dict, out: Path) -> None:
+    """Write ``out/flagperf.csv``: the header and the row, what was not measured left empty."""
+    with named_errors(out), replacing(out / FLAGPERF) as file:
+        pd.DataFrame([row]).to_csv(file, index=False)
+
+
+def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None:
+    """The machine's roof in the precision that most of the engine ran in, the model's own products among those tried.
+
+    Those of ROOF_BATCH images at most: more take memory, and are no faster. None where nothing here measures one: on a
+    GPU, or in a precision without matrix products.
+    """
+    if engine.device != "cpu":
+        return None
+    ran = engine.precision_ran
+    try:
+        return machine_roof(max(ran, key=ran.get), linear_shapes(model, min(device_batch_size, ROOF_BATCH)))
+    except VitdemoError:
+        return None
+
+
+def _check_same_images(runs: Sequence[Evaluation]) -> None:
+    if any(not run.rows["file"].equals(runs[0].rows["file"]) for run in runs):
+        raise VitdemoError("these runs are not of the same images; evaluate each on the same data, with the same limit")
+
+
+def _rate(runs: Sequence[Evaluation], seconds: str) -> float | None:
+    taken = sum(run.metrics[seconds] for run in runs)
+    return sum(run.metrics["session_images"] for run in runs) / taken if taken else None
+
+
+def _percent(run: Evaluation | None) -> str:
+    return "-" if run is None or run.metrics["top1"] is None else f"{100 * run.metrics['top1']:.1f}"

@@ -1,0 +1,196 @@
+"""Timers, phases, percentiles, this process's memory, and the machine's record."""
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import metadata
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from vitdemo.paths import REPOSITORY
+
+now = time.perf_counter
+
+PACKAGES = (
+    "vitdemo",
+    "torch",
+    "torchvision",
+    "timm",
+    "pillow",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "ray",
+)
+SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+class Phases:
+    """Seconds spent in named parts of one thread's work.
+
+    ``with phases("load"): …`` adds the block's wall time to ``phases.seconds["load"]``. Phases are
+    not nested, so their sum is at most the thread's wall time.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
+
+
+def paid_once(seconds: Sequence[float]) -> float:
+    """The share of all ``seconds`` that the first call took beyond the median of the others, 0 for fewer than two.
+
+    Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
+    """
+    if len(seconds) < 2:
+        return 0.0
+    return max(0.0, seconds[0] - float(np.median(seconds[1:]))) / sum(seconds)
+
+
+def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
+    """The seconds of ``wall_s`` that are in none of ``parts_s``, which follow one another.
+
+    Of a loop whose parts are timed one by one: what it spent where nobody looked.
+    """
+    return max(0.0, wall_s - sum(parts_s))
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had, in bytes.
+
+    On Linux VmHWM of /proc/self/status: getrusage's figure outlives fork and exec, so a child would report
+    its parent's. Elsewhere getrusage, in the bytes of macOS.
+    """
+    peak = _proc_field("/proc/self/status", "VmHWM")
+    return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _proc_field(path: str, name: str) -> str | None:
+    try:
+        with open(path) as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), None)
+    except OSError:
+        return None
+
+
+def cores() -> int:
+    """CPU cores this process may use, of the machine's and of what a container is given."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            counts.append(ceil(quota / period))
+    return min(counts)
+
+
+def memory_bytes() -> int:
+    """The machine's memory in bytes, or what a container is given of it."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):
+            sizes.append(int((group / "memory.max").read_text()))
+    return min(sizes)
+
+
+def free_memory_bytes() -> int:
+    """What can still be taken without swapping, of the machine's memory and of what a container is given."""
+    rooms = [psutil.virtual_memory().available]
+    for group in _control_groups():
+        with suppress(OSError, ValueError):
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            rooms.append(limit - used + int(pages["inactive_file"]))  # files read before, given back when asked for
+    return max(0, min(rooms))
+
+
+def _control_groups() -> list[Path]:
+    """This process's cgroup (version 2) and those around it, whose limits hold as well; none but on Linux.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
+    try:
+        own = re.search(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
+    except OSError:
+        return []
+    inner = GROUPS / own[1] if own else GROUPS
+    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(GROUPS)]
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of all that shapes a result."""
+    return {name: installed_version(name) for name in PACKAGES}
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a distribution, or None; imports nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine_record() -> dict:
+    """What a number was measured on: processor, cores, memory, instruction set, versions, GPU.
+
+    precisions: how torch computes in each, "native" or "emulated"; ``vitdemo doctor`` asks every engine. A plain dict
+    that JSON can hold; it goes beside every result.
+    """
+    import torch
+
+    from vitdemo.precisions import torch_support
+
+    return {
+        "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "isa": _instructions(),
+        "precisions": torch_support(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def _instructions() -> str:
+    """What PyTorch computes with, and what bf16 and int8 are quick by: ``AVX512 avx512_bf16 avx512_vnni``."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in SMALL_NUMBERS if has.get(name))])
+
+
+@cache
+def source_commit() -> str:
+    """The commit of vitdemo's source, ``+`` after it where that was changed since; "unknown" without git."""
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_machine(record: dict) -> str:
+    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, bf16 native, no GPU, torch 2.15.0``."""
+    memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
+    bf16 = f"bf16 {record['precisions']['bf16']}"
+    parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], bf16, record["gpu"] or "no GPU"]
+    return ", ".join([*parts, f"torch {record['versions']['torch']}"])

@@ -1,0 +1,263 @@
+"""A model with everything needed to use it right: Model, ModelInfo, load_model."""
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.machine import free_memory_bytes
+from vitdemo.models import huggingface
+from vitdemo.models import loading as timm_models
+from vitdemo.models.loading import Plan, hub_file, read_config, read_state_dict, weights_sha256
+from vitdemo.paths import data_root, user_path
+
+# torch's own formulas; before 2.15 they leave out the attention that CPUs run.
+aten = torch.ops.aten
+ATTENTION = flop_registry[aten._scaled_dot_product_flash_attention]
+FLOP_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION, **flop_registry}
+
+BUNDLED = {"vit_shapes20": "shapes20/vit_shapes20"}  # model name -> folder below the data root
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is, without its weights; goes onto every engine, card and result.
+
+    tag: the full name, e.g. ``vit_base_patch16_224.augreg2_in21k_ft_in1k``. weights: "pretrained", "random"
+    or the file they came from. classes: the wnid of each output, or None where nobody knows them.
+    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's
+    included, at batch 1 (counted by torch's own formulas, ``torch.utils.flop_counter``).
+    """
+
+    tag: str
+    weights: str
+    weights_sha256: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    flops_per_image: int
+
+    def to_dict(self) -> dict:
+        """A dict that JSON can hold."""
+        return asdict(self)
+
+    def random_pixels(self, *counts: int) -> torch.Tensor:
+        """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
+        shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+class Model:
+    """A torch module that takes normalised float32[B, 3, H, W] and gives logits [B, C], and its ModelInfo.
+
+    ``info.weights_sha256`` is that of the weights that the module has now, whatever it was before.
+    """
+
+    def __init__(self, module: nn.Module, info: ModelInfo):
+        self.module = module.eval().requires_grad_(False)
+        self.info = replace(info, weights_sha256=weights_sha256(module))
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        classes: tuple[str, ...] | None = None,
+        weights: str = "as given",
+    ) -> "Model":
+        """Any ``torch.nn.Module`` that classifies images.
+
+        The module itself is taken, not a copy: it is put into evaluation mode and its parameters are frozen.
+
+        Raises VitdemoError when its parameters are not float32 on the CPU, when it does not run on
+        float32[1, 3, H, W], or when ``classes`` is not as long as its output.
+        """
+        _freeze(module, name)
+        flops, outputs = _count(module, preprocessing.input_size)
+        if classes is not None and len(classes) != outputs:
+            raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(classes)} classes were given")
+        info = ModelInfo(
+            tag=name,
+            weights=weights,
+            weights_sha256="",  # Model fills it in
+            preprocessing=preprocessing,
+            classes=None if classes is None else tuple(classes),
+            flops_per_image=flops,
+        )
+        return cls(module, info)
+
+
+class FlopsByPrecision(TorchDispatchMode):
+    """While active, adds up the FLOPs that torch executes by the dtype of their first operand.
+
+    ``.flops``: Counter of dtype name ("float32") -> FLOPs, 2 x multiply-accumulates.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in FLOP_FORMULAS:
+            tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.flops[dtype] += FLOP_FORMULAS[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+def _freeze(module: nn.Module, name: str) -> None:
+    """Evaluation mode, without gradients. Raises VitdemoError unless all its tensors are float32 on the CPU."""
+    if not isinstance(module, nn.Module):
+        raise VitdemoError(f"{name}: {type(module).__name__} is not a torch.nn.Module")
+    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise VitdemoError(f"{name}: {key} has no values yet; load the module's weights first")
+        if tensor.device.type != "cpu":
+            raise VitdemoError(f"{name}: {key} is on {tensor.device}; give module.cpu(), convert moves what it makes")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise VitdemoError(f"{name}: {key} is {tensor.dtype}; give module.float(), convert sets the precision")
+    try:
+        module.eval().requires_grad_(False)
+    except (NotImplementedError, RuntimeError) as error:  # exported and scripted modules
+        raise VitdemoError(f"{name}: {reason_of(error)}; give the module that it was made from") from None
+
+
+def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """FLOPs an image and the number of outputs. Raises VitdemoError when the module does not run."""
+    with suppress(Exception):  # it may need values, or have tensors that are neither parameters nor buffers
+        tensors = [*module.parameters(), *module.buffers()]
+        # A copy whose tensors have shapes and no values computes nothing; what it may keep for later stays in it.
+        twin = copy.deepcopy(module, {id(tensor): tensor.to("meta") for tensor in tensors})
+        return _count_running(twin, torch.empty(1, *input_size, device="meta"))
+    try:
+        return _count_running(module, torch.zeros(1, *input_size))
+    except Exception as error:  # a stranger's forward may raise anything
+        raise VitdemoError(
+            f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
+        ) from None
+
+
+def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    with torch.no_grad(), FlopsByPrecision() as counter:
+        _, outputs = module(x).shape
+    return sum(counter.flops.values()), outputs
+
+
+def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
+    """A model by name, in evaluation mode and float32.
+
+    name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the Hugging
+    Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in timm's hub layout
+    or in Hugging Face's (ViTForImageClassification). weights: "pretrained", "random" (seed 0, for speed alone), or a
+    file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit, and for a model
+    that is larger than the memory that is free.
+    """
+    name = os.path.expanduser(str(name))
+    _check_memory(name, pretrained=weights == "pretrained")
+    with _seeded(), nullcontext() if weights == "random" else _ParametersAsAllocated():
+        tag, plan = _planned(name, pretrained=weights == "pretrained")
+    if weights != "random":
+        file = plan.file() if weights == "pretrained" else user_path(weights)
+        state_dict = read_state_dict(file)
+        if huggingface.is_state_dict(state_dict) and plan.load is not huggingface.load_weights:
+            raise VitdemoError(
+                f"{file}: Hugging Face's weights do not go into timm's {name} without their LayerNorm eps and "
+                "preprocessing; give the folder where they lie with their config.json as the model"
+            )
+        plan.load(plan.module, state_dict, str(file))
+    source = weights if weights in ("pretrained", "random") else Path(weights).name
+    return Model.from_module(plan.module, plan.preprocessing, name=tag, classes=plan.classes, weights=source)
+
+
+def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
+    """The model called ``name`` without values, which takes no memory; None for one that needs values to be built.
+
+    Raises VitdemoError where there is none of this name.
+    """
+    try:
+        with torch.device("meta"):
+            return _planned(name, pretrained=pretrained)[1]
+    except VitdemoError:
+        raise
+    except Exception:  # whatever timm's models raise
+        return None
+
+
+def _check_memory(name: str, *, pretrained: bool) -> None:
+    """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
+    plan = shapes_of(name, pretrained=pretrained)
+    if plan is None:
+        return
+    needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), free_memory_bytes()
+    if needed > free:
+        raise VitdemoError(
+            f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "
+            "smaller model, or close other programs"
+        )
+
+
+@contextmanager
+def _seeded():
+    """The same random numbers every time, leaving torch's global seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+class _ParametersAsAllocated(TorchFunctionMode):
+    """While active, constructors give parameters no values: a large model's take seconds, and a file replaces them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
+
+
+def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
+    """The full tag of what ``name`` means, and the plan for it."""
+    if name.startswith("hf:"):
+        return name, _plan_from_files(partial(_in_hub, name.removeprefix("hf:")))
+    if name in BUNDLED:
+        return name, _plan_from_files(partial(_in_folder, data_root() / BUNDLED[name]))
+    if os.path.exists(name) and not timm_models.is_name(name):  # a path does not hide a name of timm's
+        path = Path(name).resolve()
+        if not path.is_dir():
+            raise VitdemoError(f"{name}: is a file; give the folder that holds it, or a name with this file as weights")
+        return path.name, _plan_from_files(partial(_in_folder, path))
+    return name, timm_models.plan_from_name(name, pretrained=pretrained, others=BUNDLED)
+
+
+def _plan_from_files(find: Callable[..., Path]) -> Plan:
+    """The plan of a config.json in either layout; ``find`` gives the path of the first of several names."""
+    path = find("config.json")
+    config = read_config(path)
+    layout = huggingface if huggingface.is_config(config) else timm_models
+    return layout.plan_from_config(config, find, str(path))
+
+
+def _in_folder(folder: Path, *names: str) -> Path:
+    """The first of ``names`` that is there; the first of all when none is, for its reader to say so."""
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+def _in_hub(repo_id: str, *names: str) -> Path:
+    files = " ".join(f"--include '{name}'" for name in ("*.json", *huggingface.WEIGHTS_FILES))
+    folder = repo_id.rpartition("/")[2]
+    bring = f"run `hf download {repo_id} {files} --local-dir {folder}`, bring that folder here and give it as the model"
+    return hub_file(repo_id, *names, bring=bring)

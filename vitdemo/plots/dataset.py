@@ -1,0 +1,107 @@
+"""Figures and views of a data set: galleries, crops, class counts, the folder tree."""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from vitdemo.dataset.decoding import (
+    Preprocessing,
+    UnreadableImage,
+    is_enormous,
+    not_decoded,
+    open_image,
+    reference_crop,
+)
+from vitdemo.dataset.imagenet import ImageNetVal
+
+THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
+
+
+def thumbnail(jpeg: bytes) -> Image.Image:
+    """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up.
+
+    A grey square for one that cannot be read, or that is enormous.
+    """
+    try:
+        with open_image(jpeg) as whole:
+            if is_enormous(*whole.size, jpeg):
+                raise UnreadableImage(not_decoded(*whole.size))
+            image = whole.convert("RGB")
+    except Exception:  # as in reference_crop: decoders raise a dozen types
+        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
+    return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
+
+
+def short_names(data: ImageNetVal) -> list[str]:
+    """The first synonym of each class's name, by label: what fits under a picture."""
+    return [name.split(",")[0] for name in data.class_names]
+
+
+def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
+    """Pictures (PIL or uint8[H, W, 3]) in rows of ``columns``, a caption under each; returns the Figure."""
+    rows = max(1, ceil(len(pictures) / columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.15 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    colors = colors or ["black"] * len(pictures)
+    for ax, picture, caption, color in zip(axes.flat, pictures, captions, colors, strict=False):
+        ax.imshow(picture)
+        ax.text(0.5, -0.03, caption, fontsize=8, color=color, ha="center", va="top", transform=ax.transAxes)
+    return figure
+
+
+def plot_gallery(data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
+    """The images at ``indices`` with their class names."""
+    names, samples = short_names(data), [data[i] for i in indices]
+    return picture_grid([thumbnail(s.jpeg) for s in samples], [names[s.label] for s in samples], columns)
+
+
+def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
+    """One image as it is, then as each preprocessing (name -> Preprocessing) hands it to a model."""
+    crops = [reference_crop(jpeg, p).permute(1, 2, 0).numpy() for p in preprocessings.values()]
+    captions = [
+        f"{name}\n{crop.shape[1]} x {crop.shape[0]} px" for name, crop in zip(preprocessings, crops, strict=True)
+    ]
+    with open_image(jpeg) as image:
+        original = f"the file\n{image.width} x {image.height} px"
+    return picture_grid([thumbnail(jpeg), *crops], [original, *captions], columns=1 + len(crops))
+
+
+def plot_class_histogram(data: ImageNetVal) -> Figure:
+    """How many images each class has."""
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    ax.bar(range(len(counts)), counts, color="#0072B2", width=0.8 if len(counts) < 100 else 1.0)
+    ax.set(
+        xlabel="class index (rank of the wnid)", ylabel="images", title=f"{counts.sum()} images, {len(counts)} classes"
+    )
+    if len(counts) <= 30:
+        ax.set_xticks(range(len(counts)))
+        ax.set_xticklabels(short_names(data), rotation=60, ha="right", fontsize=8)
+        ax.set_xlabel("class, in the order of the wnids")
+    return figure
+
+
+def folder_preview(path: Path | str, entries: int = 4) -> str:
+    """The top of a folder tree as text, two levels deep, the first ``entries`` of each level."""
+    lines = [f"{Path(path).name}/"]
+
+    def add(folder: Path, indent: str, depth: int):
+        found = sorted(folder.iterdir())
+        for entry in found[:entries]:
+            size = "" if entry.is_dir() else f"  {entry.stat().st_size:,} bytes"
+            lines.append(f"{indent}{entry.name}{'/' if entry.is_dir() else ''}{size}")
+            if entry.is_dir() and depth < 3:
+                add(entry, indent + "    ", depth + 1)
+        if len(found) > entries:
+            lines.append(f"{indent}... {len(found) - entries} more")
+
+    add(Path(path), "    ", 1)
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""Figures of an evaluation: predictions, mistakes, accuracy by class, where the time went, what a diagnosis found."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.evaluation.diagnosis import Diagnosis
+from vitdemo.evaluation.evaluation import Evaluation
+from vitdemo.evaluation.metrics import wilson_interval
+from vitdemo.inference.loop import cut
+from vitdemo.inference.predictions import Shard
+from vitdemo.inference.schedule import SyncSplit
+from vitdemo.machine import unaccounted_s
+from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
+
+RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
+PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")
+
+
+def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
+    """The images at ``indices``, each with its prediction, its probability and, where wrong, the true class."""
+    names, captions, colors = short_names(data), [], []
+    for _, row in evaluation.rows.iloc[list(indices)].iterrows():
+        truth = names[row["label"]]
+        guess = "unreadable" if row["error"] else f"{names[row['predicted_1']]} {row['probability_1']:.0%}"
+        captions.append(f"✓ {guess}" if row["correct"] else f"✗ {guess}\nis: {truth}")
+        colors.append(RIGHT if row["correct"] else WRONG)
+    return picture_grid([thumbnail(data[i].jpeg) for i in indices], captions, columns, colors)
+
+
+def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) -> Figure:
+    """The ``count`` wrong answers given with the highest probability."""
+    rows = evaluation.rows
+    wrong = rows[(rows["correct"] == 0) & (rows["error"] == "")].nlargest(count, "probability_1")
+    if wrong.empty:
+        figure = plt.figure(figsize=(4, 1))
+        figure.text(0.5, 0.5, f"no mistakes in {len(rows)} images", ha="center", va="center")
+        return figure
+    return plot_predictions(evaluation, data, wrong.index, columns=5)
+
+
+def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
+    """Top-1 of every class that has images, with 95 % Wilson intervals, the worst first (at most 40)."""
+    by_class = evaluation.rows.groupby("label")["correct"].agg(["sum", "count"])
+    by_class["top1"] = by_class["sum"] / by_class["count"]
+    worst = by_class.sort_values(["top1", "count"])[:40]
+    intervals = pd.DataFrame(
+        [wilson_interval(int(c), int(n)) for c, n in zip(worst["sum"], worst["count"], strict=True)]
+    )
+    names = short_names(data)
+    figure, ax = plt.subplots(figsize=(9, 0.6 + 0.24 * len(worst)), layout="constrained")
+    y = range(len(worst))
+    ax.barh(y, worst["top1"] * 100, color=RIGHT, height=0.7)
+    ax.hlines(y, intervals[0] * 100, intervals[1] * 100, color="black", linewidth=1)
+    ax.set_yticks(y, [f"{names[label]} ({n})" for label, n in worst["count"].items()], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(evaluation.metrics["top1"] * 100, color=WRONG, linestyle="--", label="all classes")
+    ax.set(xlabel="top-1 in % (line: 95 % interval; in brackets: images)", xlim=(0, 100))
+    ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
+    """When each of some consecutive batches, from the middle of the run, was decoded and computed: where both bars of
+    a moment are filled, they overlap."""
+    times = evaluation.times
+    middle = max(len(times) // 2 - batches // 2, 0)
+    shown = times.iloc[middle : middle + batches]
+    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.22 * len(shown)), layout="constrained")
+    start = shown["decode_began"].min()
+    parts = {
+        "decoding": ("decode_began", "decode_ended", RIGHT, ""),
+        "ready, waiting for its turn": ("decode_ended", "submitted", GREY, ""),
+        "engine (from submission to logits)": ("submitted", "finished", WRONG, "//"),
+    }
+    for label, (begin, end, color, hatch) in parts.items():
+        left, width = (shown[begin] - start) * 1e3, (shown[end] - shown[begin]) * 1e3
+        ax.barh(range(len(shown)), width, left=left, color=color, hatch=hatch, height=0.7, label=label)
+    ax.set_yticks(range(len(shown)), [f"batch {k}" for k in shown.index], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="milliseconds since the first of these batches began")
+    ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def plot_split(images: int, device_batch_size: int, replicas: int) -> Figure:
+    """Which images each replica gets in each step of the synchronous split."""
+    split, step = SyncSplit(cut(range(images), device_batch_size), replicas), 0
+    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
+    while shards := {k: indices for k in range(replicas) if (indices := split.take(k, 0.0))}:
+        for k, indices in shards.items():
+            share = len(indices) / device_batch_size  # the last, smaller one is drawn smaller
+            ax.barh(k, 0.94 * share, left=step - 0.47, height=0.8, color=PALETTE[k % len(PALETTE)], edgecolor="black")
+            label = f"{indices.start}–{indices.stop - 1}" if len(indices) > 1 else f"{indices.start}"
+            ax.text(step - 0.47 + 0.47 * share, k, label, ha="center", va="center", fontsize=8)
+            split.done(Shard(indices, [], [], {}, 0.0, 0.0, 0))
+        step += 1
+    ax.set_yticks(range(replicas), [f"replica {k}" for k in range(replicas)])
+    ax.invert_yaxis()
+    ax.set(xlabel="step (a global batch)", xticks=range(step), xlim=(-0.6, step - 0.4))
+    ax.set_title(f"{images} images, device_batch_size {device_batch_size}, {replicas} replicas", loc="left")
+    return figure
+
+
+def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
+    """When each replica's engine was at work, a panel a run; what is white is waiting."""
+    figure, axes = plt.subplots(
+        len(evaluations), figsize=(9, 1.6 * len(evaluations) + 0.5), layout="constrained", sharex=True, squeeze=False
+    )
+    for ax, (name, evaluation) in zip(axes[:, 0], evaluations.items(), strict=True):
+        for replica, times in evaluation.times.groupby("replica"):
+            spans = list(zip(times["submitted"], times["finished"] - times["submitted"], strict=True))
+            ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=PALETTE[replica % len(PALETTE)], edgecolor="white")
+        each = evaluation.metrics["replicas"]["each"]
+        ax.set_yticks(range(len(each)), [f"replica {k}: {slot['images']} images" for k, slot in enumerate(each)])
+        ax.set_ylim(len(each) - 0.5, -0.5)
+        ax.set_title(f"{name}: {evaluation.metrics['wall_s']:.1f} s", loc="left", fontsize=10)
+    axes[-1, 0].set(xlabel="seconds since the run began")
+    return figure
+
+
+def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Figure:
+    """Images/s over the number of replicas: measured, and what the cores allow.
+
+    table: columns replicas, cores, images_per_s. one_process: images/s of one process with all cores. one_core: of one
+    replica on one core; the ideal is that times the cores in use.
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    x = table["replicas"]
+    ax.plot(
+        x, one_core * table["cores"], color=GREY, linestyle="--", marker="_", label="ideal: one core x cores in use"
+    )
+    ax.axhline(one_process, color=WRONG, linestyle=":", label="one process, all cores")
+    ax.plot(x, table["images_per_s"], color=RIGHT, marker="o", label="measured")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, [str(n) for n in x])
+    ax.set(xlabel="replicas", ylabel="images/s")
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    ax.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def plot_time(evaluation: Evaluation) -> Figure:
+    """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest."""
+    m = evaluation.metrics
+    names = {"decode_wait_s": "waiting for images", "compute_wait_s": "waiting for the engine"}
+    names["postprocess_s"] = "making and writing rows"
+    parts = {name: m[key] for key, name in names.items()}
+    parts["the rest"] = unaccounted_s(m["wall_s"], parts.values())
+    figure, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
+    left = 0.0
+    for (name, seconds), color in zip(parts.items(), ("#E69F00", RIGHT, "#009E73", GREY), strict=True):
+        ax.barh(0, seconds, left=left, color=color, edgecolor="white", label=f"{name}: {seconds:.2f} s")
+        left += seconds
+    what = f"{m['model']}, {m['engine']} {m['precision']}, {m['threads']} threads"
+    ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s: {what}")
+    ax.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
+    return figure
+
+
+def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
+    """Top-1 as it is and with each mistake put right, with 95 % Wilson intervals; the explanation stands out."""
+    table, published = diagnosis.table, diagnosis.published
+    colors = [RIGHT if name == diagnosis.named else GREY for name in table["hypothesis"]]
+    colors[0] = WRONG
+    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.3 * len(table)), layout="constrained")
+    y = range(len(table))
+    ax.barh(y, table["top1"] * 100, color=colors, height=0.7)
+    ax.hlines(y, table["ci95_low"] * 100, table["ci95_high"] * 100, color="black", linewidth=1)
+    ax.set_yticks(y, table["hypothesis"], fontsize=8)
+    ax.invert_yaxis()
+    if published:
+        ax.axvline(published.top1 * 100, color="black", linestyle="--", label=f"published: {published.top1:.1%}")
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
+    ax.set(xlabel=f"top-1 in % of {diagnosis.images} images (line: 95 % interval)", xlim=(0, 100))
+    ax.set_title(f"explains the loss: {diagnosis.named}" if diagnosis.named else "no loss explained", loc="left")
+    return figure

@@ -1,0 +1,76 @@
+"""Figures of a verification: the error over a model's depth, and the images whose answer flipped."""
+
+from collections.abc import Sequence
+from textwrap import shorten
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.errors import VitdemoError
+from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
+from vitdemo.verification.tolerances import RANDOM, REAL, Report
+
+# Okabe and Ito's palette, safe for colour-blind readers: an engine a colour; a precision a line and a marker.
+COLORS = {"eager": "#000000", "inductor": "#CC79A7", "onnx": "#009E73", "openvino": "#0072B2"}
+OTHER = "#E69F00"
+DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
+MARKERS = {"fp32": "o", "bf16": "s", "int8": "^"}
+CANDIDATE, REFERENCE, GREY = "#0072B2", "#D55E00", "#666666"  # whose answer is right
+SMALLEST = 1e-8  # no error at all is drawn here, as there is no zero on a logarithmic axis
+
+
+def engine_look(engine: str, precision: str) -> dict:
+    """How every figure of the course draws this pair: matplotlib's ``plot`` takes it, label included."""
+    known = dict(color=COLORS.get(engine, OTHER), linestyle=DASHES.get(precision, "-."))
+    return known | dict(marker=MARKERS.get(precision, "D"), markersize=5, linewidth=1.3, label=f"{engine} {precision}")
+
+
+def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
+    """Relative L2 error of each layer, from the input on, a line a report; grey: each precision's tolerance.
+
+    On real images where all reports have some, else on random ones. An engine that fuses a layer with the next does not
+    show it: its line passes by. Raises VitdemoError for reports without layers, or with those of different models.
+    """
+    pairs = {(report.engine, report.precision): report for report in reports}
+    kind = REAL if all(REAL in set(report.layers["kind"]) for report in reports) else RANDOM
+    tables = {pair: report.layers[report.layers["kind"] == kind] for pair, report in pairs.items()}
+    layers = max((list(table["layer"]) for table in tables.values()), key=len, default=[])
+    if not layers or any(table.empty or not set(table["layer"]) <= set(layers) for table in tables.values()):
+        raise VitdemoError("error over depth: give reports of one model, of engines that show their layers")
+    place = {layer: x for x, layer in enumerate(layers)}
+    figure, ax = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    for pair, table in tables.items():
+        ax.plot(table["layer"].map(place), table["relative_l2"].clip(lower=SMALLEST), **engine_look(*pair))
+    for precision, table in {precision: table for (_, precision), table in tables.items()}.items():
+        ax.plot(table["layer"].map(place), table["tolerance"], color=GREY, linestyle=":", linewidth=1.2)
+        text = dict(color=GREY, fontsize=8, va="center", transform=ax.get_yaxis_transform())
+        ax.text(1.01, table["tolerance"].iloc[-1], f"{precision}\ntolerance", **text)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=SMALLEST)
+    ax.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    ax.set(ylabel=f"relative L2 error, {kind} images", title="Error over depth, against eager fp32")
+    ax.grid(axis="y", alpha=0.3)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def plot_flips(report: Report, data: ImageNetVal, count: int = 12) -> Figure:
+    """Up to ``count`` images whose answer flipped: the reference's answer, → the candidate's, and the true class.
+
+    Blue: the candidate is right; orange: the reference is; grey: neither. data: the set that was verified on.
+    """
+    if report.flips.empty:
+        figure = plt.figure(figsize=(5, 1))
+        images = report.overall.set_index("kind")["images"].get(REAL, 0)
+        figure.text(0.5, 0.5, f"no answer flipped in {images} images", ha="center", va="center")
+        return figure
+    labelled = report.info.classes is not None  # else nobody knows what its outputs mean
+    names, captions, colors = [shorten(name, 22, placeholder=" …") for name in short_names(data)], [], []
+    for flip in report.flips.head(count).itertuples():
+        before, after = (names[k] if labelled else f"class {k}" for k in (flip.reference, flip.candidate))
+        captions.append(f"{before}\n→ {after}" + (f"\nis: {names[flip.label]}" if labelled else ""))
+        right = {flip.candidate: CANDIDATE, flip.reference: REFERENCE} if labelled else {}
+        colors.append(right.get(flip.label, GREY))
+    pictures = [thumbnail(data[i].jpeg) for i in report.flips["index"].head(count)]
+    return picture_grid(pictures, captions, min(6, len(pictures)), colors)

@@ -1,0 +1,213 @@
+"""verify: an engine against the fp32 eager reference of its model, at the logits and layer by layer."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.decoding import prefetched_batches
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.engines.artifacts import CARD, VERIFIED, artifacts_root
+from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.eager import EagerEngine
+from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.machine import cores
+from vitdemo.models.model import Model, ModelInfo
+from vitdemo.paths import data_root, replacing
+from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
+from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
+
+BATCH, RANDOM_IMAGES = 8, 32
+FLOOR_BATCHES = 2  # of each kind of images, as every other way to compute costs the reference's time once more
+CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
+
+Layers = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what an engine's ``layers`` is
+
+
+def verify(
+    engine: Engine,
+    model: Model,
+    data: ImageNetVal | Path | str | None = None,
+    *,
+    images: int = 256,
+    progress: bool = True,
+) -> Report:
+    """Hold ``engine`` against ``model`` in torch eager fp32 on the CPU, on real images and on random ones.
+
+    data: a data set or its path, of which ``images`` are taken, spread evenly; those that cannot be read are left out.
+    None takes the bundled shapes20 for a model with its classes. Random pixels, up to 32 images, the same ones every
+    time, are added to them, and are all there is for any other model. Both sides get the same pixels. Layers are
+    compared on every image, batch by batch, so that memory does not grow with their number.
+
+    The noise floor is how far other legitimate ways to compute the same lie from the reference, on the first 16 images
+    of each kind. fp32: on one thread, image by image, and with attention as plain matrix products. bf16: torch eager in
+    bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``verdict.py``.
+
+    Where the engine came from the cache, the report is also written beside its folder, as ``<folder>.verified.json``.
+    Raises VitdemoError for a model or data of other classes, images of another size or crop, images < 1, and a
+    precision that has no tolerances; EngineFailure when the engine breaks.
+    """
+    _check_input(engine, model, images)
+    data = _data_for(model.info, data)
+    reference = EagerEngine(model, "fp32", device="cpu", threads=engine.threads)
+    ways = _other_ways(engine.precision, model, reference)
+    sources, real, drawn = {}, 0, min(images, RANDOM_IMAGES)
+    if data is not None:
+        real = min(images, len(data))
+        sources[REAL] = _real_batches(data, real, model.info)
+    sources[RANDOM] = _random_batches(drawn, model.info)
+    with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
+        comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
+    report = make_report(engine, model.info, data, comparisons)
+    if engine.recipe and replace(engine.recipe, model=Model(model.module, model.info)).key == engine.card["key"]:
+        _keep(report, engine)  # which was not held against another model, to see it fail
+    return report
+
+
+def _check_input(engine: Engine, model: Model, images: int) -> None:
+    what = f"{engine.name} {engine.precision}"
+    if not isinstance(images, int) or images < 1:
+        raise VitdemoError(f"images {images!r}: must be a whole number of at least 1")
+    if engine.precision not in TOLERANCES:
+        raise VitdemoError(f"{what}: there are tolerances for {', '.join(TOLERANCES)} only, so nothing to verify by")
+    if engine.info.classes != model.info.classes:
+        raise VitdemoError(
+            f"{what} was made from a model of other classes than {model.info.tag}; give the model it was made from"
+        )
+    for name in CROP:
+        theirs, ours = (getattr(info.preprocessing, name) for info in (engine.info, model.info))
+        if theirs != ours:
+            raise VitdemoError(
+                f"{what} was made for images with {name} {theirs}, {model.info.tag} is for {ours}; give the model it "
+                "was made from"
+            )
+
+
+def _data_for(info: ModelInfo, data: ImageNetVal | Path | str | None) -> ImageNetVal | None:
+    if data is None:
+        return _bundled_data(info)
+    if isinstance(data, (str, Path)):
+        data = ImageNetVal(data)
+    if info.classes is not None and list(info.classes) != list(data.classes):
+        raise VitdemoError(
+            f"{data.path}: its {len(data.classes)} classes are not the {len(info.classes)} of {info.tag}; give the "
+            "data set of that model, or none"
+        )
+    return data
+
+
+def _bundled_data(info: ModelInfo) -> ImageNetVal | None:
+    path = data_root() / "shapes20"
+    if info.classes is None or not path.exists():
+        return None
+    shapes20 = ImageNetVal(path)
+    return shapes20 if list(info.classes) == shapes20.classes else None
+
+
+def _real_batches(data: ImageNetVal, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
+    indices = [i * len(data) // images for i in range(images)]
+    read = 0
+    chosen = Subset(data, indices)
+    for batch in prefetched_batches(chosen, range(images), info.preprocessing, BATCH, workers=cores()):
+        readable = [k for k, error in enumerate(batch.errors) if not error]
+        read += len(readable)
+        if readable:
+            yield batch.pixels[readable], [indices[batch.start + k] for k in readable]
+    if not read:
+        raise VitdemoError(f"{data.path}: none of {images} images can be read; give verify other data")
+
+
+def _random_batches(images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    for pixels in info.random_pixels(images).split(BATCH):
+        yield pixels, []
+
+
+def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[str, Layers]:
+    """Other ways to compute what the reference computes that nobody would call wrong in this precision, by name."""
+
+    def plain_attention(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):
+            return reference.layers(x)
+
+    def one_by_one(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        singles = [reference.layers(image) for image in x.split(1)]
+        return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+    if precision == "fp32":
+        one_thread = EagerEngine(model, "fp32", device="cpu", threads=1)
+        return {"one thread": one_thread.layers, "one by one": one_by_one, "plain attention": plain_attention}
+    if precision == "bf16":
+        return {"eager bf16": EagerEngine(model, "bf16", device="cpu", threads=reference.threads).layers}
+    rounded = Model(_rounded(model.module), model.info)
+    return {"weights in 8 bits": EagerEngine(rounded, "fp32", device="cpu", threads=reference.threads).layers}
+
+
+def _rounded(module: nn.Module) -> nn.Module:
+    """A copy whose convolutions and linear layers have weights of 255 levels an output channel, symmetric about 0."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            rows = part.weight.data.flatten(1)
+            step = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(rows.dtype).tiny)
+            part.weight.data = ((rows / step).round() * step).view_as(part.weight)
+    return module
+
+
+def _compare(
+    engine: Engine,
+    reference: EagerEngine,
+    ways: dict[str, Layers],
+    batches: Iterator[tuple[torch.Tensor, list[int]]],
+    bar: tqdm,
+) -> Comparison:
+    comparison = Comparison(floors={way: LayerErrors() for way in ways})
+    for number, (pixels, indices) in enumerate(batches):
+        expected = reference.layers(pixels)
+        logits, layers = _run(engine, pixels)
+        if logits.shape != expected[LOGITS].shape:
+            raise VitdemoError(
+                f"{engine.name} {engine.precision} gives logits {list(logits.shape)} where the model gives "
+                f"{list(expected[LOGITS].shape)}; give the model it was made from"
+            )
+        comparison.indices += indices
+        comparison.reference.append(expected[LOGITS])
+        comparison.candidate.append(logits)
+        if layers:
+            comparison.layers.add(expected, layers)
+            comparison.twin.add({LOGITS: logits}, {LOGITS: layers[LOGITS]})
+        if number < FLOOR_BATCHES:
+            for way, compute in ways.items():
+                comparison.floors[way].add(expected, compute(pixels))
+        bar.update(len(pixels))
+    return comparison
+
+
+def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    try:
+        return engine(pixels), engine.layers(pixels)
+    except VitdemoError:
+        raise
+    except Exception as error:  # runtimes have types of their own
+        raise EngineFailure(f"the {engine.name} engine failed: {reason_of(error)}") from error
+
+
+def _keep(report: Report, engine: Engine) -> None:
+    """Write the report beside the engine's folder in the cache, if it still holds the files that were verified."""
+    folder = artifacts_root() / engine.recipe.folder_name
+    try:
+        kept = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none is kept of this engine, or it was removed or damaged meanwhile
+        return
+    if kept != engine.card:  # built anew since
+        return
+    path = folder.with_name(folder.name + VERIFIED)
+    with named_errors(path), replacing(path) as file:
+        json.dump(report.to_dict(), file, indent=2)
