@@ -22,8 +22,8 @@ lab: $(BIN)/.vitdemo
 # built is there for the second.
 test: $(BIN)/.vitdemo-dev
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && export VITDEMO_TEST_CACHE="$$cache" && \
-	$(BIN)/python -m pytest -m "not soak" tests/conversion && \
-	$(BIN)/python -m pytest -m "not soak" --ignore tests/conversion
+	$(BIN)/python -m pytest -m "not soak" tests/engines tests/models tests/verification && \
+	$(BIN)/python -m pytest -m "not soak" --ignore tests/engines --ignore tests/models --ignore tests/verification
 
 # Processors that are not here, by variables that hide instructions: AVX512 with VNNI and without bf16 (Ice Lake), then
 # AVX2 alone (laptops). Each gets a cache of its own, as engines built for one are not the other's.
@@ -31,7 +31,7 @@ masks: $(BIN)/.vitdemo-dev
 	set -e; for mask in "ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI" \
 	  "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2"; do \
 	  cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; echo "under $$mask"; \
-	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/conversion tests/measure; \
+	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/engines tests/test_precisions.py; \
 	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/notebooks; \
 	  rm -rf "$$cache"; \
 	done

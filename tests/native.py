@@ -1,6 +1,6 @@
 """Engines and precisions as parameters of tests: those that this processor has to emulate are skipped, with the reason.
 
-``tests/conversion/test_masks.py`` runs emulated and absent ones on any processor, on small models.
+``tests/engines/test_masks.py`` runs emulated and absent ones on any processor, on small models.
 """
 
 import pytest

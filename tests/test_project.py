@@ -1,6 +1,5 @@
 """The project's own files agree with each other, and the bundled archives are the ones that were recorded."""
 
-import ast
 import hashlib
 import inspect
 import re
@@ -21,6 +20,7 @@ from vitdemo.paths import REPOSITORY, data_path, results_folder
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 README = (REPOSITORY / "README.md").read_text()
+TEXTS = README + (REPOSITORY / "CONTRIBUTING.md").read_text()
 PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split())
 
 
@@ -56,37 +56,13 @@ def test_lint_reads_the_notebooks_too():
 
 def test_make_targets_in_the_readme_are_there():
     (phony,) = re.findall(r"^\.PHONY: (.+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-    used = {word for line in re.findall(r"(?:^|`)make ([a-z ]+)", README, re.MULTILINE) for word in line.split()}
+    used = {word for line in re.findall(r"(?:^|`)make ([a-z ]+)", TEXTS, re.MULTILINE) for word in line.split()}
     assert used and used <= set(phony.split())
 
 
 def test_paths_in_the_readme_are_there():
-    named = re.findall(r"`((?:vitdemo|tests|notebooks|data)/[\w./-]*)`", README)
+    named = re.findall(r"`((?:vitdemo|tests|notebooks|data)/[\w./-]*)`", TEXTS)
     assert named and [path for path in named if not (REPOSITORY / path).exists()] == []
-
-
-HOUSE = re.search(r"```\nvitdemo/\n(.+?)```", README, re.DOTALL)[1]
-FLOORS = [names.replace(".py", "").split() for names in re.findall(r"^  (\S.*?)  ", HOUSE, re.MULTILINE)]
-MODULES = [path for path in sorted((REPOSITORY / "vitdemo").rglob("*.py")) if path.name != "__init__.py"]
-
-
-def floor(module: str) -> int:
-    """The line of the README's house in which ``module`` stands, as in ``dataset/images``."""
-    return next(number for number, names in enumerate(FLOORS) if module.startswith(tuple(names)))
-
-
-def test_files_in_the_readme_s_house_are_there():
-    there = {path.name for path in MODULES}
-    assert [name for name in re.findall(r"\w+\.py", HOUSE) if name not in there] == []
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_file_imports_only_what_stands_above_it_in_the_readme_s_house(path):
-    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    names = [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
-    ours = [name.removeprefix("vitdemo.").replace(".", "/") for name in names if name.startswith("vitdemo.")]
-    here = floor(path.relative_to(REPOSITORY / "vitdemo").as_posix())
-    assert [name for name in ours if floor(name) > here] == []
 
 
 def test_a_file_in_the_folder_of_engines_is_an_engine(tmp_path, monkeypatch):

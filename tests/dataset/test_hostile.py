@@ -35,7 +35,7 @@ from tests.dataset.conftest import (
     watched_writes,
     write_devkit,
 )
-from tests.dataset.test_archives import refused
+from tests.dataset.test_tars import refused
 from vitdemo.dataset import imagenet
 from vitdemo.dataset import tars as archives_module
 from vitdemo.dataset.extraction import extract

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.dataset.conftest import GROUND_TRUTH, Archives, val_name, write_devkit, write_tar
-from tests.dataset.test_archives import as_nobody, refused, tree
+from tests.dataset.test_tars import as_nobody, refused, tree
 from vitdemo.dataset.decoding import INPUT_PATHS, Preprocessing, prefetched_batches
 from vitdemo.dataset.extraction import _check_official, extract
 from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetVal, read_devkit

@@ -21,8 +21,8 @@ from tests.dataset.conftest import (
     write_devkit,
     write_tar,
 )
-from tests.dataset.test_archives import refused, tree
 from tests.dataset.test_imagenet import md5_of
+from tests.dataset.test_tars import refused, tree
 from vitdemo.dataset.extraction import extract
 from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetTrain, ImageNetVal, devkit_of
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.dataset.conftest import write_tar
-from tests.dataset.test_archives import refused, tree
+from tests.dataset.test_tars import refused, tree
 from vitdemo.dataset.extraction import extract_members
 from vitdemo.dataset.tars import index_tar
 

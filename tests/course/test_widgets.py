@@ -16,7 +16,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 
-from tests.explore.hostile import HOSTILE, picture
+from tests.course.hostile import HOSTILE, picture
 from tests.native import is_native
 from vitdemo import (
     ImageNetVal,

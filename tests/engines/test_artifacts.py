@@ -224,7 +224,7 @@ def test_damaged_artifact_is_built_again_and_said(tiny, x, cache, capsys, damage
 
 
 BUILD = """
-from tests.conversion.test_artifacts import ExportedEngine, Recipe
+from tests.engines.test_artifacts import ExportedEngine, Recipe
 from vitdemo import load_model
 print("ready", flush=True)
 engine = Recipe(load_model("vit_shapes20"), ExportedEngine, "fp32", "cpu", None).cached(1, force=False)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.explore.hostile import HOSTILE, picture
+from tests.course.hostile import HOSTILE, picture
 from vitdemo import (
     VitdemoError,
     answers_masked,
