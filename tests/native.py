@@ -3,6 +3,8 @@
 ``tests/engines/test_masks.py`` runs emulated and absent ones on any processor, on small models.
 """
 
+import os
+
 import pytest
 
 from vitdemo import find_engines
@@ -31,3 +33,7 @@ def precisions_of(engine: str) -> list:
 def name_in_precision_ran(engine: str, precision: str) -> str:
     """``bf16``, or ``bf16 emulated`` where it is."""
     return precision if is_native(engine, precision) else f"{precision} emulated"
+
+
+def is_masked_to_avx2() -> bool:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").startswith("AVX2")

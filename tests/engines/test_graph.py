@@ -5,6 +5,7 @@ import torch
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import nn
 
+from tests.native import is_masked_to_avx2
 from vitdemo import Model, convert, find_engines, verify
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.engines.graph import tap_points
@@ -48,6 +49,8 @@ def test_lists_are_opened_and_what_does_not_run_is_left_out(listed):
 
 @pytest.mark.parametrize("engine", [name for name in find_engines() if name not in ("null", "inductor", "eager")])
 def test_such_a_module_is_converted_and_verified(listed, engine):
+    if engine == "openvino" and is_masked_to_avx2():
+        pytest.skip("OpenVINO 2026.4 crashes in a narrow linear layer with a ReLU where AVX512 is masked")
     report = verify(convert(listed, engine, "fp32"), listed, images=8, progress=False)
     assert report.ok, str(report)
 
