@@ -113,7 +113,6 @@ def parser_of(verbs: Mapping[str, Callable]) -> argparse.ArgumentParser:
     benchmark.add_argument("--against", type=user_path, metavar="CSV", help=against_help)
     worse_help = "by which fraction a ratio may be worse (0.2)"
     benchmark.add_argument("--worse-by", type=float, default=0.2, metavar="X", help=worse_help)
-    benchmark.add_argument("--resume", action="store_true", help="go on with an interrupted sweep in --out")
     benchmark.add_argument("--out", required=True, type=user_path, metavar="DIR", help="where perf_*.csv goes")
 
     merge = command("merge", "join the results of sweeps into one table")
@@ -243,7 +242,7 @@ def _evaluate(args) -> int:
         print(f"vitdemo: {failure}; this run is invalid", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return _stopped(args.out, (args.out / "run.json").exists())
+        return _stopped(args.out, (args.out / "run.json").exists(), "the same command with --resume goes on")
     e2e_s, evaluation = now() - start, runs[0]
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
@@ -263,10 +262,9 @@ def _evaluate(args) -> int:
     return 0
 
 
-def _stopped(out: Path, begun: bool) -> int:
+def _stopped(out: Path, begun: bool, cure: str) -> int:
     """Say what a Ctrl-C left. begun: whether there is something to go on with."""
-    left = f"; what was done is in {out}, the same command with --resume goes on" if begun else ""
-    print(f"vitdemo: stopped{left}", file=sys.stderr)
+    print(f"vitdemo: stopped{f'; what was done is in {out}, {cure}' if begun else ''}", file=sys.stderr)
     return 130
 
 
@@ -286,12 +284,13 @@ def _benchmark(args) -> int:
         check_overlap(baseline, models, choose_pairs(args.engines), args.device_batch_sizes, args.replicas)
     options = dict(engines=args.engines, device_batch_sizes=args.device_batch_sizes, weights=args.weights)
     options |= dict(replicas=args.replicas, row_budget_s=args.row_budget_s, data=args.data, images=args.images)
-    options |= dict(calibration=args.calibration, out=args.out, resume=args.resume)
+    options |= dict(calibration=args.calibration, out=args.out)
     began = time.time()
     try:
         rows = benchmark(args.models, **options)
     except KeyboardInterrupt:
-        return _stopped(args.out, any(file.stat().st_mtime >= began for file in args.out.glob("perf_*.json")))
+        begun = any(file.stat().st_mtime >= began for file in args.out.glob("perf_*.csv"))
+        return _stopped(args.out, begun, "measure the other batch sizes, and vitdemo merge joins both")
     print(markdown(summary(rows)))
     print(f"machine: {rows['machine'].iloc[0]}\nresults: {args.out}")
     if baseline is None:

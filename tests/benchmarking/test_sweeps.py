@@ -17,10 +17,10 @@ import timm
 
 from tests.benchmarking.conftest import OPTIONS, PAIRS
 from tests.native import is_native
-from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, find_engines, load_model
+from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, find_engines, load_model, merge
 from vitdemo.benchmarking import sweeps as arms
 from vitdemo.benchmarking.bench import until_stable
-from vitdemo.benchmarking.files import PATTERN, read_perf
+from vitdemo.benchmarking.files import PATTERN
 from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, compare, passes
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.benchmarking.processes import Failed, Nursery, Worker
@@ -251,7 +251,7 @@ def test_the_shells_defaults_are_the_functions():
     asked = parser_of(VERBS).parse_args(["benchmark", "vit_shapes20", "--out", "x"])
     own = inspect.signature(benchmark).parameters
     assert list(asked.device_batch_sizes) == list(own["device_batch_sizes"].default)
-    for name in ("engines", "weights", "replicas", "row_budget_s", "data", "images", "calibration", "resume"):
+    for name in ("engines", "weights", "replicas", "row_budget_s", "data", "images", "calibration"):
         assert getattr(asked, name) == own[name].default, name
     assert asked.worse_by == WORSE_BY
 
@@ -264,33 +264,7 @@ def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch)
     assert alone["speedup_equal_precision"] > 0 and np.isnan(alone["speedup_equal_precision_low"])
 
 
-def test_resuming_measures_what_is_missing(sweep_folder, tmp_path):
-    for path in sweep_folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (path,) = tmp_path.glob(PATTERN)
-    whole = read_perf(path)
-    whole[whole["device_batch_size"] == 1].to_csv(path, index=False)
-    record = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps(record | {"finished": False}))
-    rows = benchmark("vit_shapes20", out=tmp_path, resume=True, **OPTIONS)
-    assert list(rows["device_batch_size"]) == list(whole["device_batch_size"])
-    assert list(rows["measured"][:3]) == list(whole["measured"][:3]), "what was there was measured again"
-    assert (rows["measured"][3:] > whole["measured"].max()).all()
-    assert len(list(tmp_path.glob(PATTERN))) == 1
-    with pytest.raises(VitdemoError, match="no sweep of these settings"):
-        benchmark("vit_shapes20", out=tmp_path, resume=True, **OPTIONS | dict(images=39))
-
-
-def test_several_models_resume_where_they_were(tmp_path):
-    options = SHORT | dict(engines="eager:fp32", device_batch_sizes=[1], out=tmp_path)
-    first = benchmark("vit_shapes20", **options)
-    folder = str(data_path("shapes20") / "vit_shapes20")
-    both = benchmark(["vit_shapes20", folder], resume=True, **options)
-    assert len(both) == 2 and both["measured"].iloc[0] == first["measured"].iloc[0] < both["measured"].iloc[1]
-    assert len(list(tmp_path.glob(PATTERN))) == 2
-
-
-def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
+def test_a_killed_sweep_leaves_nothing_running_and_is_joined_with_another(tmp_path):
     command = [sys.executable, "-m", "vitdemo", "benchmark", "vit_shapes20", "--engines", "eager:fp32", "--images", "8"]
     command += ["--device-batch-sizes", "1,2,4", "--row-budget-s", "1", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -303,10 +277,11 @@ def test_a_killed_sweep_leaves_nothing_running_and_resumes(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert psutil.wait_procs(workers, timeout=60)[1] == []
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob(PATTERN)
-    assert list(read_perf(path)["device_batch_size"]) == [1, 2, 4]
+    left = merge([tmp_path])["device_batch_size"].tolist()
+    missing = [size for size in (1, 2, 4) if size not in left]
+    options = SHORT | dict(engines="eager:fp32", device_batch_sizes=missing)
+    benchmark("vit_shapes20", out=tmp_path, **options)
+    assert left and merge([tmp_path])["device_batch_size"].tolist() == [1, 2, 4]
 
 
 def test_what_is_killed_beside_others_is_tried_alone(tmp_path, break_openvino):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitdemo.benchmarking.pairs import Pair
-from vitdemo.benchmarking.rows import COLUMNS, OK
+from vitdemo.benchmarking.rows import COLUMNS
 from vitdemo.engines.contract import precisions_here
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.predictions import write_json
@@ -34,16 +33,6 @@ class Sweep:
     settings: dict
     rows: pd.DataFrame
 
-    def lacks(self, pair: Pair, device_batch_size: int) -> bool:
-        found = self.rows[KEY].astype({"device_batch_size": int}) if len(self.rows) else self.rows[KEY]
-        return not (found == [*pair, device_batch_size]).all(axis=1).any()
-
-    def ended(self, pair: Pair) -> str:
-        """Why ``pair`` was given up at a batch size that was measured before; "" where it was not."""
-        own = self.rows[(self.rows["engine"] == pair.engine) & (self.rows["precision"] == pair.precision)]
-        bad = own[own["status"] != OK]
-        return "" if bad.empty else f"skipped: batch {bad['batch'].iloc[0]} was {bad['status'].iloc[0]}"
-
     def add(self, rows: pd.DataFrame) -> None:
         """Put ``rows`` in the place of those of the same pair and batch size, and write the file."""
         both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
@@ -57,21 +46,20 @@ class Sweep:
 
 
 @contextmanager
-def open_sweep(out: Path, settings: dict, resume: bool) -> Iterator[Sweep]:
-    """A new file ``perf_<model>_<setting>_<time>.csv`` in ``out``, or the last one of these settings to go on with.
+def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
+    """A new file ``perf_<model>_<setting>_<time>.csv`` in ``out``.
 
     Its record, ``….json``, says whether the sweep was finished.
     """
     settings = json.loads(json.dumps(settings))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        path = (_to_resume(out, settings) if resume else None) or out / _name(settings)
+        path = out / _name(settings)
         remove_leftovers(out, path.name, path.with_suffix(".json").name)
         machine = machine_record() | {"engines": precisions_here()}
         record = {"settings": settings, "machine": machine, "finished": False}
         write_json(path.with_suffix(".json"), record)
-        sweep = Sweep(path, settings, read_perf(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS)))
-        yield sweep
+        yield Sweep(path, settings, pd.DataFrame(columns=list(COLUMNS)))
         write_json(path.with_suffix(".json"), record | {"finished": True})
 
 
@@ -80,26 +68,6 @@ def _name(settings: dict) -> str:
     weights = re.sub(r"[^\w.]+", "_", Path(settings["weights"]).name)
     shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
     return f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
-
-
-def check_resumable(out: Path, wanted: list[dict]) -> None:
-    """Raise VitdemoError where ``out`` has no sweep of any of these settings."""
-    if not any(_to_resume(out, json.loads(json.dumps(settings))) for settings in wanted):
-        raise VitdemoError(
-            f"{out}: holds no sweep of these settings, machine and source to resume; leave out --resume to begin one"
-        )
-
-
-def _to_resume(out: Path, settings: dict) -> Path | None:
-    """The last sweep of these settings, finished or not."""
-    for path in sorted(out.glob("perf_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["settings"] == settings:
-                return path.with_suffix(".csv")
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
 
 
 def read_perf(path: Path) -> pd.DataFrame:

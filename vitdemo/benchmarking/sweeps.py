@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from vitdemo.benchmarking.files import Sweep, check_resumable, open_sweep
+from vitdemo.benchmarking.files import Sweep, open_sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
 from vitdemo.benchmarking.processes import Failed, Nursery, ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
@@ -22,7 +21,7 @@ from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.roof import ROOF_BATCH, SQUARE, linear_shapes
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.cluster import check_ray
-from vitdemo.machine import cores, describe_machine, free_memory_bytes, machine_record, now, source_commit
+from vitdemo.machine import cores, free_memory_bytes, now, source_commit
 from vitdemo.models.model import Model, load_model
 from vitdemo.paths import data_path, user_path
 
@@ -78,10 +77,8 @@ class Run:
         self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
 
     def do(self, pairs: list[Pair]) -> None:
-        """Measure what the sweep does not have yet."""
+        """Measure all pairs at all batch sizes."""
         sizes = self._settings["device_batch_sizes"]
-        if not any(self._sweep.lacks(pair, size) for pair, size in product(pairs, sizes)):
-            return
         recipes = dict(self._recipes(pairs))
         for recipe in recipes.values():  # before the others are there: a build takes memory
             if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
@@ -114,12 +111,9 @@ class Run:
         return pairs[: max(room, 1)], pairs[max(room, 1) :]
 
     def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> list[Pair]:
-        """Measure what these lack; those that were killed beside the others, and have no row for it."""
-        sizes = [size for size in sizes if any(self._sweep.lacks(pair, size) for pair in recipes)]
+        """Measure these; those that were killed beside the others, and have no row for it."""
         arms: list[Arm] = []
         self._alone = len(recipes) == 1
-        if not sizes:
-            return []
         try:
             with ExitStack() as ending:
                 nursery = Nursery()
@@ -128,8 +122,7 @@ class Run:
                 ending.callback(roof.end)
                 roof.ask("roof", self._shapes)
                 for pair, recipe in recipes.items():
-                    ended = self._sweep.ended(pair)
-                    arms.append(Arm(pair, recipe, None if self._replicas or ended else Worker(nursery), ended=ended))
+                    arms.append(Arm(pair, recipe, None if self._replicas else Worker(nursery)))
                     ending.callback(arms[-1].end)
                 for size in sizes:
                     with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
@@ -259,7 +252,7 @@ class Run:
             facts.update(found)
         if arm.pair == EAGER:
             self._reference = {"logits": logits, "answers": answers}
-        if not self._reference:  # it was too slow, or failed, or was measured before this sweep was stopped
+        if not self._reference:  # it was too slow, or failed
             return
         if answers is not None:
             read = np.maximum(answers, self._reference["answers"]) >= 0  # both fail to read the same files
@@ -288,23 +281,34 @@ def benchmark(
     images: int = 1000,
     calibration: Path | str | None = None,
     out: Path | str,
-    resume: bool = False,
 ) -> pd.DataFrame:
-    """Measure every model in every engine and batch size; the rows, which are also in ``out``, a file a model.
-
-    models, weights: as in ``load_model``. engines: such as "openvino:int8" or "openvino" (all its precisions), or a
-    list of these with commas; None is all there are. Eager fp32, and eager in each precision that it has, is always
-    measured beside them. replicas: how many share each batch (``device_batch_size`` each), by Ray, in the synchronous
-    split. data: images for the accuracy, the bundled ones for vit_shapes20; the first ``images`` of them.
+    """Measure every model in every engine and batch size; the rows, which are also in ``out``, one file per model.
 
     Each pair of engine and precision lives in a process of its own. All take turns, in ROUNDS rounds: a turn is TURN_S
-    seconds of calls, less for a small budget, one call at least; before them up to WARM_UP as much until the calls are
-    equally long. A pair whose calls have taken ``row_budget_s`` sits out the rest of the rounds; where one call takes
-    longer, the row and those of larger batches are skipped, and say so. A pair that does not fit into memory beside the
-    others runs alone, marked so. What fails is a row that says why. A row's columns are in ``rows.COLUMNS``.
+    seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the rounds; where
+    one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays loaded while
+    the others take their turns; those that do not all fit into memory are measured afterwards, one at a time, and their
+    rows say ``turns`` = alone. What fails is a row that says why. ``rows.COLUMNS`` explains the columns.
 
-    resume: go on with what was stopped in ``out``, of the same settings, machine and source. Raises VitdemoError for
-    bad input.
+    What was measured before a sweep is stopped stays in its file; ``merge`` joins it with a sweep of the batch sizes
+    that are missing.
+
+    Args:
+        models: names, files or folders, as in ``load_model``.
+        engines: such as "openvino:int8" or "openvino" (its precisions that are native here), or a list of these with
+            commas; None is every engine. Eager in fp32, and in each of these precisions that it has natively, is always
+            measured beside them.
+        device_batch_sizes: images at once, each from 1 up.
+        weights: "pretrained", "random" or a file, as in ``load_model``.
+        replicas: how many processes share each batch (``device_batch_size`` each), by Ray; None is no replicas.
+        row_budget_s: seconds that the calls of one row may take.
+        data: images for the accuracy; None is the bundled ones for vit_shapes20, and no accuracy for others.
+        images: how many of ``data``, from the first.
+        calibration: images for int8, as in ``convert``.
+        out: the folder of ``perf_<model>_<setting>_<time>.csv`` and the machine's record beside it.
+
+    Raises:
+        VitdemoError: for bad input, before anything is measured.
     """
     names = [models] if isinstance(models, str) else list(models)
     pairs, sizes = choose_pairs(engines), check_sizes(device_batch_sizes)
@@ -323,11 +327,9 @@ def benchmark(
         settings |= dict(device_batch_sizes=sizes, replicas=replicas, row_budget_s=row_budget_s)
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
         settings |= dict(calibration=calibration and str(calibration), commit=source_commit())
-        wanted.append(settings | dict(machine=describe_machine(machine_record())))
-    if resume:
-        check_resumable(out, wanted)
+        wanted.append(settings)
     for model, own, settings in zip(loaded, scored, wanted, strict=True):
-        with open_sweep(out, settings, resume) as sweep:
+        with open_sweep(out, settings) as sweep:
             Run(model, sweep, own, calibration, replicas).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)
