@@ -127,12 +127,12 @@ class RoofBench:
         self._shapes = shapes
         self._products: dict[str, Products | None] = {}
 
-    def explore(self, precision: str, shapes: list[Shape] = ()) -> None:
-        """Find the best product in ``precision``, once, and anew when there are further ``shapes``."""
-        if precision in self._products and not shapes:
+    def explore(self, precision: str) -> None:
+        """Find the best product in ``precision``, once."""
+        if precision in self._products:
             return
         try:
-            products = self._products[precision] = Products(precision, {*self._shapes, *shapes})
+            products = self._products[precision] = Products(precision, self._shapes)
             products.keep(1, EXPLORE_S, least=1)
         except VitdemoError:
             self._products[precision] = None

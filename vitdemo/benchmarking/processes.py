@@ -21,12 +21,7 @@ from vitdemo.inference.replicas import Replicas
 
 
 class Failed(Exception):
-    """A bench could not do what it was asked. The message is one line. for_memory: it was killed, as the system does
-    where memory runs out."""
-
-    def __init__(self, message: str, for_memory: bool = False):
-        super().__init__(message)
-        self.for_memory = for_memory
+    """A bench could not do what it was asked. The message is one line."""
 
 
 class Nursery:
@@ -112,8 +107,8 @@ class Worker:
     def _last_words(self) -> Failed:
         code = self._kill()
         killed = code == -signal.SIGKILL
-        why = "killed, as it is where memory runs out" if killed else f"exit code {code}"
-        return Failed(f"its process ended ({why})", killed)
+        why = "killed, as it is where memory runs out: measure it without the others" if killed else f"exit code {code}"
+        return Failed(f"its process ended ({why})")
 
     def _kill(self) -> int:
         """Its exit code: its own where it was ending already."""

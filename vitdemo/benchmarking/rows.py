@@ -77,7 +77,7 @@ COLUMNS = {  # name -> what it says
 @dataclass
 class Measured:
     """A pair at one batch size. facts: of its engine. rounds: seconds of each call, a list a round, empty where it sat
-    out. roof: FLOP/s that plain products reached, a number a round. again: beside a roof that was sought anew.
+    out. roof: FLOP/s that plain products reached, a number a round.
     first_run_s: None where the process had run before. status: "" while nothing went wrong."""
 
     pair: Pair
@@ -91,7 +91,6 @@ class Measured:
     rounds: list[list[float]] = field(default_factory=list)
     roof: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
-    again: "Measured | None" = None
 
     @property
     def batch(self) -> int:
@@ -186,37 +185,35 @@ def _speedups(measured: Measured, good: dict[Pair, Measured], before: pd.DataFra
     row = {}
     equal = Pair(EAGER.engine, measured.pair.precision)
     for name, other in {"speedup_over_eager_fp32": EAGER, "speedup_equal_precision": equal}.items():
+        mixed = name == "speedup_over_eager_fp32"
         if other in good:
-            if name == "speedup_over_eager_fp32" or _comparable(measured, good[other]):
+            if _same_device(measured, good[other]) and (mixed or measured.ran_as_asked and good[other].ran_as_asked):
                 ratios = measured.rates / good[other].rates
                 ratios = ratios[np.isfinite(ratios)]
                 row |= _interval(name, ratios) | {f"{name}_pairs": len(ratios)}
         else:
             size = before["device_batch_size"] == measured.device_batch_size
             same = before[size & (before["engine"] == other.engine) & (before["precision"] == other.precision)]
-            like = measured.ran_as_asked and (same["device"] == measured.facts.get("device")).all()
-            if len(same) and same["status"].iloc[0] == OK and (name == "speedup_over_eager_fp32" or like):
+            like = (same["device"] == measured.facts.get("device")).all() and (mixed or measured.ran_as_asked)
+            if len(same) and same["status"].iloc[0] == OK and like:
                 row[name] = measured.rate / same["images_per_s"].iloc[0]
     return row
 
 
-def _comparable(one: Measured, other: Measured) -> bool:
-    return one.ran_as_asked and other.ran_as_asked and one.facts.get("device") == other.facts.get("device")
+def _same_device(one: Measured, other: Measured) -> bool:
+    return one.facts.get("device") == other.facts.get("device")
 
 
 def _of_roof(measured: Measured, flops_per_image: int) -> dict:
     row = {"tflops": measured.rate * flops_per_image / 1e12}
-    beside = measured.again or measured
     if not measured.facts.get("precision_ran"):
         return row | {"mfu_convention": "n/a: which precision ran is not known"}
     if not measured.ran_as_asked:
         return row | {"mfu_convention": "n/a: most did not run natively in the precision that was asked for"}
-    if not len(shares := beside.of_roof(flops_per_image)):
+    if not len(shares := measured.of_roof(flops_per_image)):
         return row | {"mfu_convention": "n/a: no roof was measured in this precision here"}
-    roof = np.nanmedian(beside.roof)
-    row |= {"roof_tflops": roof / 1e12, "mfu": beside.rate * flops_per_image / roof, "mfu_convention": MFU_CONVENTION}
-    if measured.again:
-        row["mfu_convention"] += ", sought anew in rounds of its own"
+    roof = np.nanmedian(measured.roof)
+    row |= {"roof_tflops": roof / 1e12, "mfu": measured.rate * flops_per_image / roof, "mfu_convention": MFU_CONVENTION}
     return row | _interval("of_roof", shares)
 
 

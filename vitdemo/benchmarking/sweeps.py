@@ -38,7 +38,7 @@ SHAPES20 = "shapes20"
 @dataclass
 class Arm:
     """A pair and its bench, None while there is none. facts: of its engine. ended: why it takes no further part, ""
-    while it does. crowded: it was killed beside others, and is to run alone."""
+    while it does."""
 
     pair: Pair
     recipe: Recipe
@@ -46,7 +46,6 @@ class Arm:
     facts: dict = field(default_factory=dict)
     has_run: bool = False
     ended: str = ""
-    crowded: bool = False
 
     def end(self, why: str = "") -> None:
         """Give back what it holds; ``why`` goes into the rows to come."""
@@ -70,10 +69,10 @@ class Run:
         self._model, self._sweep, self._data, self._calibration = model, sweep, data, calibration
         self._replicas = replicas
         self._settings = sweep.settings
-        self._shapes = sorted({*SQUARE, *linear_shapes(model, ROOF_BATCH)})
+        sizes = {min(size, ROOF_BATCH) for size in sweep.settings["device_batch_sizes"]}
+        self._shapes = sorted({*SQUARE, *(shape for size in sizes for shape in linear_shapes(model, size))})
         self._budget_s = self._settings["row_budget_s"]
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
-        self._alone = False  # whether the pair that is measured has the memory to itself
         self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
 
     def do(self, pairs: list[Pair]) -> None:
@@ -85,8 +84,8 @@ class Run:
                 with suppress(VitdemoError):  # its row will say why
                     recipe.engine(cores()).close()
         together, alone = self._fitting(recipes)
-        crowded = self._measure_group({pair: recipes[pair] for pair in together}, sizes, "together")
-        for pair in [*crowded, *alone]:
+        self._measure_group({pair: recipes[pair] for pair in together}, sizes, "together")
+        for pair in alone:
             self._measure_group({pair: recipes[pair]}, sizes, "alone")
 
     def _recipes(self, pairs: list[Pair]) -> Iterator[tuple[Pair, Recipe]]:
@@ -110,10 +109,8 @@ class Run:
             return pairs, []
         return pairs[: max(room, 1)], pairs[max(room, 1) :]
 
-    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> list[Pair]:
-        """Measure these; those that were killed beside the others, and have no row for it."""
+    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> None:
         arms: list[Arm] = []
-        self._alone = len(recipes) == 1
         try:
             with ExitStack() as ending:
                 nursery = Nursery()
@@ -128,10 +125,9 @@ class Run:
                     with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
                         found = self._measure(arms, roof, size, bar)
                     self._inspect(arms)
-                    self._add([each for arm, each in zip(arms, found, strict=True) if not arm.crowded], turns)
+                    self._add(found, turns)
         except Failed as failure:
             raise VitdemoError(f"benchmark: {failure}") from None
-        return [arm.pair for arm in arms if arm.crowded]
 
     def _measure(self, arms: list[Arm], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
         """One batch size: what each arm's calls took, and the roof in each round."""
@@ -140,18 +136,10 @@ class Run:
             for precision in sorted({arm.pair.precision for arm in arms if arm.facts.get("device") == "cpu"}):
                 roof.ask("explore", precision)
         self._take_turns(arms, found, roof, bar)
-        flops = self._model.info.flops_per_image
         for arm, measured in zip(arms, found, strict=True):
-            if arm.ended:
-                continue
-            if len(shares := measured.of_roof(flops)) and np.median(shares) > 1:  # the roof was measured too low
+            if not arm.ended:
                 with suppress(Failed):
-                    roof.ask("explore", arm.pair.precision, linear_shapes(self._model, size))
-                measured.again = Measured(arm.pair, size, arm.facts, measured.replicas)
-                bar.total += ROUNDS
-                self._take_turns([arm], [measured.again], roof, bar)
-            with suppress(Failed):
-                measured.peak_memory_bytes = arm.bench.ask("peak_memory_bytes")
+                    measured.peak_memory_bytes = arm.bench.ask("peak_memory_bytes")
         return found
 
     def _take_turns(self, arms: list[Arm], found: list[Measured], roof: Worker, bar: tqdm) -> None:
@@ -227,9 +215,7 @@ class Run:
     def _fail(self, arm: Arm, measured: Measured, failure: Failed) -> None:
         measured.status = f"failed: {failure}"
         arm.end(f"skipped: batch {measured.batch} failed")
-        arm.crowded = failure.for_memory and not self._alone
-        later = "; it will be tried alone" if arm.crowded else ""
-        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}{later}", file=sys.stderr)
+        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
 
     def _inspect(self, arms: list[Arm]) -> None:
         """Whether the answers are right, once an arm, after its first batch size: its first call was to be cold."""
@@ -284,11 +270,11 @@ def benchmark(
 ) -> pd.DataFrame:
     """Measure every model in every engine and batch size; the rows, which are also in ``out``, one file per model.
 
-    Each pair of engine and precision lives in a process of its own. All take turns, in ROUNDS rounds: a turn is TURN_S
-    seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the rounds; where
-    one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays loaded while
-    the others take their turns; those that do not all fit into memory are measured afterwards, one at a time, and their
-    rows say ``turns`` = alone. What fails is a row that says why. ``rows.COLUMNS`` explains the columns.
+    Each pair of engine and precision lives in a process of its own. All take turns, in ROUNDS rounds: a turn is
+    TURN_S seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the
+    rounds; where one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays
+    loaded while the others take their turns; those that do not all fit into memory are measured afterwards, one at a
+    time, and their rows say ``turns`` = alone. What fails is a row that says why. ``rows.COLUMNS`` explains the columns.
 
     What was measured before a sweep is stopped stays in its file; ``merge`` joins it with a sweep of the batch sizes
     that are missing.
