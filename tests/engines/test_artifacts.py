@@ -121,48 +121,76 @@ def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
 
 
 TYPED = """
-SCALE = {named}
-def helped(x):
-    return x * {helper}
-class Kind:
-    pass
-class Mixed:
-    def mixed(self, x):
-        return x * {mixin}
-def around(module):
-    def inner(x):
-        return inner if x is None else x * late if len(x) == 0 else x
-    return inner
-    late = 1
-class Scaled(Mixed, nn.Module):
-    kept = {attribute}
-    table = {{"act": Kind(), "by": {beside}}}
-    moved = torch.tensor([{tensor}.0])
+class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(3 * 224 * 224, 20)
-        self.last = functools.partial(torch.mul, other={part})
-        self.inner = around(self)
-    def forward(self, x, by=(Kind(), {default})):
-        x = self.inner(self.last(self.fc(x.flatten(1)) * {factor} * by[1] * self.kept * self.twice))
-        return helped(self.mixed(x)) * SCALE * self.table["by"] + self.moved
-    @property
-    def twice(self):
-        return {bound}
+    def forward(self, x):
+        return self.fc(x.flatten(1))
 """
-CHANGING = "named helper mixin attribute beside tensor part default factor bound".split()
-NUMBERS = dict.fromkeys(CHANGING, 2)
 
 
-@pytest.mark.parametrize("changing", CHANGING)
-def test_a_class_typed_into_a_notebook_is_known_by_its_code(vit_shapes20, changing):
+def holding(value) -> nn.Module:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 20))
+    module.held = value
+    return module
+
+
+def made_by_a_function() -> nn.Module:
+    class Local(nn.Flatten):
+        pass
+
+    return nn.Sequential(Local(), nn.Linear(3 * 224 * 224, 20))
+
+
+def typed_into_a_notebook() -> nn.Module:
+    names = {"nn": nn, "__name__": "__main__"}
+    exec(TYPED, names)
+    return names["Scaled"]()
+
+
+@pytest.mark.parametrize(
+    "make", [typed_into_a_notebook, made_by_a_function, lambda: holding((lambda factor: lambda x: factor * x)(2))]
+)
+def test_what_nobody_can_tell_apart_tomorrow_is_never_taken_from_the_cache(vit_shapes20, make):
     keys = []
-    for number in (2, 2, 3):
-        names = {"nn": nn, "torch": torch, "functools": functools, "__name__": "__main__"}
-        exec(TYPED.format(**NUMBERS | {changing: number}), names)
+    for _ in range(2):
         torch.manual_seed(0)
-        keys.append(recipe(Model.from_module(names["Scaled"](), vit_shapes20.info.preprocessing, name="typed")).key)
-    assert keys[0] == keys[1] != keys[2]
+        keys.append(recipe(Model.from_module(make(), vit_shapes20.info.preprocessing, name="typed")).key)
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    "value", [torch.relu, functools.partial(torch.mul, other=2), nn.functional.silu, nn.GELU, {"b", "a"}]
+)
+def test_what_a_library_has_is_known_by_its_source(vit_shapes20, value):
+    keys = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        keys.append(recipe(Model.from_module(holding(value), vit_shapes20.info.preprocessing, name="held")).key)
+    assert keys[0] == keys[1]
+
+
+AT_EXIT = """
+import torch
+from vitdemo import Model, Preprocessing, convert
+from vitdemo.engines.artifacts import artifacts_root
+class Typed(torch.nn.Flatten):
+    pass
+module = torch.nn.Sequential(Typed(), torch.nn.Linear(3072, 5))
+black = Preprocessing((3, 32, 32), 1.0, "center", "bilinear", (0.5,) * 3, (0.5,) * 3)
+model = Model.from_module(module, black, name="typed")
+convert(model, "openvino", "fp32")
+print(len(list(artifacts_root().glob("*/card.json"))))
+"""
+
+
+def test_an_artifact_that_nobody_finds_again_goes_with_its_process(tmp_path):
+    pytest.importorskip("openvino")
+    environment = os.environ | {"VITDEMO_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr[-2000:]
+    assert list(tmp_path.rglob("card.json")) == []
 
 
 def test_values_that_no_state_dict_holds_are_in_the_key(tiny):

@@ -274,7 +274,7 @@ def benchmark(
     TURN_S seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the
     rounds; where one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays
     loaded while the others take their turns; those that do not all fit into memory are measured afterwards, one at a
-    time, and their rows say ``turns`` = alone. What fails is a row that says why. ``rows.COLUMNS`` explains the columns.
+    time, and their rows say ``turns`` = alone. What fails is a row that says why. The columns are in ``rows.COLUMNS``.
 
     What was measured before a sweep is stopped stays in its file; ``merge`` joins it with a sweep of the batch sizes
     that are missing.

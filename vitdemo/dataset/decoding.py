@@ -382,14 +382,14 @@ def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> tor
     Raises VitdemoError for what is no picture, is damaged, or would take gigabytes or minutes to decode.
     """
     try:
-        if reason := _refusal(content):
+        if reason := _why_not_opened(content):
             raise UnreadableImage(reason)
         return reference_crop(content, preprocessing)
     except UnreadableImage as unreadable:
         raise VitdemoError(f"{_printable(name)}: {unreadable}; give a sound picture of ordinary size") from None
 
 
-def _refusal(content: bytes) -> str:
+def _why_not_opened(content: bytes) -> str:
     """Why the bytes must not be opened, "" when they may. Formats that PIL hands to other programs are refused."""
     if not content:
         return "is empty"

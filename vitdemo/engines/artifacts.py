@@ -4,20 +4,21 @@ An artifact is a folder in the cache, named by the hash of everything that shape
 name and renamed, so that a folder of the right name is whole. ``card.json`` in it says how it was made.
 """
 
+import atexit
 import hashlib
 import inspect
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from pathlib import Path
-from types import CodeType
+from uuid import uuid4
 
 import pandas as pd
 import torch
@@ -34,107 +35,56 @@ from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import PART, cache_root
 from vitdemo.precisions import ABSENT, EMULATED
 
-# A fingerprint of what a module computes with its weights, which are fingerprinted apart.
-
-
+UNKNOWN = "unknown"
 OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
 
 
-def architecture_sha256(module: nn.Module) -> str:
-    """sha256 of what a module computes with its weights.
+def architecture_sha256(module: nn.Module) -> str | None:
+    """sha256 of what ``module`` computes with its weights, which are hashed apart.
 
-    That is its repr, its classes' source, and the values its parts hold: a LayerNorm's eps and the kind of a GELU are
-    in no state dict. Of functions and classes typed into a notebook also the values and functions that they name.
+    That is its repr, the source of its classes, and the values that its parts hold: a LayerNorm's eps and the kind of a
+    GELU are in no state dict. None where nobody can tell: a class or a function that was typed into a notebook has
+    other code under the same name tomorrow, and one made by another function may hold values of that one.
     """
-    digest = hashlib.sha256(repr(module).encode())
-    own = {cls for part in module.modules() for cls in type(part).__mro__} - {nn.Module, object}
-    for cls in sorted(own, key=lambda cls: (cls.__module__, cls.__qualname__)):
-        digest.update(f"{cls.__module__}.{cls.__qualname__}\n{source_of(cls)}".encode())
+    classes = {cls for part in module.modules() for cls in type(part).__mro__} - {nn.Module, object}
+    told = [repr(module), *map(_source, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)))]
     for name, part in module.named_modules():
-        held = {key: value for key, value in vars(part).items() if key not in OF_TORCH}
-        digest.update(f"{name} {_told(held)}\n".encode())
-    return digest.hexdigest()
+        told += [name, *_values({key: value for key, value in vars(part).items() if key not in OF_TORCH})]
+    return None if None in told else _sha256("\n".join(told).encode())
 
 
-def source_of(thing: object) -> str:
-    """The source of a class, a function or a module; of one that has none, as one typed into a notebook, its code."""
-    return _source(thing, ())
-
-
-def _source(thing: object, around: tuple) -> str:
-    if getattr(thing, "__module__", None) != "__main__":  # for what is typed in, Python 3.13 gives another file's lines
-        with suppress(OSError, TypeError):
-            return inspect.getsource(thing)
-    name = getattr(thing, "__qualname__", type(thing).__qualname__)
-    if not inspect.isclass(thing):
+def _source(thing: object) -> str | None:
+    """Where a class, a function or a module is from, and its source; None where that is not all of it."""
+    name = getattr(thing, "__qualname__", thing.__name__)
+    made = getattr(thing, "__closure__", None) or inspect.isclass(thing) and "<locals>" in name
+    if made or getattr(thing, "__module__", "") == "__main__":
+        return None
+    try:
+        return f"{name}\n{inspect.getsource(thing)}"
+    except TypeError:  # of C: it is torch's or Python's, whose versions are in the key
         return name
-    own = {key: value for key, value in vars(thing).items() if inspect.isfunction(value) or not key.startswith("__")}
-    return f"{name} {_told(own, around)}"
+    except OSError:
+        return None
 
 
-def _told(value: object, around: tuple = ()) -> str:
-    """What a value adds to what is computed, the same wherever it lies in memory; "" where that cannot be said.
-
-    around: the ids of the values that this one lies in, as a function may name itself.
-    """
-    if id(value) in around:
-        return ""
-    around = (*around, id(value))
-    if value is None or isinstance(value, (int, float, str, torch.dtype)):
-        return repr(value)
+def _values(value: object) -> Iterator[str | None]:
+    """What a value adds to what is computed, the same in every process."""
     if isinstance(value, dict):
-        return str(sorted((str(key), _told(each, around)) for key, each in value.items()))
-    if isinstance(value, (list, tuple)):
-        return str([_told(each, around) for each in value])
-    if isinstance(value, torch.Tensor):
-        return _sha256(value)
-    if isinstance(value, property):
-        return _told((value.fget, value.fset), around)
-    if isinstance(value, partial):
-        return _told((value.func, value.args, value.keywords), around)
-    if isinstance(value, (staticmethod, classmethod)) or inspect.ismethod(value):
-        return _told(value.__func__, around)
-    if inspect.isfunction(value):
-        held = value.__defaults__, value.__kwdefaults__, _closure(value), _named(value)
-        return f"{_source(value, around)} {_code(value.__code__)} {_told(held, around)}"
-    return _source(value, around) if callable(value) else ""
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    if tensor.dtype == torch.bfloat16:  # which numpy does not know
-        tensor = tensor.float()
-    return hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()
-
-
-def _closure(function) -> list:
-    """What a function takes from the functions around it, as far as it has a value."""
-    held = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # an empty one
-            held.append(cell.cell_contents)
-    return held
-
-
-def _named(function) -> dict:
-    """What a function typed into a notebook takes from other cells: a module's own source has it all."""
-    if function.__module__ != "__main__":
-        return {}
-    return {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = (value for value in code.co_consts if isinstance(value, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
-
-
-def _code(code: CodeType) -> str:
-    """A function's bytecode, names and constants, those of the functions in it included."""
-    constants = [_code(value) if isinstance(value, CodeType) else _repr(value) for value in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _repr(value: object) -> str:
-    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)  # whose order is by chance
+        for key in sorted(value, key=str):
+            yield from (str(key), *_values(value[key]))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _values(each)
+    elif isinstance(value, partial):
+        yield from _values((value.func, value.args, value.keywords))
+    elif isinstance(value, torch.Tensor):  # numpy does not know bfloat16
+        yield _sha256((value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True).tobytes())
+    elif inspect.isclass(value) or inspect.isroutine(value):
+        yield _source(value)
+    else:
+        yield re.sub(
+            r" at 0x[0-9a-f]+", "", repr(sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value)
+        )
 
 
 # Where artifacts are kept, a folder each; what is there, and how to clear it.
@@ -249,8 +199,8 @@ class Recipe:
             "precision": self.precision,
             "device": self.device,
             "model": self.model.info.to_dict(),
-            "architecture": architecture_sha256(self.model.module),
-            "builder": _sha256((source_of(inspect.getmodule(self.cls) or self.cls) + source_of(graph)).encode()),
+            "architecture": architecture_sha256(self.model.module) or f"{UNKNOWN} {uuid4()}",
+            "builder": _sha256("".join(map(inspect.getsource, (inspect.getmodule(self.cls), graph))).encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
             **built_for(self.cls),
         }
@@ -318,6 +268,8 @@ class Recipe:
             shutil.rmtree(folder, ignore_errors=True)
             Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
             partial.rename(folder)
+            if self.ingredients["architecture"].startswith(UNKNOWN):  # nobody will find it again
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
