@@ -410,6 +410,13 @@ def test_a_damaged_devkit_is_refused(archives, replaced, line):
         read_devkit(archives.devkit)
 
 
+def test_an_archive_is_verified_before_anything_in_it_is_read(archives, tmp_path):
+    archives.devkit.write_bytes(b"no gzip file at all")
+    with refused(archives.devkit, "no MD5 is known for this name"):
+        extract(archives.folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("ids", [{"../../etc/x": 1}, {"n90000001": 1, "n90000002": 1}, {}])
 def test_hostile_classes_are_refused(archives, ids):
     write_devkit(archives.devkit, ids, [1])

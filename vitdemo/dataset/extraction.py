@@ -22,6 +22,7 @@ from vitdemo.dataset.imagenet import (
     ImageNetSplit,
     ImageNetTrain,
     ImageNetVal,
+    devkit_of,
     find_devkit,
     read_devkit,
     split_tar,
@@ -194,11 +195,12 @@ def extract(
     """
     if split not in SPLITS:
         raise VitdemoError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    source = SPLITS[split](split_tar(user_path(archives).absolute(), split), progress=progress)
-    tar, devkit = source.path, find_devkit(source.path)
+    tar = split_tar(user_path(archives).absolute(), split)
+    devkit = devkit_of(tar) if split == "val" else find_devkit(tar)
     if devkit:
         _verify(devkit, unverified, progress)
     digest = _verify(tar, unverified, progress)
+    source = SPLITS[split](tar, progress=progress)  # reads what is in them
     if digest == ARCHIVE_MD5[OFFICIAL[split][0]]:
         _check_official(source)
     record = {

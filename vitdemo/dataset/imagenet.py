@@ -3,17 +3,18 @@
 import errno
 import gzip
 import hashlib
+import io
 import os
 import re
-import struct
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from scipy.io import loadmat
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.tars import IMAGE_LIMIT, MEMBER_LIMIT, REGULAR_TYPES, Member, index_tar, walk_headers
@@ -28,99 +29,8 @@ from vitdemo.dataset.trees import (
     known_classes,
     read_record,
 )
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.paths import user_path
-
-# A struct array out of a MAT-file, read without trust.
-
-
-LIMIT = 8 << 20  # bytes of all variables together, inflated; 1,860 synsets come to about 1.3 MB
-VALUES_LIMIT = 1 << 16  # values in a struct array; 1,860 synsets have 14,880
-COMPRESSED, MATRIX = 15, 14
-STRUCT, CHAR = 2, 4  # classes of arrays; 6 to 15 are numeric
-NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
-TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
-
-
-def read_struct_array(content: bytes, variable: str) -> list[dict[str, str | float | None]]:
-    """The elements of a struct array in a MAT-file, each as field -> value.
-
-    A value is a str for a row of characters, a number for a scalar, and None for anything else, which is not
-    looked into. Raises ValueError for a file that is damaged, of another format, or too large, and without the
-    variable.
-    """
-    if len(content) < 128 or content[126:128] != b"IM":
-        raise ValueError("no MAT-file of level 5, little-endian")
-    left = LIMIT
-    for kind, data in _elements(memoryview(content)[128:]):
-        if kind == COMPRESSED:
-            inflater = zlib.decompressobj()
-            try:
-                data = memoryview(inflater.decompress(data, left + 1))
-            except zlib.error as error:
-                raise ValueError(str(error)) from None
-            left -= len(data)
-            if left < 0 or not inflater.eof:
-                raise ValueError("a variable that is cut off, or too large")
-            kind, data = next(_elements(data), (0, data))
-        if kind != MATRIX:
-            continue
-        array_class, name, body = _array(data)
-        if name == variable and array_class == STRUCT:
-            return _rows(body)
-    raise ValueError(f"no struct array {variable}")
-
-
-def _elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Type and bytes of each data element; small ones share eight bytes with their tag."""
-    offset = 0
-    while offset < len(data):
-        if offset + 8 > len(data):
-            raise ValueError("an element without its tag")
-        kind, size = struct.unpack_from("<II", data, offset)
-        start, small = offset + 8, kind >> 16
-        if small:
-            kind, size, start = kind & 0xFFFF, small, offset + 4
-        if start + size > len(data) or (small and size > 4):
-            raise ValueError("an element that is larger than its place")
-        yield kind, data[start : start + size]
-        padded = size if kind == COMPRESSED else -(-size // 8) * 8
-        offset += 8 if small else 8 + padded
-
-
-def _array(data: memoryview) -> tuple[int, str, Iterator[tuple[int, memoryview]]]:
-    """The class of an array, its name, and the elements that follow: flags, dimensions and name come first."""
-    elements = _elements(data)
-    head = [bytes(content) for _, content in (next(elements, (0, b"")) for _ in range(3))]
-    if not head[0]:
-        return 0, "", iter(())
-    return head[0][0], head[2].decode("latin-1"), elements
-
-
-def _rows(elements: Iterator[tuple[int, memoryview]]) -> list[dict]:
-    """The elements of a struct array: a width, the fields' names in that width, then each element's values."""
-    (_, width), (_, names) = next(elements, (0, b"")), next(elements, (0, b""))
-    width = int.from_bytes(width, "little")
-    if not 0 < width <= len(names):
-        raise ValueError("a struct array without fields")
-    fields = [bytes(names[i : i + width]).split(b"\0")[0].decode("latin-1") for i in range(0, len(names), width)]
-    values = [_value(data) if kind == MATRIX else None for kind, data in islice(elements, VALUES_LIMIT + 1)]
-    if len(values) > VALUES_LIMIT:
-        raise ValueError(f"a struct array of more than {VALUES_LIMIT:,} values")
-    if len(values) % len(fields):
-        raise ValueError("a struct array whose last element is cut off")
-    return [dict(zip(fields, values[i : i + len(fields)], strict=True)) for i in range(0, len(values), len(fields))]
-
-
-def _value(data: memoryview) -> str | float | None:
-    array_class, _, elements = _array(data)
-    kind, content = next(elements, (0, b""))
-    if array_class == CHAR:
-        return bytes(content).decode(TEXTS.get(kind, "utf-8"))
-    if 6 <= array_class <= 15 and kind in NUMBERS and len(content) == struct.calcsize(NUMBERS[kind]):
-        return struct.unpack("<" + NUMBERS[kind], content)[0]
-    return None
-
 
 # The devkit of ILSVRC2012: the classes, and the class of every validation image.
 
@@ -198,22 +108,20 @@ def _gunzip(path: Path) -> bytes:
 
 def _read_synsets(meta_mat: bytes, path: Path) -> list[Synset]:
     try:
-        leaves = [_leaf(row) for row in read_struct_array(meta_mat, "synsets") if row["num_children"] == 0]
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise VitdemoError(f"{path}: meta.mat cannot be read ({error}); get the devkit again") from None
+        rows = np.atleast_1d(loadmat(io.BytesIO(meta_mat), squeeze_me=True, variable_names=["synsets"])["synsets"])
+        leaves = [
+            Synset(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
+            for row in rows
+            if int(row["num_children"]) == 0
+        ]
+    except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
+        raise VitdemoError(f"{path}: meta.mat cannot be read ({reason_of(error)}); get the devkit again") from None
     for synset in leaves:
         if not WNID.fullmatch(synset.wnid):  # wnids become names of folders
             raise VitdemoError(f"{path}: meta.mat has the wnid {synset.wnid!r}, not n and 8 digits; refused")
     if not leaves or any(len(set(column)) < len(leaves) for column in list(zip(*leaves, strict=True))[:2]):
         raise VitdemoError(f"{path}: meta.mat has no leaves, or the same ID or wnid twice; get the devkit again")
     return sorted(leaves, key=lambda synset: synset.wnid)
-
-
-def _leaf(row: dict) -> Synset:
-    synset = Synset(int(row["ILSVRC2012_ID"]), row["WNID"], row["words"])
-    if not (isinstance(synset.wnid, str) and isinstance(synset.words, str)):
-        raise ValueError(f"class {synset.id} has no wnid or no words")
-    return synset
 
 
 def _read_ground_truth(text: bytes, path: Path) -> list[int]:
