@@ -110,7 +110,6 @@ NORMALISATIONS = {
     "with CLIP's mean/std": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
-FLAT = "labels of a flat folder"
 EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
 
 
@@ -263,7 +262,7 @@ def order_hypotheses(
 
 def devkit_hypothesis(answers: np.ndarray, sample: Spread, data: ImageNetVal, numbering: Numbering) -> Hypothesis:
     """The labels are not those that the devkit has for these files, for whatever reason."""
-    name = FLAT if is_flat(data) else "labels read from the devkit"
+    name = "labels read from the devkit"
     if numbering.truth is None:
         return Hypothesis(name, EXTRACT, not_tested=numbering.missing)
     truth = [numbering.truth.get(file) for file in sample.files]
@@ -272,11 +271,6 @@ def devkit_hypothesis(answers: np.ndarray, sample: Spread, data: ImageNetVal, nu
     if truth == sample.labels:
         return Hypothesis(name, EXTRACT, not_tested="the labels are the devkit's")
     return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == np.array(sample.labels))
-
-
-def is_flat(data: ImageNetVal) -> bool:
-    """Whether all images carry one label, as those of a folder without classes do, though there are more classes."""
-    return len(set(data.labels)) == 1 < min(len(data), len(data.classes))
 
 
 SIGNIFICANCE = 0.05
@@ -295,7 +289,7 @@ def diagnose(
     """Look for what costs ``engine`` accuracy, on ``images`` of ``data`` (all if fewer), evenly spread over it.
 
     Each hypothesis is one usual mistake put right, measured on the same images: outputs or labels in another order
-    than that of the wnids; labels that are not the devkit's, as those of a flat folder; the other mean and std; red
+    than that of the wnids; labels that are not the devkit's; the other mean and std; red
     and blue swapped; the other crop mode; a conversion that loses something. Orders and labels need no new answers of
     the engine, they are counted anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference
     of ``model`` and held against that reference unchanged, as the engine is too. All images are decoded on the
@@ -316,8 +310,7 @@ def diagnose(
     wnids = [data.classes[label] for label in data.labels]
     published, _ = published_for(model.info.tag, data.files, wnids)
     as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
-    flat = len(data.classes) if is_flat(data) else None
-    return Diagnosis(as_it_is, hypotheses, published, unreadable, flat, now() - start)
+    return Diagnosis(as_it_is, hypotheses, published, unreadable, now() - start)
 
 
 def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
@@ -339,15 +332,13 @@ class Diagnosis:
 
     as_it_is: the engine's own answers. hypotheses: each mistake put right, or why it was not tested. published: the
     published accuracy that these images may be held against, or None. unreadable: images that count as wrong whatever
-    is put right. flat_classes: where all images carry one label, how many classes there should be. took_s: all of it,
-    in seconds.
+    is put right. took_s: all of it, in seconds.
     """
 
     as_it_is: Hypothesis
     hypotheses: list[Hypothesis]
     published: Published | None
     unreadable: int
-    flat_classes: int | None
     took_s: float
 
     @property
@@ -368,16 +359,7 @@ class Diagnosis:
     def explanation(self) -> Hypothesis | None:
         """Of the hypotheses that are significantly better (corrected p < 0.05) the best, of equals the first."""
         better = [h for h in self.tested if self.p_corrected(h) < SIGNIFICANCE]
-        return max(better, key=lambda h: h.correct.sum(), default=None) or self._flat()
-
-    def _flat(self) -> Hypothesis | None:
-        """A flat folder without a devkit leaves only this to see: one label, and no more right than by luck."""
-        if self.flat_classes is None:
-            return None
-        correct = int(self.as_it_is.correct.sum())
-        luck = binomtest(correct, self.images, 1 / self.flat_classes, alternative="greater")
-        plainly_wrong = wilson_interval(correct, self.images)[1] < 0.5
-        return Hypothesis(FLAT, EXTRACT) if luck.pvalue > SIGNIFICANCE and plainly_wrong else None
+        return max(better, key=lambda h: h.correct.sum(), default=None)
 
     @property
     def named(self) -> str | None:
@@ -388,11 +370,11 @@ class Diagnosis:
     def explained(self) -> float | None:
         """What the explanation regains, as a fraction of what was missing to the published top-1.
 
-        It may exceed 1, as both are measured on a sample. None without an explanation that was measured, without a
-        published top-1, or where none was missing.
+        It may exceed 1, as both are measured on a sample. None without an explanation, without a published top-1, or
+        where none was missing.
         """
         found = self.explanation
-        if found is None or found.correct is None or self.published is None:
+        if found is None or self.published is None:
             return None
         missing = self.published.top1 - found.before.mean()
         return float((found.gained - found.lost) / self.images / missing) if missing > 0 else None
@@ -421,8 +403,6 @@ class Diagnosis:
         found = self.explanation
         if found is None:
             text = self._unexplained()
-        elif found.correct is None:
-            text = f"{FLAT}: all images carry one label, and the answers hit it no oftener than luck; {found.cure}"
         else:
             text = self._explained(found)
         if self.unreadable:
