@@ -1,6 +1,5 @@
 """Writing to a folder: whole or not at all, whatever interrupts it."""
 
-import errno
 import os
 import resource
 import signal
@@ -154,25 +153,6 @@ def test_of_two_extractions_at_once_the_second_is_refused(tar, targets, tmp_path
         first.communicate("go on\n")
     assert first.returncode == 0 and tree(out) == EXPECTED
     assert extract_members(tar, targets, out, progress=False) == 0
-
-
-def test_an_extraction_that_ended_between_opening_and_locking_is_noticed(tar, targets, tmp_path, monkeypatch):
-    partial, out = tmp_path / "out.part", tmp_path / "out"
-    partial.mkdir()
-    monkeypatch.setattr("vitdemo.dataset.extraction._lock", lambda root: partial.rename(out))
-    with refused(partial, "another extraction"):
-        extract_members(tar, targets, out, progress=False)
-    assert tree(out) == {}
-
-
-def test_where_folders_cannot_be_locked_nothing_is(tar, targets, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.EBADF, "Bad file descriptor")  # what NFS says of a folder
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    assert extract_members(tar, targets, tmp_path / "a", progress=False) == 3
-    monkeypatch.setattr("vitdemo.dataset.extraction.fcntl", None)
-    assert extract_members(tar, targets, tmp_path / "b", progress=False) == 3
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_noticed(tar, targets, tmp_path):

@@ -7,11 +7,10 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.imagenet import (
@@ -32,14 +31,7 @@ from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classe
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART, remove_leftovers, replacing, user_path
 
-# Members of a tar written to a folder: safely, whole or not at all, and finished when it was interrupted.
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+LOCK = ".lock"  # after the name of a split
 BUFFER, PIECE = 1 << 18, 1 << 24  # bytes read at once: of many small members, and at the most of a large one
 
 
@@ -49,30 +41,38 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
     All is written into ``<folder>.part``, which takes its name when every file is there in its right size:
     ``folder`` exists whole or not at all, for one rename in all. A run that was interrupted is finished by the
     next one, which keeps the files of the right size and writes the others again; so is a ``folder`` that has
-    lost files since. The tar is only read.
+    lost files since. The tar is only read. ``<folder>.lock`` keeps other extractions out meanwhile.
 
     Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets, when the
-    disk has too little room, and while another process extracts to the folder (where the file system locks folders:
-    NFS does not).
+    disk has too little room, and while another process extracts to the folder.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + PART)
     with named_errors(folder):
-        place = folder if folder.exists() else partial
-        if not place.exists():
+        if not folder.exists() and not partial.exists():
             _check_room(folder.parent, targets)
-            partial.mkdir(exist_ok=True)
-        with _locked(place):
-            if folder.exists() and partial.exists():
-                raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
-            missing = _missing(place, targets)
-            if folder.exists() and not missing:
-                return 0
-            _check_room(folder.parent, missing)
-            if folder.exists():
-                folder.rename(partial)
-            _write(tar, missing, partial, progress)
-            partial.rename(folder)
+        try:
+            with FileLock(f"{folder}{LOCK}", blocking=False):
+                return _finish(tar, targets, folder, partial, progress)
+        except Timeout:
+            raise VitdemoError(
+                f"{folder}: another extraction to it runs; wait for its end, or give another folder"
+            ) from None
+
+
+def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: Path, progress: bool) -> int:
+    if folder.exists() and partial.exists():
+        raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
+    if not folder.exists():
+        partial.mkdir(exist_ok=True)
+    missing = _missing(folder if folder.exists() else partial, targets)
+    if folder.exists() and not missing:
+        return 0
+    _check_room(folder.parent, missing)
+    if folder.exists():
+        folder.rename(partial)
+    _write(tar, missing, partial, progress)
+    partial.rename(folder)
     return len(missing)
 
 
@@ -110,65 +110,22 @@ def _check_room(folder: Path, members: dict[str, Member]) -> None:
 
 
 def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: bool) -> None:
-    """Write members to ``folder/<target>``, in the order in which they lie in the tar.
-
-    Each goes under its own name at once, relative to the open folder, which spares the system to walk its path.
-    """
+    """Write members to ``folder/<target>``, in the order in which they lie in the tar."""
+    for subfolder in _subfolders(members):
+        (folder / subfolder).mkdir(exist_ok=True)
     in_order = sorted(members.items(), key=lambda item: item[1].offset)
-    bar = tqdm(in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress)
-    with open(tar, "rb", buffering=BUFFER) as source, _opened_folder(folder) as root:
-        for subfolder in _subfolders(members) - set(os.listdir(root)):
-            os.mkdir(subfolder, dir_fd=root)
-        for target, (name, offset, size) in bar:
-            file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666, dir_fd=root)
-            try:
+    with open(tar, "rb", buffering=BUFFER) as source:
+        for target, (name, offset, size) in tqdm(
+            in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress
+        ):
+            with open(f"{folder}/{target}", "wb") as file:
+                source.seek(offset)
                 while size:
-                    source.seek(offset)
-                    data = source.read(size if size < PIECE else PIECE)
+                    data = source.read(min(size, PIECE))
                     if not data:
                         raise VitdemoError(f"{tar}: became shorter while {name} was read; run the same command again")
-                    written = os.write(file, data)
-                    offset, size = offset + written, size - written
-            finally:
-                os.close(file)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other extractions out of a folder. The lock goes with it to its new name, and with the process."""
-    root = os.open(folder, os.O_RDONLY)
-    try:
-        if not _lock(root) or not folder.exists() or not os.path.samestat(os.fstat(root), os.stat(folder)):
-            raise VitdemoError(f"{folder}: another extraction to it runs; wait for its end, or give another folder")
-        yield
-    finally:
-        os.close(root)
-
-
-def _lock(root: int) -> bool:
-    """Whether nobody else holds the open folder; True also where there are no locks."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network's file system may lock no folders
-        pass
-    return True
-
-
-@contextmanager
-def _opened_folder(folder: Path) -> Iterator[int]:
-    root = os.open(folder, os.O_RDONLY)
-    try:
-        yield root
-    except OSError as error:
-        if isinstance(error.filename, str) and not os.path.isabs(error.filename):
-            error.filename = f"{folder}/{error.filename}"
-        raise
-    finally:
-        os.close(root)
+                    file.write(data)
+                    size -= len(data)
 
 
 SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
@@ -262,7 +219,7 @@ def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, CLASSES, *RECORDS.values())
     names = {entry.name for entry in entries(out) if not _belongs_beside(entry.name)}
-    folders = {name for split in SPLITS for name in (split, split + PART, check_folder(out, split).name)}
+    folders = {name for split in SPLITS for name in (split, split + PART, split + LOCK, check_folder(out, split).name)}
     foreign = names - {CLASSES, *folders, *RECORDS.values()}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
