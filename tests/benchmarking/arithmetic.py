@@ -6,9 +6,7 @@ from decimal import Decimal
 import pandas as pd
 
 from vitdemo import data_path
-from vitdemo.benchmarking.others import TABLE
-
-COMPARED = ["source", "hardware", "model", "batch"]  # the sides of one comparison have these in common
+from vitdemo.benchmarking.others import COMPARED, TABLE
 
 
 @dataclass(frozen=True)

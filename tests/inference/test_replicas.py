@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import psutil
@@ -115,3 +117,8 @@ def test_a_step_says_when_a_replica_is_lost(pool, one_thread, shapes20):
         os.kill(two.pids[1], signal.SIGKILL)
         with pytest.raises(VitdemoError, match="^a replica was lost: [^\n]*$"):
             two.step(8)
+
+
+def test_a_replica_can_take_its_cores_before_torch_counts_them():
+    code = "import sys, vitdemo.inference.actor; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from vitdemo.inference.actor import Shard
 from vitdemo.inference.cluster import share_cores
 from vitdemo.inference.loop import cut, joined
-from vitdemo.inference.predictions import Shard
 from vitdemo.inference.schedule import SPLITS
 
 

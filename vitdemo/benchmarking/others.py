@@ -9,6 +9,7 @@ from vitdemo.paths import data_path
 TABLE = "published/performance.csv"
 TEXT = ["source", "system", "hardware", "model", "precision", "note"]
 COUNTS = ["devices", "batch"]
+COMPARED = ["source", "hardware", "model", "batch"]  # the sides of one comparison have these in common
 
 
 def published_performance() -> pd.DataFrame:

@@ -10,8 +10,8 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from vitdemo.engines.contract import Engine
+from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import PREDICTED, BatchTimes
-from vitdemo.inference.predictions import Shard
 from vitdemo.machine import Phases, now, paid_once, peak_memory_bytes
 from vitdemo.stats import percentiles_ms
 

@@ -11,12 +11,44 @@ import time
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from vitdemo.errors import VitdemoError
-from vitdemo.inference.predictions import Place, Shard
 from vitdemo.machine import cores, now, versions
+
+
+class Place(NamedTuple):
+    """Where a replica runs.
+
+    created: when its process was, in seconds since 1970, which together with the pid says which one it is. cores: the
+    numbers of those that its machine lets it use. code, versions: the vitdemo it has, and the packages.
+    """
+
+    pid: int
+    created: float
+    host: str
+    cores: list[int]
+    code: str
+    versions: dict[str, str | None]
+
+
+class Shard(NamedTuple):
+    """A range of images, done.
+
+    lines: of predictions.csv. times: a ``BatchTimes`` a batch, in seconds since 1970, the clock that machines share.
+    phases: seconds by name, as ``predict`` keeps them. wall_s, cpu_s: of this process, from the first to the last
+    batch. peak_memory_bytes: so far.
+    """
+
+    indices: range
+    lines: list[str]
+    times: list
+    phases: dict[str, float]
+    wall_s: float
+    cpu_s: float
+    peak_memory_bytes: int
 
 
 class Replica:

@@ -5,7 +5,7 @@ import io
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 import pandas as pd
 
@@ -14,39 +14,6 @@ from vitdemo.errors import VitdemoError
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, cut
 from vitdemo.machine import machine_record
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
-
-
-class Place(NamedTuple):
-    """Where a replica runs.
-
-    created: when its process was, in seconds since 1970, which together with the pid says which one it is. cores: the
-    numbers of those that its machine lets it use. code, versions: the vitdemo it has, and the packages.
-    """
-
-    pid: int
-    created: float
-    host: str
-    cores: list[int]
-    code: str
-    versions: dict[str, str | None]
-
-
-class Shard(NamedTuple):
-    """A range of images, done.
-
-    lines: of predictions.csv. times: a ``BatchTimes`` a batch, in seconds since 1970, the clock that machines share.
-    phases: seconds by name, as ``predict`` keeps them. wall_s, cpu_s: of this process, from the first to the last
-    batch. peak_memory_bytes: so far.
-    """
-
-    indices: range
-    lines: list[str]
-    times: list
-    phases: dict[str, float]
-    wall_s: float
-    cpu_s: float
-    peak_memory_bytes: int
-
 
 PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 FLAGPERF = "flagperf.csv"

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.inference.actor import Replica, code_fingerprint
+from vitdemo.inference.actor import Place, Replica, Shard, code_fingerprint
 from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
-from vitdemo.inference.predictions import Place, Shard
 from vitdemo.inference.schedule import Split
 from vitdemo.machine import now, versions
 

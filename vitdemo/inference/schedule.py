@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from vitdemo.inference.predictions import Shard
+from vitdemo.inference.actor import Shard
 from vitdemo.machine import now
 
 RANGE_S = 5.0  # about how long a range of the asynchronous split takes

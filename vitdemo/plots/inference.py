@@ -10,8 +10,8 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.evaluation.metrics import wilson_interval
+from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import cut
-from vitdemo.inference.predictions import Shard
 from vitdemo.inference.schedule import SyncSplit
 from vitdemo.machine import unaccounted_s
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
