@@ -14,10 +14,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vitdemo
+import vitdemo.course
+import vitdemo.imagenet
+import vitdemo.plots
 from vitdemo import engines
 from vitdemo.dataset.imagenet import ARCHIVE_MD5
 from vitdemo.paths import REPOSITORY, data_path, results_folder
 
+FRONTS = (vitdemo, vitdemo.imagenet, vitdemo.plots, vitdemo.course)
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 README = (REPOSITORY / "README.md").read_text()
 TEXTS = README + (REPOSITORY / "CONTRIBUTING.md").read_text()
@@ -88,11 +92,11 @@ def test_repository_stays_small():
 
 
 def test_names_that_the_notebooks_use_all_exist():
-    for name in vitdemo.__all__:
-        assert getattr(vitdemo, name) is not None
-        assert name in dir(vitdemo)
-    with pytest.raises(AttributeError, match="nonsense"):
-        vitdemo.nonsense  # noqa: B018
+    for front in FRONTS:
+        for name in front.__all__:
+            assert getattr(front, name) is not None and name in dir(front)
+        with pytest.raises(AttributeError, match=f"module '{front.__name__}' has no attribute 'nonsense'"):
+            front.nonsense  # noqa: B018
 
 
 def functions_of(public) -> list:
@@ -104,9 +108,9 @@ def functions_of(public) -> list:
     return [f for f in own if re.match(called, f.__name__)]
 
 
-@pytest.mark.parametrize("name", vitdemo.__all__)
-def test_public_names_are_annotated_throughout(name):
-    for function in functions_of(getattr(vitdemo, name)):
+@pytest.mark.parametrize("front, name", [(front, name) for front in FRONTS for name in front.__all__])
+def test_public_names_are_annotated_throughout(front, name):
+    for function in functions_of(getattr(front, name)):
         hints = get_type_hints(function)
         wanted = {"return", *inspect.signature(function).parameters} - {"self", "cls"}
         if function.__name__ == "__init__":

@@ -1,35 +1,41 @@
 """vitdemo: from a folder of images and a Vision Transformer's weights to fast, verified inference.
 
-The names below are the library's front; the notebooks use no others. Each is imported at its first use,
-because a worker must be able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
+The names below are the library's front. ``vitdemo.imagenet``, ``vitdemo.plots`` and ``vitdemo.course`` hold what single
+notebooks need besides; the notebooks use no others. Each name is imported at its first use, because a worker must be
+able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
 """
 
+from collections.abc import Callable
 from importlib import import_module
+
+
+def front(package: str, home: dict[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """The ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use.
+
+    Args:
+        package: its dotted name, for errors.
+        home: the file of each name, below ``vitdemo``.
+    """
+
+    def get(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"vitdemo.{home[name]}"), name)
+
+    return get, lambda: sorted(home)
+
 
 _HOME = {
     "VitdemoError": "errors",
     "data_path": "paths",
     "results_folder": "paths",
-    "ARCHIVE_MD5": "dataset.imagenet",
-    "devkit_of": "dataset.imagenet",
-    "val_tar": "dataset.imagenet",
     "ImageNetVal": "dataset.imagenet",
-    "ImageNetTrain": "dataset.imagenet",
     "Sample": "dataset.imagenet",
     "extract": "dataset.extraction",
-    "read_devkit": "dataset.imagenet",
-    "index_tar": "dataset.tars",
-    "md5": "dataset.tars",
     "Preprocessing": "dataset.decoding",
-    "image_facts": "dataset.decoding",
     "check_images": "dataset.checking",
-    "ImageReport": "dataset.checking",
     "reference_crop": "dataset.decoding",
     "fast_crop": "dataset.decoding",
-    "folder_preview": "plots.dataset",
-    "plot_class_histogram": "plots.dataset",
-    "plot_crops": "plots.dataset",
-    "plot_gallery": "plots.dataset",
     "Model": "models.model",
     "ModelInfo": "models.model",
     "load_model": "models.model",
@@ -38,21 +44,13 @@ _HOME = {
     "find_engines": "engines.contract",
     "CompiledEngine": "engines.contract",
     "precisions_here": "engines.contract",
-    "calibration_for": "engines.calibration",
     "convert": "engines.artifacts",
-    "cached_artifacts": "engines.artifacts",
-    "clear_cache": "engines.artifacts",
     "verify": "verification.verification",
-    "plot_error_over_depth": "plots.verification",
-    "plot_flips": "plots.verification",
     "describe_machine": "machine",
     "machine_record": "machine",
-    "percentiles_ms": "stats",
     "machine_roof": "engines.roof",
-    "linear_shapes": "engines.roof",
     "Evaluation": "evaluation.evaluation",
     "evaluate": "evaluation.evaluation",
-    "evaluate_beside_reference": "evaluation.reference",
     "agreement": "evaluation.reference",
     "flagperf_row": "evaluation.reference",
     "roof_of": "evaluation.reference",
@@ -66,67 +64,14 @@ _HOME = {
     "write_table": "benchmarking.tables",
     "aitemplate_table": "benchmarking.tables",
     "ttmetal_table": "benchmarking.tables",
-    "flagperf_table": "benchmarking.tables",
     "published_performance": "benchmarking.others",
     "choose_engine": "benchmarking.choice",
     "write_script": "benchmarking.choice",
     "memory_bandwidth": "engines.roof",
-    "plot_latency_throughput": "plots.benchmarking",
-    "plot_speedups": "plots.benchmarking",
-    "plot_roofline": "plots.benchmarking",
-    "plot_accuracy_speed": "plots.benchmarking",
-    "plot_prediction": "plots.benchmarking",
     "wilson_interval": "evaluation.metrics",
     "compare_published": "evaluation.published",
     "published_accuracy": "evaluation.published",
     "diagnose": "evaluation.diagnosis",
-    "plot_diagnosis": "plots.inference",
-    "plot_mistakes": "plots.inference",
-    "plot_per_class": "plots.inference",
-    "plot_predictions": "plots.inference",
-    "plot_time": "plots.inference",
-    "plot_timeline": "plots.inference",
-    "plot_split": "plots.inference",
-    "plot_replicas": "plots.inference",
-    "plot_scaling": "plots.inference",
-    "set_faults": "evaluation.metrics",
-    "calibrated_on_scored": "evaluation.evaluation",
-    "paid_once": "machine",
-    "unaccounted_s": "machine",
-    "attention_maps": "course.attention",
-    "rollout": "course.attention",
-    "class_attention": "course.attention",
-    "most_looked_at": "course.attention",
-    "mask_patches": "course.attention",
-    "crop_picture": "dataset.decoding",
-    "look_at": "course.looks",
-    "top5": "course.looks",
-    "names_of": "course.looks",
-    "with_preprocessing": "course.looks",
-    "answers_under": "course.looks",
-    "answers_masked": "course.looks",
-    "disagreements": "course.looks",
-    "measured_and_published": "course.performance",
-    "browse": "course.browsing",
-    "plot_looks": "course.figures",
-    "plot_top5": "course.figures",
-    "plot_blocks": "course.figures",
-    "plot_disagreements": "course.figures",
-    "image_explorer": "course.widgets",
-    "benchmark_explorer": "course.widgets",
-    "dataset_browser": "course.widgets",
-    "BUGS": "course.buggy_scripts",
-    "careless_run": "course.buggy_scripts",
-    "hunt": "course.bug_hunt",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'vitdemo' has no attribute {name!r}")
-    return getattr(import_module(f"vitdemo.{_HOME[name]}"), name)
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = front("vitdemo", _HOME)

@@ -4,15 +4,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from vitdemo import (
-    VitdemoError,
-    memory_bandwidth,
+from vitdemo import VitdemoError, memory_bandwidth, published_performance
+from vitdemo.plots import (
     plot_accuracy_speed,
     plot_latency_throughput,
     plot_prediction,
     plot_roofline,
     plot_speedups,
-    published_performance,
 )
 
 FIGURES = {

@@ -5,20 +5,8 @@ import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from vitdemo import (
-    Model,
-    Preprocessing,
-    VitdemoError,
-    attention_maps,
-    class_attention,
-    convert,
-    load_model,
-    look_at,
-    mask_patches,
-    most_looked_at,
-    reference_crop,
-    rollout,
-)
+from vitdemo import Model, Preprocessing, VitdemoError, convert, load_model, reference_crop
+from vitdemo.course import attention_maps, class_attention, look_at, mask_patches, most_looked_at, rollout
 from vitdemo.engines.graph import Normalised
 
 SMALL = {

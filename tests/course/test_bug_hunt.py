@@ -6,18 +6,11 @@ import inspect
 import pytest
 
 import vitdemo
-from vitdemo import (
-    BUGS,
-    ImageNetVal,
-    VitdemoError,
-    calibrated_on_scored,
-    careless_run,
-    convert,
-    data_path,
-    evaluate,
-    find_engines,
-    hunt,
-)
+import vitdemo.course
+import vitdemo.imagenet
+import vitdemo.plots
+from vitdemo import ImageNetVal, VitdemoError, convert, data_path, evaluate, find_engines
+from vitdemo.course import BUGS, careless_run, hunt
 from vitdemo.course.bug_hunt import CHECKS, NO_BUG, SEEN_BY
 from vitdemo.course.buggy_scripts import (
     AS_TEXT,
@@ -32,6 +25,7 @@ from vitdemo.course.buggy_scripts import (
     PADDED,
     UNSYNCHRONISED,
 )
+from vitdemo.evaluation.evaluation import calibrated_on_scored
 from vitdemo.machine import installed_version
 
 QUICK = [check for check in CHECKS if check != "diagnose"]
@@ -123,7 +117,8 @@ def test_evaluate_says_itself_what_an_engine_was_calibrated_on(run_of, shapes20)
 
 
 def test_only_the_careless_script_has_a_switch_for_bugs():
-    public = {name: getattr(vitdemo, name) for name in vitdemo.__all__}
+    fronts = (vitdemo, vitdemo.imagenet, vitdemo.plots, vitdemo.course)
+    public = {name: getattr(front, name) for front in fronts for name in front.__all__}
     functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
     assert len(functions) > 50
     assert [name for name, value in functions.items() if "bug" in inspect.signature(value).parameters] == [

@@ -8,19 +8,21 @@ import torch
 from tests.course.hostile import HOSTILE, picture
 from vitdemo import (
     VitdemoError,
-    answers_masked,
-    answers_under,
     convert,
-    crop_picture,
-    disagreements,
     fast_crop,
     load_model,
-    look_at,
-    measured_and_published,
     merge,
-    names_of,
     published_performance,
     reference_crop,
+)
+from vitdemo.course import (
+    answers_masked,
+    answers_under,
+    crop_picture,
+    disagreements,
+    look_at,
+    measured_and_published,
+    names_of,
     top5,
     with_preprocessing,
 )

@@ -21,19 +21,15 @@ from tests.native import is_native
 from vitdemo import (
     ImageNetVal,
     VitdemoError,
-    benchmark_explorer,
-    browse,
     convert,
     data_path,
-    dataset_browser,
     extract,
     find_engines,
-    image_explorer,
     load_model,
     merge,
     published_performance,
 )
-from vitdemo.course import view
+from vitdemo.course import benchmark_explorer, browse, dataset_browser, image_explorer, view
 from vitdemo.course.panel import REST_S, Panel
 from vitdemo.engines import artifacts
 
@@ -511,7 +507,8 @@ def test_an_answer_within_300_ms(explorer, before, name, values):
 
 
 OPENED = """
-from vitdemo import ImageNetVal, data_path, image_explorer
+from vitdemo import ImageNetVal, data_path
+from vitdemo.course import image_explorer
 panel = image_explorer(ImageNetVal(data_path("shapes20")))
 panel.refresh()
 print(panel.status.value)

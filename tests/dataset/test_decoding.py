@@ -11,9 +11,10 @@ from PIL import Image
 from timm.data import create_transform
 from transformers import ViTImageProcessorPil
 
-from vitdemo import Preprocessing, VitdemoError, image_facts, reference_crop
+from vitdemo import Preprocessing, VitdemoError, reference_crop
 from vitdemo.dataset.decoding import INPUT_PATHS, UnreadableImage, fast_crop, is_enormous, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
+from vitdemo.imagenet import image_facts
 from vitdemo.machine import now
 
 CENTER = Preprocessing((3, 224, 224), 0.9, "center", "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

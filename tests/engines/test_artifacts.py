@@ -17,8 +17,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from vitdemo import CompiledEngine, Model, VitdemoError, cached_artifacts, clear_cache, convert, reference_crop
-from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe
+from vitdemo import CompiledEngine, Model, VitdemoError, convert, reference_crop
+from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe, cached_artifacts, clear_cache
 from vitdemo.engines.graph import export_graph
 from vitdemo.paths import PART
 

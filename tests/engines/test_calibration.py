@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.dataset.conftest import Archives, TrainArchives, tar_member
-from vitdemo import ImageNetVal, VitdemoError, calibration_for, data_path, extract, load_model, reference_crop
+from vitdemo import ImageNetVal, VitdemoError, data_path, extract, load_model, reference_crop
 from vitdemo.dataset.tars import index_tar
-from vitdemo.engines.calibration import IMAGES
+from vitdemo.engines.calibration import IMAGES, calibration_for
 
 CALIB = "shapes20/shapes20_calib.tar"
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from vitdemo import ImageNetVal, Model, VitdemoError, convert, data_path, evaluate, read_devkit, wilson_interval
+from vitdemo import ImageNetVal, Model, VitdemoError, convert, data_path, evaluate, wilson_interval
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.diagnosis import Hypothesis, diagnose
 from vitdemo.evaluation.published import compare_published, published_accuracy, published_for
+from vitdemo.imagenet import read_devkit
 from vitdemo.plots.inference import plot_diagnosis
 
 TOTAL, PARTIAL = 24, 72  # images that show a mistake that costs nearly everything, and one that costs a fifth

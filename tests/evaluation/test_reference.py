@@ -6,9 +6,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from vitdemo import VitdemoError, agreement, convert, evaluate, evaluate_beside_reference, flagperf_row, roof_of
+from vitdemo import VitdemoError, agreement, convert, evaluate, flagperf_row, roof_of
 from vitdemo.engines.roof import Roof
-from vitdemo.evaluation.reference import describe_row, write_row
+from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
 
 ROOF = Roof("bf16", 1e12, (1024, 1024, 1024), "torch", 2, "2026-01-01 00:00 UTC")
 

@@ -24,9 +24,6 @@ from vitdemo import (
     convert,
     evaluate,
     extract,
-    plot_gallery,
-    plot_predictions,
-    plot_timeline,
     wilson_interval,
 )
 from vitdemo.dataset.decoding import INPUT_PATHS
@@ -34,6 +31,7 @@ from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
+from vitdemo.plots import plot_gallery, plot_predictions, plot_timeline
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,42 @@
-"""Notebooks executed as tests: plan (which, with what), kernels (run one), runner (the verb), report (HTML).
+"""What the notebooks, the workshop and their runner need besides the library.
 
-Beside them workshop: the notebooks without their solutions, to be handed out.
-
-Imported at first use, because `vitdemo doctor` has to list the notebooks also where papermill is missing.
+06's looks, figures, controls and bug hunt; the notebooks executed as tests (``run_notebooks``), and copies of them
+without solutions (``write_workshop``).
 """
 
-from importlib import import_module
+from vitdemo import front
 
 _HOME = {
-    "choose_notebooks": "notebooks",
-    "parse_parameter": "notebooks",
-    "RunReport": "runner",
-    "run_notebooks": "runner",
-    "write_workshop": "workshop",
+    "attention_maps": "course.attention",
+    "rollout": "course.attention",
+    "class_attention": "course.attention",
+    "most_looked_at": "course.attention",
+    "mask_patches": "course.attention",
+    "look_at": "course.looks",
+    "top5": "course.looks",
+    "names_of": "course.looks",
+    "with_preprocessing": "course.looks",
+    "answers_under": "course.looks",
+    "answers_masked": "course.looks",
+    "disagreements": "course.looks",
+    "measured_and_published": "course.performance",
+    "browse": "course.browsing",
+    "plot_looks": "course.figures",
+    "plot_top5": "course.figures",
+    "plot_blocks": "course.figures",
+    "plot_disagreements": "course.figures",
+    "image_explorer": "course.widgets",
+    "benchmark_explorer": "course.widgets",
+    "dataset_browser": "course.widgets",
+    "BUGS": "course.buggy_scripts",
+    "careless_run": "course.buggy_scripts",
+    "hunt": "course.bug_hunt",
+    "crop_picture": "dataset.decoding",
+    "choose_notebooks": "course.notebooks",
+    "parse_parameter": "course.notebooks",
+    "RunReport": "course.runner",
+    "run_notebooks": "course.runner",
+    "write_workshop": "course.workshop",
 }
 __all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'vitdemo.course' has no attribute {name!r}")
-    return getattr(import_module(f"vitdemo.course.{_HOME[name]}"), name)
+__getattr__, __dir__ = front("vitdemo.course", _HOME)

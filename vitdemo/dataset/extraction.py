@@ -52,8 +52,11 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
         if not folder.exists() and not partial.exists():
             _check_room(folder.parent, targets)
         try:
-            with FileLock(f"{folder}{LOCK}", blocking=False):
-                return _finish(tar, targets, folder, partial, progress)
+            with FileLock(f"{folder}{LOCK}", blocking=False) as lock:
+                try:
+                    return _finish(tar, targets, folder, partial, progress)
+                finally:
+                    Path(lock.lock_file).unlink(missing_ok=True)
         except Timeout:
             raise VitdemoError(
                 f"{folder}: another extraction to it runs; wait for its end, or give another folder"
