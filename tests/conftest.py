@@ -1,4 +1,4 @@
-"""Costly things, built once a session: the bundled data set, its model, and engines for it."""
+"""Costly things, built once per session: the bundled data set, its model, and engines for it."""
 
 import json
 import os

@@ -62,7 +62,7 @@ def bare(data: ImageNetVal, decode: Callable[[bytes], object]) -> int:
 
 
 def measure(data: ImageNetVal, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Images/s of the check and of each bare decoder, by name, a value a round; the round before them is not kept."""
+    """Images/s of the check and of each bare decoder, by name, one value per round after a first that is not kept."""
     arms = {"check_images": lambda: check_images(data, progress=False)}
     arms |= {f"bare {name}": lambda decode=decode: bare(data, decode) for name, decode in DECODERS.items()}
     rates = {name: [] for name in arms}
@@ -75,7 +75,7 @@ def measure(data: ImageNetVal, rounds: int = ROUNDS) -> dict[str, list[float]]:
 
 
 def ratios(rates: dict[str, list[float]], name: str) -> list[float]:
-    """The check's rate over a bare decoder's, a value a round."""
+    """The check's rate over a bare decoder's, one value per round."""
     return [ours / theirs for ours, theirs in zip(rates["check_images"], rates[f"bare {name}"], strict=True)]
 
 

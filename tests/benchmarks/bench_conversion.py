@@ -175,11 +175,11 @@ def tool_turn(arm: Arm, batch: int, seconds: float) -> list[float]:
 
 # What the rounds give.
 
-Seconds = dict[tuple[Arm, int], list[list[float]]]  # (arm, batch) -> a list a round, of each call
+Seconds = dict[tuple[Arm, int], list[list[float]]]  # (arm, batch) -> one list per round, of each call
 
 
 def measure(rounds: int = ROUNDS, turn_s: float = TURN_S) -> tuple[pd.DataFrame, dict]:
-    """The table, a row an arm and a batch, and what the machine did besides."""
+    """The table, one row per arm and a batch, and what the machine did besides."""
     workers: dict[Arm, Worker | None] = {}
     noise = Noise()
     with tempfile.TemporaryDirectory() as cache:  # empty: what is built is built now

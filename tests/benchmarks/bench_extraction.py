@@ -1,8 +1,8 @@
 """How fast archives are extracted and checked, beside what everyone has: ``tar xf`` and ``md5sum``, in turns.
 
 50,000 small JPEGs of 1,000 classes lie in one flat tar, which is read once before, so that it is in the page cache for
-all. ``tar xf`` writes them to one folder; the write step writes them to a folder a class under their final names; the
-whole verb also reads devkit and index, computes both MD5s, and reads the finished tree back to check it. Nobody waits
+all. ``tar xf`` writes them to one folder; the write step writes them to one folder per class under their final names;
+the whole verb also reads devkit and index, computes both MD5s, and reads the finished tree back to check it. Nobody waits
 for the disk: what is dirty is written out between the arms, off the clock. Run it as
 
     python -m tests.benchmarks.bench_extraction [FOLDER]
@@ -80,7 +80,7 @@ def extraction_arms(tar: Path) -> dict[str, Callable[[Path], object]]:
 
 
 def measure_extraction(tar: Path, folder: Path, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Images/s of each arm, a value a round; the round before them is not kept."""
+    """Images/s of each arm, one value per round; the round before them is not kept."""
     md5(tar, progress=False)  # into the page cache
     arms, rates = extraction_arms(tar), {}
     for number in range(rounds + 1):
@@ -96,7 +96,7 @@ def measure_extraction(tar: Path, folder: Path, rounds: int = ROUNDS) -> dict[st
 
 
 def measure_checksum(tar: Path, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """MB/s of each arm, a value a round; the round before them is not kept."""
+    """MB/s of each arm, one value per round; the round before them is not kept."""
     arms = {
         "md5sum": lambda: subprocess.run(["md5sum", tar], check=True, stdout=subprocess.DEVNULL),
         "md5": lambda: md5(tar, progress=False),
@@ -111,7 +111,7 @@ def measure_checksum(tar: Path, rounds: int = ROUNDS) -> dict[str, list[float]]:
 
 
 def ratios(rates: dict[str, list[float]], name: str) -> list[float]:
-    """An arm's rate over that of the first arm, a value a round."""
+    """An arm's rate over that of the first arm, one value per round."""
     return [ours / theirs for ours, theirs in zip(rates[name], next(iter(rates.values())), strict=True)]
 
 

@@ -51,7 +51,7 @@ PHOTOS = REPOSITORY.parent / "shared" / "photos"
 
 @dataclass
 class Turns:
-    """What became of a variant: images/s, a value a round, and how many of how many answers were right, if any."""
+    """What became of a variant: images/s, one value per round, and how many of how many answers were right, if any."""
 
     rates: list[float] = field(default_factory=list)
     correct: int | None = None
@@ -64,7 +64,7 @@ class Turns:
 
 @dataclass
 class Part:
-    """A part of the table: variants by name, and lines (what, a value a round, the target it is held to)."""
+    """A part of the table: variants by name, and lines (what, one value per round, the target it is held to)."""
 
     title: str
     variants: dict[str, Turns]

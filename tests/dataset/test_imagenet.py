@@ -400,7 +400,7 @@ def test_a_truncated_tar_is_refused(archives, tmp_path):
         ({"meta_mat": None}, "meta.mat"),
         ({"ground_truth": None}, GROUND_TRUTH),
         ({"meta_mat": b"no MAT file"}, "meta.mat cannot be read"),
-        ({"ground_truth": b"3\n1\nfour\n"}, "one number a line"),
+        ({"ground_truth": b"3\n1\nfour\n"}, "one number per line"),
         ({"ground_truth": b"3\n1\n99\n"}, "ID 99"),
     ],
 )

@@ -1,6 +1,6 @@
 """Ways to break what a notebook's checks look at, tried in the kernel that runs it.
 
-BREAKS: notebook -> a list a check (a cell tagged `check`), in order. As an extension of IPython this module applies
+BREAKS: notebook -> one list per check (a cell tagged `check`), in order. As an extension of IPython this module applies
 each of them to a copy of the kernel's names after that cell has run, where the check must fail.
 """
 

@@ -13,7 +13,7 @@ COMPARED = ["source", "hardware", "model", "batch"]  # the sides of one comparis
 
 
 def published_performance() -> pd.DataFrame:
-    """The published performance of ViTs and a ResNet-18, one row a side of a comparison; NaN where nothing is printed.
+    """The published performance of ViTs and a ResNet-18, one row per side of a comparison; NaN: nothing is printed.
 
     From ``data/published/performance.csv``; ``data/README.md`` names the documents and says what was changed.
 

@@ -76,8 +76,8 @@ COLUMNS = {  # name -> what it says
 
 @dataclass
 class Measured:
-    """A pair at one batch size. facts: of its engine. rounds: seconds of each call, a list a round, empty where it sat
-    out. roof: FLOP/s that plain products reached, a number a round.
+    """A pair at one batch size. facts: of its engine. rounds: seconds of each call, one list per round, empty where it
+    sat out. roof: FLOP/s that plain products reached, one number per round.
     first_run_s: None where the process had run before. status: "" while nothing went wrong."""
 
     pair: Pair

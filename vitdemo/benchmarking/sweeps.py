@@ -25,7 +25,7 @@ from vitdemo.machine import cores, free_memory_bytes, now, source_commit
 from vitdemo.models.model import Model, load_model
 from vitdemo.paths import data_path, user_path
 
-# One model's sweep: a process a pair of engine and precision, all taking turns, in rounds.
+# One model's sweep: one process per pair of engine and precision, all taking turns, in rounds.
 
 
 ROUNDS, TURN_S = 9, 0.75

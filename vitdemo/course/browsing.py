@@ -14,7 +14,7 @@ def pages_of(data: ImageNetVal, label: int | None = None, per_page: int = 12) ->
 
 
 def browse(data: ImageNetVal, label: int | None = None, page: int = 1, per_page: int = 12) -> pd.DataFrame:
-    """Page number ``page``, from 1, of the images of a class, or of all: a row an image, in the data set's order.
+    """Page number ``page``, from 1, of the images of a class, or of all: one row per image, in the data set's order.
 
     index, class (its first name), and the columns of ``image_facts``. Raises VitdemoError for a page that is not there.
     """

@@ -88,7 +88,7 @@ class Hunt:
 
     @property
     def reports(self) -> pd.DataFrame:
-        """What each script prints, a row a run."""
+        """What each script prints, one row per run."""
         return pd.DataFrame({name: run.report for name, run in self.runs.items()}).T.astype(
             {"images": int, "correct": int}
         )

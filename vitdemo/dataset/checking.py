@@ -89,7 +89,7 @@ def check_images(
 ) -> ImageReport:
     """Read, hash and strictly decode each of the first ``limit`` images of ``data`` (all by default), once.
 
-    With ``out``, the report is written to that folder at the end: ``images.csv`` with a row an image (file, label,
+    With ``out``, the report is written to that folder at the end: ``images.csv`` with one row per image (file, label,
     wnid, bytes; width and height in pixels, mode and exif as in ``image_facts``; error, warning, sha256), and
     ``images.json`` with its summary (counts of modes, EXIF states, errors and warnings, the damaged a wnid; min,
     median, max of width, height, bytes; sha256 of the set; rate and machine). An earlier report there is replaced.

@@ -54,7 +54,7 @@ class Header(NamedTuple):
 def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
     """What the files' headers say, without decoding: file, width and height in pixels, mode, bytes, EXIF.
 
-    A row an image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
+    One row per image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
     than upright is asked for, "broken" where it cannot be read, "present" otherwise; ``mode``: PIL's, or
     "unreadable".
     """

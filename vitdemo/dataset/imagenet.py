@@ -50,7 +50,7 @@ class Synset(NamedTuple):
 
 class Devkit(NamedTuple):
     """``synsets``: the leaves, lexicographic by wnid, so that a synset's position is its label;
-    ``ground_truth``: an ILSVRC2012_ID an image, in ascending file name."""
+    ``ground_truth``: one ILSVRC2012_ID per image, in ascending file name."""
 
     synsets: list[Synset]
     ground_truth: list[int]
@@ -71,7 +71,7 @@ def read_devkit(path: Path | str) -> Devkit:
     """Read a devkit ``.tar.gz`` without unpacking it to disk.
 
     Format: ``data/meta.mat`` with the struct array ``synsets``, of which the leaves (num_children 0) are the
-    classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, an ID a line. Raises VitdemoError for anything else.
+    classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, one ID per line. Raises VitdemoError for others.
     """
     path = Path(path)
     content = _gunzip(path)
@@ -128,7 +128,7 @@ def _read_ground_truth(text: bytes, path: Path) -> list[int]:
     try:
         return [int(line) for line in text.split()]
     except ValueError:
-        raise VitdemoError(f"{path}: the ground truth is not one number a line; get the devkit again") from None
+        raise VitdemoError(f"{path}: the ground truth is not one number per line; get the devkit again") from None
 
 
 OFFICIAL_VAL, OFFICIAL_TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"
@@ -171,7 +171,7 @@ class UnreadableFile(VitdemoError):
 class ImageNetSplit:
     """What ``ImageNetVal`` and ``ImageNetTrain`` share: samples in ascending file name, whatever the source.
 
-    Attributes: ``path`` (the tar, or the folder with a folder a class), ``source`` ("tar" or "folder"),
+    Attributes: ``path`` (the tar, or the folder with one folder per class), ``source`` ("tar" or "folder"),
     ``classes`` (wnids, lexicographic), ``class_names`` (synonyms in one string), and for each sample
     ``files``, ``sizes`` in bytes, ``labels``, ``offsets`` in the tar in bytes (0 in a folder).
     Threads may read from one object at once; it can be pickled to a process that sees the same path.

@@ -33,11 +33,11 @@ class Item(NamedTuple):
 def expected(split: str) -> str:
     """What a path to a split may be, for messages."""
     devkit = " with its devkit beside it" if split == "val" else ""
-    return f"expected <name>_img_{split}.tar{devkit}, or {split}/ with one folder a class, named n01440764 …"
+    return f"expected <name>_img_{split}.tar{devkit}, or {split}/ with one folder per class, named n01440764 …"
 
 
 def find_tree(path: Path, split: str) -> Path | None:
-    """The folder with a folder a class in or at ``path``; None when ``path`` is a folder of archives."""
+    """The folder with one folder per class in or at ``path``; None when ``path`` is a folder of archives."""
     unfinished = VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     if path.name.endswith(PART):
         raise unfinished
@@ -59,7 +59,7 @@ def index_tree(folder: Path, split: str) -> tuple[dict[str, str], list[Item]]:
         if _is_jpeg(entry.name):
             raise VitdemoError(
                 f"{folder}: JPEGs lie flat in it ({entry.name}); read like this all would be one class. They belong "
-                "in one folder a class: vitdemo extract sorts the original archives"
+                "in one folder per class: vitdemo extract sorts the original archives"
             )
         if entry.name.startswith(".") or not entry.is_dir():
             continue

@@ -101,7 +101,7 @@ def artifacts_root() -> Path:
 
 
 def cached_artifacts() -> pd.DataFrame:
-    """What is in the cache, a row an artifact: model, weights, engine, precision, bytes, build_s, built, key."""
+    """What is in the cache, one row per artifact: model, weights, engine, precision, bytes, build_s, built, key."""
     rows = []
     for path in sorted(artifacts_root().glob(f"*/{CARD}")):
         if path.parent.name.endswith(PART):  # being built

@@ -16,7 +16,9 @@ class NullEngine(Engine):
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
         super().__init__(model.info, precision, device=device, threads=threads)
         if self.info.classes is None:
-            raise VitdemoError(f"{self.info.tag}: the null engine answers one zero a class; give the model its classes")
+            raise VitdemoError(
+                f"{self.info.tag}: the null engine answers one zero per class; give the model its classes"
+            )
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(x), len(self.info.classes))

@@ -267,7 +267,7 @@ def silent_console() -> Iterator[None]:
 
 
 def macs_by_precision(runtime_graph) -> Counter[str]:
-    """Multiply-accumulates an image in an OpenVINO runtime graph that has run, by the type of what is multiplied.
+    """Multiply-accumulates per image in an OpenVINO runtime graph that has run, by the type of what is multiplied.
 
     Of convolutions, matrix products, and the two products in each fused attention, which is one node there.
     """

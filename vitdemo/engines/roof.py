@@ -85,7 +85,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that the memory gives to all cores: reading an array and writing another, the best of five."""
+    """Bytes per second that the memory gives to all cores: reading an array and writing another, the best of five."""
     torch.set_num_threads(cores())
     source, target = torch.zeros(COPIED // 4), torch.empty(COPIED // 4)
     return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])

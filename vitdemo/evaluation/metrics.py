@@ -23,7 +23,7 @@ class Session:
     """What was measured while images were run, here or on replicas.
 
     threads: CPU threads a call of the engine uses. cores: all that were given to the run. began: in ``now()`` seconds.
-    times: a row a batch. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those, if any.
+    times: one row per batch. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those, if any.
     """
 
     threads: int

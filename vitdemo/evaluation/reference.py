@@ -100,7 +100,7 @@ def flagperf_row(
       images / ``wall_s``.
     - ``p_val_core``, ``p_infer_core``: images/s from "batch available" to "logits there", images / ``inference_s``.
       The next images are decoded meanwhile; without a GPU on the same cores, so these rates feel it.
-    - ``MFU``: floating-point operations an image (2 x multiply-accumulates) x ``p_infer_core`` / ``roof``, a fraction.
+    - ``MFU``: floating-point operations per image (2 x multiply-accumulates) x ``p_infer_core`` / ``roof``, a fraction.
     - ``MFU_flagperf``: by FlagPerf's own convention, which counts a multiply-accumulate as one operation: half of it.
     - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak/the machine's memory in GiB, where FlagPerf
       has a GPU's. MFU and mem are None with replicas.

@@ -1,4 +1,4 @@
-"""One engine over a range of samples: a row an image, in order, decoding and computing overlapped."""
+"""One engine over a range of samples: one row per image, in order, decoding and computing overlapped."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,12 +88,12 @@ def predict(
     phases: Phases,
     times: list[BatchTimes],
 ) -> Iterator[list[dict]]:
-    """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, a list a batch, in order.
+    """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, one list per batch, in order.
 
     Batches start at ``indices.start`` and are ``device_batch_size`` long, the last one as long as what is
     left. ``input_path`` and ``workers``, threads that decode, as in ``prefetched_batches``. Adds to ``phases`` the
     seconds this thread waited for decoded batches ("decode_wait") and for the engine ("compute_wait") and made rows
-    ("postprocess"), and a row a batch to ``times``.
+    ("postprocess"), and one row per batch to ``times``.
     Raises EngineFailure when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()

@@ -61,7 +61,7 @@ class AsyncSplit:
 
 
 class SyncSplit:
-    """Each global batch, of a batch a replica, is cut into these; the next one begins when all are done.
+    """Each global batch, of one batch per replica, is cut into these; the next one begins when all are done.
 
     What a lost replica had is its successor's. step_s: seconds of each global batch, from the first shard handed out to
     the last one back.

@@ -138,7 +138,7 @@ def _freeze(module: nn.Module, name: str) -> None:
 
 
 def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    """FLOPs an image and the number of outputs. Raises VitdemoError when the module does not run."""
+    """FLOPs per image and the number of outputs. Raises VitdemoError when the module does not run."""
     with suppress(Exception):  # it may need values, or have tensors that are neither parameters nor buffers
         tensors = [*module.parameters(), *module.buffers()]
         # A copy whose tensors have shapes and no values computes nothing; what it may keep for later stays in it.

@@ -21,7 +21,7 @@ PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")
 
 
 def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
-    """Images/s over the median latency of a batch, a line an engine and precision, a point a batch size."""
+    """Images/s over the median latency of a batch, one line per engine and precision, one point per batch size."""
     figure, panels = _panels(rows, "images/s over latency")
     for ax, own in panels:
         for pair, line in _lines(own):

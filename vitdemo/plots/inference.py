@@ -106,7 +106,7 @@ def plot_split(images: int, device_batch_size: int, replicas: int) -> Figure:
 
 
 def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
-    """When each replica's engine was at work, a panel a run; what is white is waiting."""
+    """When each replica's engine was at work, one panel per run; what is white is waiting."""
     figure, axes = plt.subplots(
         len(evaluations), figsize=(9, 1.6 * len(evaluations) + 0.5), layout="constrained", sharex=True, squeeze=False
     )

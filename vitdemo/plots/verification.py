@@ -27,7 +27,7 @@ def engine_look(engine: str, precision: str) -> dict:
 
 
 def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
-    """Relative L2 error of each layer, from the input on, a line a report; grey: each precision's tolerance.
+    """Relative L2 error of each layer, from the input on, one line per report; grey: each precision's tolerance.
 
     On real images where all reports have some, else on random ones. An engine that fuses a layer with the next does not
     show it: its line passes by. Raises VitdemoError for reports without layers, or with those of different models.
