@@ -2,8 +2,8 @@
 
 50,000 small JPEGs of 1,000 classes lie in one flat tar, which is read once before, so that it is in the page cache for
 all. ``tar xf`` writes them to one folder; the write step writes them to one folder per class under their final names;
-the whole verb also reads devkit and index, computes both MD5s, and reads the finished tree back to check it. Nobody waits
-for the disk: what is dirty is written out between the arms, off the clock. Run it as
+the whole verb also reads devkit and index, computes both MD5s, and reads the finished tree back to check it. Nobody
+waits for the disk: what is dirty is written out between the arms, off the clock. Run it as
 
     python -m tests.benchmarks.bench_extraction [FOLDER]
 

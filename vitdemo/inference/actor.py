@@ -37,7 +37,7 @@ class Place(NamedTuple):
 class Shard(NamedTuple):
     """A range of images, done.
 
-    lines: of predictions.csv. times: one ``BatchTimes`` per batch, in seconds since 1970, the clock that machines share.
+    lines: of predictions.csv. times: one ``BatchTimes`` per batch, in seconds since 1970, which machines share.
     phases: seconds by name, as ``predict`` keeps them. wall_s, cpu_s: of this process, from the first to the last
     batch. peak_memory_bytes: so far.
     """

@@ -21,7 +21,7 @@ HEADER = ",".join(COLUMNS) + "\n"
 
 
 def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
-    """Take ``out`` for a run of ``settings``; one line per image, as an interrupted run left it, or "" where it is to do.
+    """Take ``out`` for a run of ``settings``; one line per image, as an interrupted run left it, or "".
 
     What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
 
@@ -103,7 +103,7 @@ def csv_lines(rows: list[dict]) -> list[str]:
 
 
 def rows_frame(text: bytes) -> pd.DataFrame:
-    """The lines of predictions.csv, without its header, as a table, one row per image. ValueError where they are none."""
+    """The lines of predictions.csv, without its header, as a table, one row per image. Raises ValueError."""
     types = {"label": "int64", "correct": "int64"} | dict.fromkeys(PREDICTED, "Int64")
     types |= dict.fromkeys(PROBABILITY, "float64") | dict.fromkeys(("file", "wnid", "error"), "object")
     numbers = [*PREDICTED, *PROBABILITY]  # an unreadable image has none

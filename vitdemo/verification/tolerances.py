@@ -60,12 +60,13 @@ class Report:
 
     engine, precision: the candidate's. info: its model's. reference_sha256: of the reference's weights.
     artifact: ``card["key"]``, the hash of how it was made.
-    overall: one row per kind of images, real and random, with what ``compare_logits`` gives. layers: from input to output,
-    the logits last, one row per layer and kind: relative_l2, floor, tolerance. floors: how far other ways to compute the
-    same lie from the reference, one row per way, kind and layer. twin_l2: relative L2 of the logits that came with the
-    layers from the engine's own; None where it shows no layers. accuracy: see ``compare_answers``; None without labels
-    and with random weights. flips: one row per real image that got another answer: its index in the data set, file, label,
-    and both answers, as class indices. failures: a line each, none when all is well.
+    overall: one row per kind of images, real and random, with what ``compare_logits`` gives.
+    layers: from input to output, the logits last, one row per layer and kind: relative_l2, floor, tolerance.
+    floors: how far other ways to compute the same lie from the reference, one row per way, kind and layer.
+    twin_l2: relative L2 of the logits that came with the layers from the engine's own; None where it shows no layers.
+    accuracy: see ``compare_answers``; None without labels and with random weights.
+    flips: one row per real image that got another answer: its index in the data set, file, label, and both answers, as
+    class indices. failures: one line each, none when all is well.
     """
 
     engine: str
