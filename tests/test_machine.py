@@ -16,11 +16,9 @@ from vitdemo.machine import (
     machine_record,
     memory_bytes,
     now,
-    paid_once,
     peak_memory_bytes,
-    unaccounted_s,
 )
-from vitdemo.stats import percentiles_ms
+from vitdemo.stats import paid_once, percentiles_ms, unaccounted_s
 
 
 def test_percentiles_are_numpys_in_milliseconds():

@@ -68,7 +68,7 @@ _HOME = {
     "choose_engine": "benchmarking.choice",
     "write_script": "benchmarking.choice",
     "memory_bandwidth": "engines.roof",
-    "wilson_interval": "evaluation.metrics",
+    "wilson_interval": "stats",
     "compare_published": "evaluation.published",
     "published_accuracy": "evaluation.published",
     "diagnose": "evaluation.diagnosis",

@@ -1,4 +1,4 @@
-"""Timers, phases, percentiles, this process's memory, and the machine's record."""
+"""The machine: its cores, memory, instructions and versions as one record; timers, and this process's memory."""
 
 import os
 import platform
@@ -6,14 +6,12 @@ import re
 import resource
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 from vitdemo.paths import REPOSITORY
@@ -53,24 +51,6 @@ class Phases:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
-
-
-def paid_once(seconds: Sequence[float]) -> float:
-    """The share of all ``seconds`` that the first call took beyond the median of the others, 0 for fewer than two.
-
-    Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
-    """
-    if len(seconds) < 2:
-        return 0.0
-    return max(0.0, seconds[0] - float(np.median(seconds[1:]))) / sum(seconds)
-
-
-def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
-    """The seconds of ``wall_s`` that are in none of ``parts_s``, which follow one another.
-
-    Of a loop whose parts are timed one by one: what it spent where nobody looked.
-    """
-    return max(0.0, wall_s - sum(parts_s))
 
 
 def peak_memory_bytes() -> int:

@@ -1,6 +1,6 @@
-"""Percentiles and intervals of measured numbers."""
+"""What measured numbers say: percentiles, intervals, and McNemar's test."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,3 +30,42 @@ def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
     outside = int(binom.ppf(0.025, len(ordered), 0.5))
     bounds = (ordered[outside - 1], ordered[-outside]) if outside else (np.nan, np.nan)
     return float(np.median(ordered)), *map(float, bounds)
+
+
+def wilson_interval(correct: int, images: int) -> list[float]:
+    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def mcnemar_p(better: int, worse: int, alternative: str = "two-sided") -> float:
+    """The p of McNemar's exact test: how often two sides that are equally good come to counts as uneven as these.
+
+    Args:
+        better: images that only the one side got right.
+        worse: images that only the other got right.
+        alternative: "two-sided", or "greater" where only a better one side counts.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse, alternative=alternative).pvalue) if better + worse else 1.0
+
+
+def paid_once(seconds: Sequence[float]) -> float:
+    """The share of all ``seconds`` that the first call took beyond the median of the others, 0 for fewer than two.
+
+    Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
+    """
+    if len(seconds) < 2:
+        return 0.0
+    return max(0.0, seconds[0] - float(np.median(seconds[1:]))) / sum(seconds)
+
+
+def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
+    """The seconds of ``wall_s`` that are in none of ``parts_s``, which follow one another.
+
+    Of a loop whose parts are timed one by one: what it spent where nobody looked.
+    """
+    return max(0.0, wall_s - sum(parts_s))

@@ -28,8 +28,8 @@ from vitdemo.errors import VitdemoError
 from vitdemo.evaluation.diagnosis import diagnose
 from vitdemo.evaluation.evaluation import calibrated_on_scored
 from vitdemo.evaluation.metrics import set_faults
-from vitdemo.machine import paid_once, unaccounted_s
 from vitdemo.models.model import Model
+from vitdemo.stats import paid_once, unaccounted_s
 
 NO_BUG = "no bug"
 DIAGNOSED = 60  # images; the mean and std of other weights cost a fifth of them, which is more than luck

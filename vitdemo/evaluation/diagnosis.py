@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -26,10 +25,10 @@ from vitdemo.dataset.imagenet import DEVKITS, OFFICIAL_VAL, Devkit, ImageNetVal,
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import VitdemoError, named_errors, reason_of
-from vitdemo.evaluation.metrics import wilson_interval
 from vitdemo.evaluation.published import Published, published_for
 from vitdemo.machine import cores, now
 from vitdemo.models.model import Model
+from vitdemo.stats import mcnemar_p, wilson_interval
 
 # Classes in another order than that of the wnids: the usual mix-ups, and what lies beside a data set to tell them.
 
@@ -142,8 +141,7 @@ class Hypothesis:
     @property
     def p(self) -> float:
         """McNemar's exact test on these images, one-sided: only a better accuracy explains a loss."""
-        changed = self.gained + self.lost
-        return float(binomtest(self.gained, changed, alternative="greater").pvalue) if changed else 1.0
+        return mcnemar_p(self.gained, self.lost, "greater")
 
 
 class Spread:

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
-from scipy.stats import binomtest
 
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import PREDICTED, BatchTimes
-from vitdemo.machine import Phases, now, paid_once, peak_memory_bytes
-from vitdemo.stats import percentiles_ms
+from vitdemo.machine import Phases, now, peak_memory_bytes
+from vitdemo.stats import paid_once, percentiles_ms, wilson_interval
 
 PHASES = ("decode_wait", "compute_wait", "postprocess")
 
@@ -161,9 +160,3 @@ def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return covered
-
-
-def wilson_interval(correct: int, images: int) -> list[float]:
-    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
-    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]

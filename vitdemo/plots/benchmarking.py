@@ -13,8 +13,8 @@ from matplotlib.ticker import LogFormatter
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError
-from vitdemo.evaluation.metrics import wilson_interval
 from vitdemo.plots.verification import DASHES, engine_look
+from vitdemo.stats import wilson_interval
 
 GREY = "#777777"
 PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")

@@ -9,12 +9,11 @@ from matplotlib.figure import Figure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
-from vitdemo.evaluation.metrics import wilson_interval
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import cut
 from vitdemo.inference.schedule import SyncSplit
-from vitdemo.machine import unaccounted_s
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
+from vitdemo.stats import unaccounted_s, wilson_interval
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")

@@ -5,9 +5,9 @@ from math import inf, sqrt
 
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 
 from vitdemo.errors import VitdemoError
+from vitdemo.stats import mcnemar_p, wilson_interval
 
 LOGITS = "logits"  # what engines call the last of their layers
 
@@ -54,14 +54,10 @@ def compare_answers(answers: pd.DataFrame) -> dict:
     right = {side: answers[side] == answers["label"] for side in ("reference", "candidate")}
     worse = int((right["reference"] & ~right["candidate"]).sum())
     better = int((right["candidate"] & ~right["reference"]).sum())
-    p = float(binomtest(worse, worse + better).pvalue) if worse + better else 1.0
-    counts = {side: _counted(int(correct.sum()), len(answers)) for side, correct in right.items()}
-    return {"images": len(answers), **counts, "worse": worse, "better": better, "mcnemar_p": p}
-
-
-def _counted(correct: int, images: int) -> dict:
-    interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
-    return {"correct": correct, "ci95": [float(interval.low), float(interval.high)]}
+    counts = {side: int(correct.sum()) for side, correct in right.items()}
+    sides = {side: {"correct": n, "ci95": wilson_interval(n, len(answers))} for side, n in counts.items()}
+    both = {"worse": worse, "better": better, "mcnemar_p": mcnemar_p(better, worse)}
+    return {"images": len(answers), **sides, **both}
 
 
 class LayerErrors:
