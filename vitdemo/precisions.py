@@ -9,6 +9,7 @@ import torch
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number
 # Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
 # says of the processor does not follow them.
 MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")

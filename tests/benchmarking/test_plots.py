@@ -1,6 +1,7 @@
 """The figures draw every row once, and never two machines in one panel."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -44,6 +45,13 @@ def test_rows_without_a_measurement_are_left_out(draw, rows):
 def test_every_point_is_there(rows):
     lines = plot_latency_throughput(rows).axes[0].lines
     assert sorted(y for line in lines for y in line.get_ydata()) == sorted(rows["images_per_s"])
+    plt.close("all")
+
+
+def test_no_precision_is_lost_from_the_roofline(rows):
+    figure = plot_roofline(rows.assign(precision="fp16"), 1e10)
+    points = [line.get_xdata() for ax in figure.axes for line in ax.lines if line.get_linestyle() == "None"]
+    assert sum(np.isfinite(x).sum() for x in points) == len(rows)
     plt.close("all")
 
 

@@ -14,6 +14,7 @@ from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError
 from vitdemo.plots.verification import DASHES, engine_look
+from vitdemo.precisions import BYTES
 from vitdemo.stats import wilson_interval
 
 GREY = "#777777"
@@ -158,8 +159,8 @@ def _published_speedups(published: pd.DataFrame | None) -> Iterator[tuple[str, p
 
 
 def _intensity(rows: pd.DataFrame) -> pd.Series:
-    """FLOPs a byte: of the weights in the row's precision, read once a batch, and of its pixels."""
-    width = rows["precision"].map({"fp32": 4, "bf16": 2, "int8": 1})
+    """FLOPs per byte: of the weights in the row's precision, read once per batch, and of its pixels."""
+    width = rows["precision"].map(BYTES)
     moved = rows["parameters"] * width + rows["batch"] * rows["input_bytes"]
     return rows["batch"] * rows["flops_per_image"] / moved
 
@@ -167,7 +168,7 @@ def _intensity(rows: pd.DataFrame) -> pd.Series:
 def _batch_axis(ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
-    ax.set_xlabel("images a batch")
+    ax.set_xlabel("images per batch")
 
 
 def _plain_numbers(*axes: Axis) -> None:
