@@ -86,8 +86,8 @@ def parser_of(verbs: Mapping[str, Callable]) -> argparse.ArgumentParser:
     evaluate.add_argument("--device-batch-size", type=int, default=8, metavar="B")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     evaluate.add_argument("--replicas", type=int, metavar="N", help="share the work among N processes, by Ray")
-    split_help = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
-    evaluate.add_argument("--split", default="async", metavar="S", help=split_help)
+    schedule_help = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
+    evaluate.add_argument("--schedule", default="async", metavar="S", help=schedule_help)
     evaluate.add_argument("--ray-address", metavar="A", help="a Ray cluster: host:port of its head, or auto")
     evaluate.add_argument("--repeat", type=int, default=1, metavar="N", help="run the engine N times")
     skip_help = "leave out the reference's run, eager fp32, over the same images"
@@ -235,7 +235,7 @@ def _evaluate(args) -> int:
     engine = convert(model, args.engine, args.precision, calibration=args.calibration)
     options = dict(device_batch_size=args.device_batch_size, limit=args.limit, out=args.out, resume=args.resume)
     options |= dict(repeat=args.repeat, skip_validation=args.skip_validation)
-    options |= dict(replicas=args.replicas, split=args.split, ray_address=args.ray_address)
+    options |= dict(replicas=args.replicas, schedule=args.schedule, ray_address=args.ray_address)
     try:
         runs, reference = evaluate_beside_reference(engine, model, data, **options)
     except EngineFailure as failure:

@@ -138,11 +138,11 @@ def test_a_second_pool_finds_no_cpus(one_thread, shapes20, monkeypatch):
     [
         ({"replicas": 0}, "replicas 0"),
         ({"replicas": "two"}, "replicas 'two'"),
-        ({"replicas": 2, "split": "even"}, "split 'even': is not one of async, sync"),
+        ({"replicas": 2, "schedule": "even"}, "schedule 'even': is not one of async, sync"),
         ({"replicas": 2, "ray_address": "127.0.0.1:1"}, "ray_address '127.0.0.1:1': nothing answers"),
         ({"replicas": 2, "ray_address": "head"}, "ray_address 'head': nothing answers"),
         ({"ray_address": "127.0.0.1:1"}, "ray_address are for replicas"),
-        ({"split": "sync"}, "split and ray_address are for replicas"),
+        ({"schedule": "sync"}, "schedule and ray_address are for replicas"),
     ],
 )
 def test_bad_input_before_anything_is_started(one_thread, shapes20, tmp_path, options, message):

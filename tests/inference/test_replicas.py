@@ -25,16 +25,18 @@ def pool(one_thread, shapes20):
         yield pool
 
 
-@pytest.mark.parametrize("split", ["async", "sync"])
-def test_two_replicas_give_the_file_of_one_device(pool, alone, one_thread, shapes20, tmp_path, split):
-    run = evaluate(one_thread, shapes20, limit=203, replicas=pool, split=split, out=tmp_path / "out", progress=False)
+@pytest.mark.parametrize("schedule", ["async", "sync"])
+def test_two_replicas_give_the_file_of_one_device(pool, alone, one_thread, shapes20, tmp_path, schedule):
+    run = evaluate(
+        one_thread, shapes20, limit=203, replicas=pool, schedule=schedule, out=tmp_path / "out", progress=False
+    )
     assert predictions(run) == predictions(alone)  # 203 = 25 batches of 8, and 3
     m, found = run.metrics, run.metrics["replicas"]
     assert (m["images"], m["session_images"], m["top1"]) == (203, 203, alone.metrics["top1"])
-    assert (found["count"], found["split"], found["lost"]) == (2, split, 0)
+    assert (found["count"], found["schedule"], found["lost"]) == (2, schedule, 0)
     assert sum(each["images"] for each in found["each"]) == 203 and all(each["images"] for each in found["each"])
     assert all(0 <= each["idle_s"] < m["wall_s"] and each["busy_s"] > 0 for each in found["each"])
-    assert found["step_ms"]["count"] == (13 if split == "sync" else 0)  # of 16 images
+    assert found["step_ms"]["count"] == (13 if schedule == "sync" else 0)  # of 16 images
     assert m["images_per_s"] == pytest.approx(203 / m["wall_s"]) and m["threads"] == 1
     assert sorted(set(run.times["replica"])) == [0, 1] and len(run.times) == 26
     assert run.times["decode_began"].min() >= 0 and run.times["finished"].max() <= m["wall_s"]
@@ -56,7 +58,7 @@ def kill_one(pool, moments: random.Random):
 def kill_and_compare(pool, engine, data, alone, out, seed: int) -> int:
     """A run with a replica killed at a random moment; how many were lost."""
     moments = random.Random(seed)
-    options = dict(limit=203, split=moments.choice(["async", "async", "sync"]))
+    options = dict(limit=203, schedule=moments.choice(["async", "async", "sync"]))
     run = evaluate_while(pool, engine, data, lambda: kill_one(pool, moments), moments.randrange(190), out, **options)
     assert predictions(run) == predictions(alone)
     assert sum(each["images"] for each in run.metrics["replicas"]["each"]) == 203
@@ -77,11 +79,11 @@ def test_fifty_runs_with_a_replica_killed(pool, one_thread, shapes20, alone, tmp
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("split", ["async", "sync"])
-def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_path, split):
+@pytest.mark.parametrize("schedule", ["async", "sync"])
+def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_path, schedule):
     with Replicas(one_thread, shapes20, 8, cores_each=1, share=0.5) as eight:
         assert f"8 on {min(8, cores())} cores of this machine" in str(eight)
-        options = dict(limit=203, split=split, progress=False)
+        options = dict(limit=203, schedule=schedule, progress=False)
         run = evaluate(one_thread, shapes20, replicas=eight, out=tmp_path / "out", **options)
     assert predictions(run) == predictions(alone)
 

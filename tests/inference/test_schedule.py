@@ -1,4 +1,4 @@
-"""Two ways to split a data set: every image once, at the same batch boundaries, whoever is lost and whenever."""
+"""Two ways to share a data set: every image once, at the same batch boundaries, whoever is lost and whenever."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.cluster import share_cores
 from vitdemo.inference.loop import cut, joined
-from vitdemo.inference.schedule import SPLITS
+from vitdemo.inference.schedule import SCHEDULES
 
 
 def shard(indices: range) -> Shard:
@@ -16,26 +16,26 @@ def shard(indices: range) -> Shard:
 
 def play(kind: str, todo: list[range], replicas: int, seed: int) -> list[range]:
     """The ranges that come back when replicas answer in any order and lose one answer in five."""
-    chance, split = random.Random(seed), SPLITS[kind](todo, replicas)
+    chance, schedule = random.Random(seed), SCHEDULES[kind](todo, replicas)
     held: dict[int, list[range]] = {k: [] for k in range(replicas)}
     done: list[range] = []
     while sum(map(len, done)) < sum(map(len, todo)):
         for k in held:
-            while len(held[k]) < split.ahead and (indices := split.take(k, chance.choice([0.0, 3.0, 500.0]))):
+            while len(held[k]) < schedule.ahead and (indices := schedule.take(k, chance.choice([0.0, 3.0, 500.0]))):
                 held[k].append(indices)
         k = chance.choice([k for k in held if held[k]])
         if chance.random() < 0.2:
             for indices in held[k]:
-                split.give_back(indices, k)
+                schedule.give_back(indices, k)
             held[k] = []
         else:
             done.append(held[k].pop(0))
-            split.done(shard(done[-1]))
-    assert not any(held.values()) and split.take(0, 1.0) is None
+            schedule.done(shard(done[-1]))
+    assert not any(held.values()) and schedule.take(0, 1.0) is None
     return done
 
 
-@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("seed", range(60))
 def test_every_image_once_at_the_boundaries_of_one_device(kind, seed):
     chance = random.Random(seed)
@@ -55,25 +55,25 @@ def test_batches_cut_and_joined():
 
 
 def test_sync_cuts_each_global_batch_into_contiguous_shards():
-    split = SPLITS["sync"](cut(range(50), 8), 3)
-    assert [split.take(k, 0.0) for k in range(3)] == [range(0, 8), range(8, 16), range(16, 24)]
-    assert split.take(0, 0.0) is None  # nobody begins the next one
+    schedule = SCHEDULES["sync"](cut(range(50), 8), 3)
+    assert [schedule.take(k, 0.0) for k in range(3)] == [range(0, 8), range(8, 16), range(16, 24)]
+    assert schedule.take(0, 0.0) is None  # nobody begins the next one
     for indices in (range(8, 16), range(0, 8)):
-        split.done(shard(indices))
-    assert split.take(1, 0.0) is None and split.step_s == []
-    split.done(shard(range(16, 24)))
-    assert len(split.step_s) == 1
-    assert [split.take(k, 0.0) for k in range(3)] == [range(24, 32), range(32, 40), range(40, 48)]
+        schedule.done(shard(indices))
+    assert schedule.take(1, 0.0) is None and schedule.step_s == []
+    schedule.done(shard(range(16, 24)))
+    assert len(schedule.step_s) == 1
+    assert [schedule.take(k, 0.0) for k in range(3)] == [range(24, 32), range(32, 40), range(40, 48)]
     for start in (24, 32, 40):
-        split.done(shard(range(start, start + 8)))
-    assert [split.take(k, 0.0) for k in range(3)] == [range(48, 50), None, None]  # neither padded nor dropped
+        schedule.done(shard(range(start, start + 8)))
+    assert [schedule.take(k, 0.0) for k in range(3)] == [range(48, 50), None, None]  # neither padded nor dropped
 
 
 def test_async_ranges_grow_with_the_rate_and_shrink_towards_the_end():
-    split = SPLITS["async"](cut(range(10_000), 8), 2)
-    lengths = [len(split.take(0, rate)) for rate in (0.0, 16.0, 160.0, 1e6)]
+    schedule = SCHEDULES["async"](cut(range(10_000), 8), 2)
+    lengths = [len(schedule.take(0, rate)) for rate in (0.0, 16.0, 160.0, 1e6)]
     assert lengths == [8, 80, 512, 512]  # one batch at first; 5 s of 16 images/s; 64 batches at most
-    while (indices := split.take(0, 1e6)) and indices.stop < 10_000:
+    while (indices := schedule.take(0, 1e6)) and indices.stop < 10_000:
         assert len(indices) <= max(8, (10_000 - indices.start) / 4 + 8)
     assert indices.stop == 10_000
 

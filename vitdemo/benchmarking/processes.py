@@ -126,7 +126,7 @@ class Worker:
 
 
 class ReplicaBench(EngineBench):
-    """An engine in replicas, in the synchronous split: one step is a batch of ``device_batch_size`` on each of them,
+    """An engine in replicas, in the synchronous schedule: one step is a batch of ``device_batch_size`` on each of them,
     begun together and over when the last one is done. Answers and logits are those of the engine without replicas."""
 
     def __init__(self, engine: Engine, data: ImageNetVal, count: int, share: float):

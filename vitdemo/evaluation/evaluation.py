@@ -28,7 +28,7 @@ from vitdemo.inference.predictions import (
     write_predictions,
 )
 from vitdemo.inference.replicas import Replicas
-from vitdemo.inference.schedule import SPLITS
+from vitdemo.inference.schedule import SCHEDULES
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.loading import full_tag
 from vitdemo.paths import user_path
@@ -80,7 +80,7 @@ def evaluate(
     *,
     device_batch_size: int = 8,
     replicas: int | Replicas | None = None,
-    split: str = "async",
+    schedule: str = "async",
     input_path: str = "fast",
     limit: int | None = None,
     out: Path | str | None = None,
@@ -88,20 +88,34 @@ def evaluate(
     ray_address: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run ``engine`` over the first ``limit`` images of ``data`` (all by default) in ascending file order.
+    """Run ``engine`` over the first ``limit`` images of ``data`` in ascending file order.
 
-    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. input_path:
-    "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the difference.
-    replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or ``Replicas``
-    that were started before, of this engine and data. split: "async" or "sync", see ``AsyncSplit`` and ``SyncSplit``.
-    With ``out``, the rows go to ``out/predictions.csv`` as they come, in file order when all are there, then
-    ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine. ``resume=True`` goes on
-    where an interrupted run with the same settings stopped. Raises VitdemoError for bad input, and EngineFailure, after
-    writing ``"valid": false``, when the engine breaks. With replicas the same images get the same rows; a replica that
-    dies or hangs is replaced, and what it did not bring back is done again.
+    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. With replicas
+    the same images get the same rows; a replica that dies or hangs is replaced, and what it did not bring back is done
+    again. With ``out``, the rows go to ``out/predictions.csv`` as they come, in file order when all are there, then
+    ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine.
+
+    Args:
+        engine: what ``convert`` made, of a model whose classes are those of ``data``.
+        data: the labelled images.
+        device_batch_size: images that the device gets at once.
+        replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or
+            ``Replicas`` that were started before, of this engine and data.
+        schedule: "async", see ``AsyncSchedule``, or "sync", see ``SyncSchedule``.
+        input_path: "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the
+            difference.
+        limit: how many images, from the first; None is all.
+        out: a new folder for the results.
+        resume: go on where an interrupted run with the same settings stopped.
+        ray_address: a Ray cluster, "host:port" of its head or "auto"; None is one on this machine.
+        progress: whether to draw a bar.
+
+    Raises:
+        VitdemoError: for bad input.
+        EngineFailure: when the engine breaks, after writing ``"valid": false``.
     """
     _check_input(engine, data, device_batch_size, input_path, limit)
-    _check_replicas(engine, data, replicas, split, ray_address)
+    _check_replicas(engine, data, replicas, schedule, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
@@ -119,7 +133,7 @@ def evaluate(
         bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
         session = Session(engine.threads, cores())
         if replicas:
-            source = _on_replicas(replicas, split, todo, session, **options)
+            source = _on_replicas(replicas, schedule, todo, session, **options)
         else:
             source = _here(engine, data, todo, session, **options)
             stack.callback(engine.close)
@@ -171,16 +185,16 @@ def _here(
 
 
 def _on_replicas(
-    replicas: Replicas, split: str, todo: Sequence[range], session: Session, **options
+    replicas: Replicas, schedule: str, todo: Sequence[range], session: Session, **options
 ) -> Iterator[tuple[int, list[str]]]:
     """The first image's number and the lines of predictions.csv of each range, as they come back."""
-    plan = SPLITS[split](todo, len(replicas.slots))
+    plan = SCHEDULES[schedule](todo, len(replicas.slots))
     session.threads, session.cores = replicas.threads, replicas.cores
     with closing(replicas.run(sum(map(len, todo)), plan, **options)) as shards:
         for shard in shards:
             session.add(shard, len(replicas.slots))
             yield shard.indices.start, shard.lines
-    session.replicas = replicas.summary(split, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
+    session.replicas = replicas.summary(schedule, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
 
 
 def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
@@ -201,11 +215,11 @@ def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, inpu
 
 
 def _check_replicas(
-    engine: Engine, data: ImageNetVal, replicas: int | Replicas | None, split: str, ray_address: str | None
+    engine: Engine, data: ImageNetVal, replicas: int | Replicas | None, schedule: str, ray_address: str | None
 ) -> None:
     """Before anything is written or started."""
-    if split not in SPLITS:
-        raise VitdemoError(f"split {split!r}: is not one of {', '.join(SPLITS)}")
+    if schedule not in SCHEDULES:
+        raise VitdemoError(f"schedule {schedule!r}: is not one of {', '.join(SCHEDULES)}")
     if isinstance(replicas, Replicas):
         if replicas.engine is not engine or replicas.data.fingerprint != data.fingerprint:
             raise VitdemoError("replicas: were started for another engine or other data")
@@ -213,8 +227,8 @@ def _check_replicas(
         if not isinstance(replicas, int) or replicas < 1:
             raise VitdemoError(f"replicas {replicas!r}: must be a whole number of at least 1")
         check_ray(ray_address)
-    elif ray_address or split != "async":
-        raise VitdemoError("split and ray_address are for replicas; say how many, or leave them out")
+    elif ray_address or schedule != "async":
+        raise VitdemoError("schedule and ray_address are for replicas; say how many, or leave them out")
 
 
 def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:

@@ -22,7 +22,7 @@ from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.inference.actor import Place, Replica, Shard, code_fingerprint
 from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
-from vitdemo.inference.schedule import Split
+from vitdemo.inference.schedule import Schedule
 from vitdemo.machine import now, versions
 
 # A replica's place in a run: who works there, on what, and what was done so far.
@@ -202,7 +202,7 @@ class Replicas:
         shared = ", which they share" if self.cores < len(self.slots) else ""
         return f"replicas: {len(self.slots)} on {self.cores} cores of {where}{shared}"
 
-    def summary(self, split: str, wall_s: float) -> dict:
+    def summary(self, schedule: str, wall_s: float) -> dict:
         """Of the last run, which took ``wall_s``: who did how much.
 
         ``lost``: replicas that died or hung and were replaced. ``each``: by replica, see ``Slot.record``.
@@ -211,10 +211,10 @@ class Replicas:
         each = [slot.record(wall_s) for slot in self.slots]
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
         lost = sum(slot.lost for slot in self.slots)
-        return {"count": len(each), "split": split, "lost": lost, **started, "each": each}
+        return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
 
-    def run(self, images: int, split: Split, device_batch_size: int, input_path: str) -> Iterator[Shard]:
-        """The rows of the ``images`` that ``split`` holds, a shard a range, as they come back; each exactly once.
+    def run(self, images: int, schedule: Schedule, device_batch_size: int, input_path: str) -> Iterator[Shard]:
+        """The rows of the ``images`` that ``schedule`` holds, a shard a range, as they come back; each exactly once.
 
         Raises EngineFailure when an engine breaks, and VitdemoError when replicas are lost again and again.
         """
@@ -228,9 +228,9 @@ class Replicas:
         try:
             while left:
                 for slot in filter(lambda slot: slot.ready, self.slots):
-                    self._hand_out(slot, split, device_batch_size, input_path)
-                for shard in self._attend(split):
-                    split.done(shard)
+                    self._hand_out(slot, schedule, device_batch_size, input_path)
+                for shard in self._attend(schedule):
+                    schedule.done(shard)
                     left -= len(shard.indices)
                     yield shard
         finally:
@@ -259,12 +259,12 @@ class Replicas:
             raise VitdemoError(f"a replica was lost: {loss_of(error)}") from None
         return now() - begin
 
-    def _hand_out(self, slot: Slot, split: Split, device_batch_size: int, input_path: str) -> None:
-        while len(slot.tasks) < split.ahead and (indices := split.take(slot.number, slot.images_per_s)):
+    def _hand_out(self, slot: Slot, schedule: Schedule, device_batch_size: int, input_path: str) -> None:
+        while len(slot.tasks) < schedule.ahead and (indices := schedule.take(slot.number, slot.images_per_s)):
             reference = slot.actor.run.remote(slot.number, indices, device_batch_size, input_path)
             slot.tasks.append(Task(reference, indices, now()))
 
-    def _attend(self, split: Split | None) -> list[Shard]:
+    def _attend(self, schedule: Schedule | None) -> list[Shard]:
         """Wait until something happened, and do what it asks for; the ranges that were brought back."""
         heads = {slot.tasks[0].reference: slot for slot in self.slots if slot.tasks}
         happened, _ = self._ray.wait(list(heads), num_returns=1, timeout=min(1.0, self._deadline_s / 4))
@@ -272,7 +272,7 @@ class Replicas:
             happened, _ = self._ray.wait(list(heads), num_returns=len(heads), timeout=0)
         shards = []
         for reference in happened:
-            if (shard := self._collect(heads[reference], split)) is not None:
+            if (shard := self._collect(heads[reference], schedule)) is not None:
                 shards.append(shard)
         for slot in filter(lambda slot: slot.tasks, self.slots):
             if now() - slot.tasks[0].began > (patience := self._patience_s(slot)):
@@ -281,7 +281,7 @@ class Replicas:
                         f"replica {slot.number}: Ray gave it no process in {patience:.0f} s; `ray status` says who has "
                         "the CPUs and GPUs"
                     )
-                self._replace(slot, split, f"did not answer for {patience:.0f} s, see deadline_s")
+                self._replace(slot, schedule, f"did not answer for {patience:.0f} s, see deadline_s")
         return shards
 
     def _patience_s(self, slot: Slot) -> float:
@@ -292,7 +292,7 @@ class Replicas:
             return max(self._deadline_s, SLOWER * len(slot.tasks[0].indices) / slot.images_per_s)
         return self._deadline_s * (1 if slot.ready else PREPARING)
 
-    def _collect(self, slot: Slot, split: Split | None) -> Shard | None:
+    def _collect(self, slot: Slot, schedule: Schedule | None) -> Shard | None:
         """Take what a slot's first task gave."""
         task = slot.tasks[0]
         try:
@@ -302,7 +302,7 @@ class Replicas:
                 raise error.cause from None
             raise VitdemoError(f"replica on {slot.host or 'a machine'}: {reason_of(error.cause)}") from None
         except self._ray.exceptions.RayError as error:
-            self._replace(slot, split, loss_of(error))
+            self._replace(slot, schedule, loss_of(error))
             return None
         slot.tasks.popleft()
         if slot.tasks:
@@ -361,7 +361,7 @@ class Replicas:
         reference = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
         slot.tasks.append(Task(reference, None, now()))
 
-    def _replace(self, slot: Slot, split: Split | None, reason: str) -> None:
+    def _replace(self, slot: Slot, schedule: Schedule | None, reason: str) -> None:
         """End a slot's replica, hand its ranges to others, and start a successor."""
         first = slot.tasks[0].indices
         self._failed[first] += 1
@@ -372,7 +372,7 @@ class Replicas:
             raise VitdemoError(f"replica {slot.number} was lost {ATTEMPTS} times, last while {what}: {reason}")
         for task in slot.tasks:
             if task.indices is not None:
-                split.give_back(task.indices, slot.number)
+                schedule.give_back(task.indices, slot.number)
         tqdm.write(f"replica {slot.number} was lost ({reason}); a successor is starting", file=sys.stderr)
         self._end([slot])
         self._start(slot)

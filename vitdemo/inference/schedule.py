@@ -1,4 +1,4 @@
-"""Who does which range of images when: two ways to split a data set among replicas."""
+"""Who does which range of images when: two ways to share a data set among replicas."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Protocol
 from vitdemo.inference.actor import Shard
 from vitdemo.machine import now
 
-RANGE_S = 5.0  # about how long a range of the asynchronous split takes
+RANGE_S = 5.0  # about how long a range of the asynchronous schedule takes
 LONGEST_BATCHES = 64
 
 
-class Split(Protocol):
+class Schedule(Protocol):
     """Who does which range when, by the replicas' numbers; made of the batches to do, by ascending index.
 
     ahead: how many ranges a replica may have at once. step_s: seconds of each global batch, where there are such.
@@ -25,7 +25,7 @@ class Split(Protocol):
     def done(self, shard: Shard) -> None: ...
 
 
-class AsyncSplit:
+class AsyncSchedule:
     """Replicas take the next range as they finish: a slow or dying one holds nobody up.
 
     Ranges are whole batches, of about RANGE_S at the replica's own rate, and shorter towards the end, so that all
@@ -60,7 +60,7 @@ class AsyncSplit:
         pass
 
 
-class SyncSplit:
+class SyncSchedule:
     """Each global batch, of one batch per replica, is cut into these; the next one begins when all are done.
 
     What a lost replica had is its successor's. step_s: seconds of each global batch, from the first shard handed out to
@@ -95,4 +95,4 @@ class SyncSplit:
             self._step()
 
 
-SPLITS: dict[str, type[Split]] = {"async": AsyncSplit, "sync": SyncSplit}
+SCHEDULES: dict[str, type[Schedule]] = {"async": AsyncSchedule, "sync": SyncSchedule}

@@ -20,7 +20,7 @@ _HOME = {
     "plot_predictions": "plots.inference",
     "plot_time": "plots.inference",
     "plot_timeline": "plots.inference",
-    "plot_split": "plots.inference",
+    "plot_schedule": "plots.inference",
     "plot_replicas": "plots.inference",
     "plot_scaling": "plots.inference",
 }

@@ -11,7 +11,7 @@ from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import cut
-from vitdemo.inference.schedule import SyncSplit
+from vitdemo.inference.schedule import SyncSchedule
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 from vitdemo.stats import unaccounted_s, wilson_interval
 
@@ -85,17 +85,17 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     return figure
 
 
-def plot_split(images: int, device_batch_size: int, replicas: int) -> Figure:
-    """Which images each replica gets in each step of the synchronous split."""
-    split, step = SyncSplit(cut(range(images), device_batch_size), replicas), 0
+def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
+    """Which images each replica gets in each step of the synchronous schedule."""
+    schedule, step = SyncSchedule(cut(range(images), device_batch_size), replicas), 0
     figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
-    while shards := {k: indices for k in range(replicas) if (indices := split.take(k, 0.0))}:
+    while shards := {k: indices for k in range(replicas) if (indices := schedule.take(k, 0.0))}:
         for k, indices in shards.items():
             share = len(indices) / device_batch_size  # the last, smaller one is drawn smaller
             ax.barh(k, 0.94 * share, left=step - 0.47, height=0.8, color=PALETTE[k % len(PALETTE)], edgecolor="black")
             label = f"{indices.start}–{indices.stop - 1}" if len(indices) > 1 else f"{indices.start}"
             ax.text(step - 0.47 + 0.47 * share, k, label, ha="center", va="center", fontsize=8)
-            split.done(Shard(indices, [], [], {}, 0.0, 0.0, 0))
+            schedule.done(Shard(indices, [], [], {}, 0.0, 0.0, 0))
         step += 1
     ax.set_yticks(range(replicas), [f"replica {k}" for k in range(replicas)])
     ax.invert_yaxis()
