@@ -10,7 +10,7 @@ import vitdemo.course
 import vitdemo.imagenet
 import vitdemo.plots
 from vitdemo import ImageNetVal, VitdemoError, convert, data_path, evaluate, find_engines
-from vitdemo.course import BUGS, careless_run, hunt
+from vitdemo.course import BUGS, buggy_run, hunt
 from vitdemo.course.bug_hunt import CHECKS, NO_BUG, SEEN_BY
 from vitdemo.course.buggy_scripts import (
     AS_TEXT,
@@ -121,9 +121,7 @@ def test_only_the_careless_script_has_a_switch_for_bugs():
     public = {name: getattr(front, name) for front in fronts for name in front.__all__}
     functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
     assert len(functions) > 50
-    assert [name for name, value in functions.items() if "bug" in inspect.signature(value).parameters] == [
-        "careless_run"
-    ]
+    assert [name for name, value in functions.items() if "bug" in inspect.signature(value).parameters] == ["buggy_run"]
 
 
 def test_seed_shuffles_the_runs(game):
@@ -169,16 +167,16 @@ def test_a_build_that_is_timed_leaves_the_cache_alone(vit_shapes20, shapes20, tm
     monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path))
     convert(vit_shapes20, "openvino", "fp32")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    run = careless_run(vit_shapes20, shapes20, COMPILE)
+    run = buggy_run(vit_shapes20, shapes20, COMPILE)
     assert CHECKS["paid_once"](run)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_bad_input_is_refused(vit_shapes20, shapes20):
     with pytest.raises(VitdemoError, match="bug 'gremlin': there is no such bug; there are 'dropped last batch', "):
-        careless_run(vit_shapes20, shapes20, "gremlin")
+        buggy_run(vit_shapes20, shapes20, "gremlin")
     few, folder = ImageNetVal(data_path("shapes20")), ImageNetVal(data_path("shapes20"))
     few.files, folder.source = few.files[:50], "folder"
     for data in (few, folder):
         with pytest.raises(VitdemoError, match="a tar with its devkit and at least 100 images; take the bundled"):
-            careless_run(vit_shapes20, data)
+            buggy_run(vit_shapes20, data)

@@ -19,7 +19,7 @@ from vitdemo import ImageNetVal, Model, VitdemoError, convert, data_path, evalua
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.diagnosis import Hypothesis, diagnose
-from vitdemo.evaluation.published import compare_published, published_accuracy, published_for
+from vitdemo.evaluation.published import comparable_published, compare_published, published_accuracy
 from vitdemo.imagenet import read_devkit
 from vitdemo.plots.inference import plot_diagnosis
 
@@ -97,7 +97,7 @@ def test_number_is_never_held_against_another_data_set(evaluation, shapes20):
     files, wnids = evaluation.rows["file"].tolist(), evaluation.rows["wnid"].tolist()
     imagenet = list(timm.data.ImageNetInfo("imagenet-1k").label_names())
     spread = [imagenet[i * 37 % 1000] for i in range(101)]
-    assert published_for("resnet18.tv_in1k", files, spread)[0].top1 == pytest.approx(0.69752)
+    assert comparable_published("resnet18.tv_in1k", files, spread)[0].top1 == pytest.approx(0.69752)
     for tag, those_files, those_wnids, reason in (
         ("resnet18.tv_in1k", files, wnids, "is for ILSVRC2012 val, and these images are not from it"),
         ("vit_shapes20", files, spread, "is for shapes20, and these images are not from it"),
@@ -105,9 +105,11 @@ def test_number_is_never_held_against_another_data_set(evaluation, shapes20):
         ("resnet18.tv_in1k", files, spread[:10] * 10 + spread[:1], "is for 1000 classes, and these images are of 10"),
         ("resnet18.a9_in1k", files, spread, "none is known for resnet18.a9_in1k"),
     ):
-        found, said = published_for(tag, those_files, those_wnids)
+        found, said = comparable_published(tag, those_files, those_wnids)
         assert found is None and reason in said
-    assert published_for("resnet18.tv_in1k", files, spread[:1] * 101)[0]  # 101 of one class: that are wrong labels
+    assert comparable_published("resnet18.tv_in1k", files, spread[:1] * 101)[
+        0
+    ]  # 101 of one class: that are wrong labels
     other = replace(evaluation, metrics=evaluation.metrics | {"model": "resnet18.tv_in1k"})
     assert compare_published(other).verdict == "not published"
 

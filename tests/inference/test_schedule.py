@@ -6,7 +6,7 @@ import pytest
 
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.cluster import share_cores
-from vitdemo.inference.loop import cut, joined
+from vitdemo.inference.loop import batches_of, merge_ranges
 from vitdemo.inference.schedule import SCHEDULES
 
 
@@ -40,7 +40,7 @@ def play(kind: str, todo: list[range], replicas: int, seed: int) -> list[range]:
 def test_every_image_once_at_the_boundaries_of_one_device(kind, seed):
     chance = random.Random(seed)
     images, size = range(chance.randrange(1, 400)), chance.choice([1, 3, 8])
-    whole = cut(images, size)
+    whole = batches_of(images, size)
     todo = [batch for batch in whole if chance.random() < 0.8] or whole  # resumed: some were done before
     done = play(kind, todo, chance.choice([1, 2, 3, 8]), seed)
     assert sorted(i for indices in done for i in indices) == [i for batch in todo for i in batch]
@@ -49,13 +49,13 @@ def test_every_image_once_at_the_boundaries_of_one_device(kind, seed):
 
 
 def test_batches_cut_and_joined():
-    assert cut(range(19), 8) == [range(0, 8), range(8, 16), range(16, 19)]
-    assert joined(cut(range(19), 8)) == [range(19)] and joined([]) == []
-    assert joined([range(0, 8), range(16, 19)]) == [range(0, 8), range(16, 19)]
+    assert batches_of(range(19), 8) == [range(0, 8), range(8, 16), range(16, 19)]
+    assert merge_ranges(batches_of(range(19), 8)) == [range(19)] and merge_ranges([]) == []
+    assert merge_ranges([range(0, 8), range(16, 19)]) == [range(0, 8), range(16, 19)]
 
 
 def test_sync_cuts_each_global_batch_into_contiguous_shards():
-    schedule = SCHEDULES["sync"](cut(range(50), 8), 3)
+    schedule = SCHEDULES["sync"](batches_of(range(50), 8), 3)
     assert [schedule.take(k, 0.0) for k in range(3)] == [range(0, 8), range(8, 16), range(16, 24)]
     assert schedule.take(0, 0.0) is None  # nobody begins the next one
     for indices in (range(8, 16), range(0, 8)):
@@ -70,7 +70,7 @@ def test_sync_cuts_each_global_batch_into_contiguous_shards():
 
 
 def test_async_ranges_grow_with_the_rate_and_shrink_towards_the_end():
-    schedule = SCHEDULES["async"](cut(range(10_000), 8), 2)
+    schedule = SCHEDULES["async"](batches_of(range(10_000), 8), 2)
     lengths = [len(schedule.take(0, rate)) for rate in (0.0, 16.0, 160.0, 1e6)]
     assert lengths == [8, 80, 512, 512]  # one batch at first; 5 s of 16 images/s; 64 batches at most
     while (indices := schedule.take(0, 1e6)) and indices.stop < 10_000:

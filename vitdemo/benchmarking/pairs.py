@@ -7,7 +7,7 @@ from vitdemo.engines.artifacts import resolve_device
 from vitdemo.engines.contract import Engine, find_engines
 from vitdemo.errors import VitdemoError
 
-HARNESS = "null"  # measures the harness, and is no engine to compare
+NULL_ENGINE = "null"  # measures the harness, and is no engine to compare
 
 
 class Pair(NamedTuple):
@@ -30,7 +30,7 @@ def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
     emulated one is taken where it is named, and then without eager's emulated one beside it. Raises VitdemoError for an
     unknown engine or precision, naming those there are.
     """
-    known = {name: cls for name, cls in find_engines().items() if name != HARNESS}
+    known = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
     names = engines.split(",") if isinstance(engines, str) else known if engines is None else engines
     chosen = [pair for name in names for pair in _pairs_of(name.strip(), known)]
     if not chosen:

@@ -36,7 +36,7 @@ SHAPES20 = "shapes20"
 
 
 @dataclass
-class Arm:
+class Candidate:
     """A pair and its bench, None while there is none. facts: of its engine. ended: why it takes no further part, ""
     while it does."""
 
@@ -55,7 +55,7 @@ class Arm:
         self.bench = None
 
 
-class Run:
+class SweepRun:
     """One model's sweep."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Run:
         return pairs[: max(room, 1)], pairs[max(room, 1) :]
 
     def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> None:
-        arms: list[Arm] = []
+        candidates: list[Candidate] = []
         try:
             with ExitStack() as ending:
                 nursery = Nursery()
@@ -119,124 +119,130 @@ class Run:
                 ending.callback(roof.end)
                 roof.ask("roof", self._shapes)
                 for pair, recipe in recipes.items():
-                    arms.append(Arm(pair, recipe, None if self._replicas else Worker(nursery)))
-                    ending.callback(arms[-1].end)
+                    candidates.append(Candidate(pair, recipe, None if self._replicas else Worker(nursery)))
+                    ending.callback(candidates[-1].end)
                 for size in sizes:
-                    with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(arms) * ROUNDS) as bar:
-                        found = self._measure(arms, roof, size, bar)
-                    self._inspect(arms)
+                    with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(candidates) * ROUNDS) as bar:
+                        found = self._measure(candidates, roof, size, bar)
+                    self._inspect(candidates)
                     self._add(found, turns)
         except Failed as failure:
             raise VitdemoError(f"benchmark: {failure}") from None
 
-    def _measure(self, arms: list[Arm], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
-        """One batch size: what each arm's calls took, and the roof in each round."""
-        found = [self._begin(arm, size, 1 / len(arms)) for arm in arms]
+    def _measure(self, candidates: list[Candidate], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
+        """One batch size: what each candidate's calls took, and the roof in each round."""
+        found = [self._begin(candidate, size, 1 / len(candidates)) for candidate in candidates]
         with suppress(Failed):
-            for precision in sorted({arm.pair.precision for arm in arms if arm.facts.get("device") == "cpu"}):
+            for precision in sorted(
+                {candidate.pair.precision for candidate in candidates if candidate.facts.get("device") == "cpu"}
+            ):
                 roof.ask("explore", precision)
-        self._take_turns(arms, found, roof, bar)
-        for arm, measured in zip(arms, found, strict=True):
-            if not arm.ended:
+        self._take_turns(candidates, found, roof, bar)
+        for candidate, measured in zip(candidates, found, strict=True):
+            if not candidate.ended:
                 with suppress(Failed):
-                    measured.peak_memory_bytes = arm.bench.ask("peak_memory_bytes")
+                    measured.peak_memory_bytes = candidate.bench.ask("peak_memory_bytes")
         return found
 
-    def _take_turns(self, arms: list[Arm], found: list[Measured], roof: Worker, bar: tqdm) -> None:
+    def _take_turns(self, candidates: list[Candidate], found: list[Measured], roof: Worker, bar: tqdm) -> None:
         """ROUNDS of turns. The roof in a precision takes as much time as a row may, at most, and one turn at least."""
         spent: Counter[str] = Counter()
         for number in range(ROUNDS):
-            if all(arm.ended for arm in arms):
+            if all(candidate.ended for candidate in candidates):
                 return
-            for arm, measured in list(zip(arms, found, strict=True))[:: -1 if number % 2 else 1]:
+            for candidate, measured in list(zip(candidates, found, strict=True))[:: -1 if number % 2 else 1]:
                 going = not measured.status and sum(measured.calls) < self._budget_s
-                measured.rounds.append(self._turn(arm, measured) if going else [])
+                measured.rounds.append(self._turn(candidate, measured) if going else [])
                 bar.update()
             rates = {}
-            for arm, measured in zip(arms, found, strict=True):
-                precision = arm.pair.precision
-                if precision not in rates and spent[precision] < self._budget_s and arm.facts.get("device") == "cpu":
+            for candidate, measured in zip(candidates, found, strict=True):
+                precision = candidate.pair.precision
+                if (
+                    precision not in rates
+                    and spent[precision] < self._budget_s
+                    and candidate.facts.get("device") == "cpu"
+                ):
                     begin = now()
                     with suppress(Failed):
                         rates[precision] = roof.ask("flops_per_s", precision, self._turn_s / 3)
                     spent[precision] += now() - begin
                 measured.roof.append(rates.get(precision) or np.nan)
 
-    def _begin(self, arm: Arm, size: int, share: float) -> Measured:
+    def _begin(self, candidate: Candidate, size: int, share: float) -> Measured:
         """Load the engine if it is not yet, make the first two calls, and warm up."""
-        measured = Measured(arm.pair, size, arm.facts, self._replicas or 1, status=arm.ended)
-        if arm.ended:
+        measured = Measured(candidate.pair, size, candidate.facts, self._replicas or 1, status=candidate.ended)
+        if candidate.ended:
             return measured
         try:
-            if not arm.facts:
-                self._load(arm, share)
-            first = arm.bench.ask("first_call", size)
-            second = arm.bench.ask("step") if first < max(5 * self._budget_s, PATIENCE_S) else first
-            measured.first_run_s = None if arm.has_run else (arm.facts["load_s"] or 0.0) + first
-            measured.second_run_s, arm.has_run = second, True
-            usual = min(second, arm.bench.ask("step")) if self._budget_s < second < PATIENCE_S else second
+            if not candidate.facts:
+                self._load(candidate, share)
+            first = candidate.bench.ask("first_call", size)
+            second = candidate.bench.ask("step") if first < max(5 * self._budget_s, PATIENCE_S) else first
+            measured.first_run_s = None if candidate.has_run else (candidate.facts["load_s"] or 0.0) + first
+            measured.second_run_s, candidate.has_run = second, True
+            usual = min(second, candidate.bench.ask("step")) if self._budget_s < second < PATIENCE_S else second
             if usual > self._budget_s:
                 taken = f"{usual:.3g} s" if usual < 100 else f"{usual:.0f} s"
                 measured.status = f"skipped: {taken} a batch"
-                arm.end(f"skipped: batch {measured.batch} took {taken}")
+                candidate.end(f"skipped: batch {measured.batch} took {taken}")
             else:
                 left_s = WARM_UP * ROUNDS * self._turn_s - second
-                measured.warm_up_s = second + (arm.bench.ask("warm_up", left_s) if left_s > second else 0)
+                measured.warm_up_s = second + (candidate.bench.ask("warm_up", left_s) if left_s > second else 0)
         except Failed as failure:
-            self._fail(arm, measured, failure)
+            self._fail(candidate, measured, failure)
         return measured
 
-    def _load(self, arm: Arm, share: float) -> None:
-        """Get the engine ready at the arm's bench. Raises Failed."""
+    def _load(self, candidate: Candidate, share: float) -> None:
+        """Get the engine ready at the candidate's bench. Raises Failed."""
         try:
             if self._replicas:
                 data = self._data or ImageNetVal(data_path(SHAPES20))
-                arm.bench = ReplicaBench(arm.recipe.engine(cores()), data, self._replicas, share)
-            elif not issubclass(arm.recipe.cls, CompiledEngine):
-                arm.bench.ask("engine", arm.recipe, cores())
+                candidate.bench = ReplicaBench(candidate.recipe.engine(cores()), data, self._replicas, share)
+            elif not issubclass(candidate.recipe.cls, CompiledEngine):
+                candidate.bench.ask("engine", candidate.recipe, cores())
             else:
                 try:
-                    arm.bench.ask("engine", arm.recipe.ticket(), cores())
+                    candidate.bench.ask("engine", candidate.recipe.ticket(), cores())
                 except Failed:  # it is not built yet, or cannot be used: here it is, and says so
-                    arm.recipe.engine(cores()).close()
-                    arm.bench.ask("engine", arm.recipe.ticket(), cores())
+                    candidate.recipe.engine(cores()).close()
+                    candidate.bench.ask("engine", candidate.recipe.ticket(), cores())
         except VitdemoError as error:
             raise Failed(str(error)) from None
         parameters = sum(parameter.numel() for parameter in self._model.module.parameters())
-        arm.facts.update(arm.bench.ask("facts"), parameters=parameters)
+        candidate.facts.update(candidate.bench.ask("facts"), parameters=parameters)
 
-    def _turn(self, arm: Arm, measured: Measured) -> list[float]:
+    def _turn(self, candidate: Candidate, measured: Measured) -> list[float]:
         try:
-            return arm.bench.ask("turn", self._turn_s)
+            return candidate.bench.ask("turn", self._turn_s)
         except Failed as failure:
-            self._fail(arm, measured, failure)
+            self._fail(candidate, measured, failure)
             return []
 
-    def _fail(self, arm: Arm, measured: Measured, failure: Failed) -> None:
+    def _fail(self, candidate: Candidate, measured: Measured, failure: Failed) -> None:
         measured.status = f"failed: {failure}"
-        arm.end(f"skipped: batch {measured.batch} failed")
-        tqdm.write(f"{arm.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
+        candidate.end(f"skipped: batch {measured.batch} failed")
+        tqdm.write(f"{candidate.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
 
-    def _inspect(self, arms: list[Arm]) -> None:
-        """Whether the answers are right, once an arm, after its first batch size: its first call was to be cold."""
-        for arm in arms:
-            if arm.facts and "precision_ran" not in arm.facts and not arm.ended:
+    def _inspect(self, candidates: list[Candidate]) -> None:
+        """Whether the answers are right, after the first batch size, as the first call of a candidate is to be cold."""
+        for candidate in candidates:
+            if candidate.facts and "precision_ran" not in candidate.facts and not candidate.ended:
                 try:
-                    self._check(arm)
+                    self._check(candidate)
                 except Failed as failure:
-                    arm.facts.setdefault("precision_ran", {})
-                    arm.facts["unchecked"] = str(failure)
+                    candidate.facts.setdefault("precision_ran", {})
+                    candidate.facts["unchecked"] = str(failure)
 
-    def _check(self, arm: Arm) -> None:
+    def _check(self, candidate: Candidate) -> None:
         """precision_ran; on real images top-1 and agreement; on random pixels the logits beside eager fp32's."""
-        facts = arm.facts
-        facts["precision_ran"] = arm.bench.ask("precision_ran")
-        logits, answers = arm.bench.ask("logits"), None
+        facts = candidate.facts
+        facts["precision_ran"] = candidate.bench.ask("precision_ran")
+        logits, answers = candidate.bench.ask("logits"), None
         if self._data:
-            found = arm.bench.ask("answers", str(Path(self._data.path).absolute()), self._settings["images"])
+            found = candidate.bench.ask("answers", str(Path(self._data.path).absolute()), self._settings["images"])
             answers = found.pop("answers")
             facts.update(found)
-        if arm.pair == EAGER:
+        if candidate.pair == EAGER:
             self._reference = {"logits": logits, "answers": answers}
         if not self._reference:  # it was too slow, or failed
             return
@@ -316,7 +322,7 @@ def benchmark(
         wanted.append(settings)
     for model, own, settings in zip(loaded, scored, wanted, strict=True):
         with open_sweep(out, settings) as sweep:
-            Run(model, sweep, own, calibration, replicas).do(pairs)
+            SweepRun(model, sweep, own, calibration, replicas).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)
 

@@ -29,7 +29,7 @@ _HOME = {
     "benchmark_explorer": "course.widgets",
     "dataset_browser": "course.widgets",
     "BUGS": "course.buggy_scripts",
-    "careless_run": "course.buggy_scripts",
+    "buggy_run": "course.buggy_scripts",
     "hunt": "course.bug_hunt",
     "crop_picture": "dataset.decoding",
     "choose_notebooks": "course.notebooks",

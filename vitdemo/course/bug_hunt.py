@@ -20,8 +20,8 @@ from vitdemo.course.buggy_scripts import (
     NORMALISED,
     PADDED,
     UNSYNCHRONISED,
-    CarelessRun,
-    careless_run,
+    BuggyRun,
+    buggy_run,
 )
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
@@ -36,30 +36,30 @@ DIAGNOSED = 60  # images; the mean and std of other weights cost a fifth of them
 MOSTLY = 0.5  # of the time: far more than a slow moment of the machine
 
 
-def _images_counted(run: CarelessRun) -> str:
+def _images_counted(run: BuggyRun) -> str:
     return set_faults(run.files, run.data.files[:IMAGES])
 
 
-def _calibration(run: CarelessRun) -> str:
+def _calibration(run: BuggyRun) -> str:
     seen = calibrated_on_scored(run.engine, run.data, IMAGES)
     return f"{seen} of the {IMAGES} scored images were seen in calibration" if seen else ""
 
 
-def _first_batch(run: CarelessRun) -> str:
+def _first_batch(run: BuggyRun) -> str:
     share = paid_once(run.step_s)
     return f"{share:.0%} of the time was paid once, by the first batch" if share > MOSTLY else ""
 
 
-def _whole_loop(run: CarelessRun) -> str:
+def _whole_loop(run: BuggyRun) -> str:
     share = unaccounted_s(run.wall_s, run.step_s) / run.wall_s
     return f"{share:.0%} of the loop's time is not in the times of its batches" if share > MOSTLY else ""
 
 
-def _diagnosis(run: CarelessRun) -> str:
+def _diagnosis(run: BuggyRun) -> str:
     return diagnose(run.engine, run.model, run.data, images=DIAGNOSED, progress=False).named or ""
 
 
-CHECKS: dict[str, Callable[[CarelessRun], str]] = {  # the library's function -> what it finds in a run, "" for nothing
+CHECKS: dict[str, Callable[[BuggyRun], str]] = {  # the library's function -> what it finds in a run, "" for nothing
     "set_faults": _images_counted,
     "calibrated_on_scored": _calibration,
     "paid_once": _first_batch,
@@ -83,7 +83,7 @@ SEEN_BY = {  # bug -> the check that sees it
 class Hunt:
     """Runs by name, NO_BUG's first. bugs: which bug each of the others has: the solution."""
 
-    runs: dict[str, CarelessRun]
+    runs: dict[str, BuggyRun]
     bugs: dict[str, str]
 
     @property
@@ -123,12 +123,12 @@ class Hunt:
 def hunt(model: Model, data: ImageNetVal, seed: int = 0) -> Hunt:
     """One careless run without a bug and one with each of BUGS, these in an order that ``seed`` shuffles.
 
-    A bug whose engine is not installed is left out, and said. Arguments and errors otherwise as in ``careless_run``.
+    A bug whose engine is not installed is left out, and said. Arguments and errors otherwise as in ``buggy_run``.
     """
-    made = {None: careless_run(model, data)}
+    made = {None: buggy_run(model, data)}
     for bug in tqdm(BUGS, desc="hunt", unit="run"):
         try:
-            made[bug] = careless_run(model, data, bug)
+            made[bug] = buggy_run(model, data, bug)
         except VitdemoError as error:
             if bug not in NEEDS_ENGINE:
                 raise

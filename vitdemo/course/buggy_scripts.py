@@ -45,7 +45,7 @@ IMAGES, BATCH, CALIBRATION = 100, 8, 32  # 12 batches of 8, and one of 4
 
 
 @dataclass(frozen=True)
-class CarelessRun:
+class BuggyRun:
     """What the script has at its end.
 
     files, labels, answers: of each answer the image's name, the class index it was held against, and the one given.
@@ -80,7 +80,7 @@ class CarelessRun:
         return counts | {"p50_ms": latency["p50"], "p99_ms": latency["p99"], "images_per_s": self.images_per_s}
 
 
-def careless_run(model: Model, data: ImageNetVal, bug: str | None = None) -> CarelessRun:
+def buggy_run(model: Model, data: ImageNetVal, bug: str | None = None) -> BuggyRun:
     """Run ``model`` over the first IMAGES of ``data`` in batches of BATCH, with one of BUGS or none.
 
     Without a bug the script is plain and right: every image once, the labels of the devkit, the mean and std of the
@@ -98,7 +98,7 @@ def careless_run(model: Model, data: ImageNetVal, bug: str | None = None) -> Car
     engine, answers, step_s, wall_s = _timed(make, _pixels(data, model), batches, bug)
     seen = [samples[i] for batch in batches for i in batch]
     files, labels = [sample.file for sample in seen], [sample.label for sample in seen]
-    return CarelessRun(files, labels, answers, step_s, wall_s, model, engine, data)
+    return BuggyRun(files, labels, answers, step_s, wall_s, model, engine, data)
 
 
 def _built_anew(make: Callable[[], Engine]) -> Engine:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitdemo.course.attention import class_attention
-from vitdemo.course.looks import Look, name_in
+from vitdemo.course.looks import PictureResult, name_in
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
@@ -22,7 +22,7 @@ ANSWER, OTHER, CANDIDATE, REFERENCE, NEITHER = "#0072B2", "#BBBBBB", "#0072B2", 
 HEAT = "inferno"
 
 
-def plot_looks(looks: dict[str, Look], blue: int | None = None) -> Figure:
+def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figure:
     """A row a look, by its name: the pixels, the rollout over them, and the top-5 as bars.
 
     ``blue``: which class stands out in all of them, by default the answer of the first row.
@@ -58,7 +58,7 @@ def plot_top5(top5: pd.DataFrame, ax: Axes | None = None, blue: int | None = Non
     return ax.figure
 
 
-def plot_blocks(model: Model, look: Look) -> Figure:
+def plot_blocks(model: Model, look: PictureResult) -> Figure:
     """What the class token attends to in each block, from the first to the last, and the rollout of all of them."""
     if look.maps is None:
         raise VitdemoError(f"{model.info.tag}: has no attention to show block by block; take a ViT")
@@ -95,15 +95,15 @@ def _short(name: str) -> str:
     return shorten(name, 18, placeholder=" …")
 
 
-def _pixels(look: Look) -> np.ndarray:
+def _pixels(look: PictureResult) -> np.ndarray:
     return look.pixels.permute(1, 2, 0).numpy()
 
 
-def _rollout_title(look: Look) -> str:
+def _rollout_title(look: PictureResult) -> str:
     return "no attention to show: not a ViT" if look.rollout is None else f"rollout, at most {look.rollout.max():.1%}"
 
 
-def _heated(look: Look, heat: torch.Tensor | None) -> np.ndarray:
+def _heated(look: PictureResult, heat: torch.Tensor | None) -> np.ndarray:
     """The picture in grey, and over it each patch's share in colour, from none to the largest: uint8[H, W, 3]."""
     grey = _pixels(look).mean(axis=2, keepdims=True).repeat(3, axis=2)
     if heat is None:

@@ -24,7 +24,7 @@ from vitdemo.verification.comparison import ranking
 TOP = 5
 
 
-class Look(NamedTuple):
+class PictureResult(NamedTuple):
     """One picture through one engine.
 
     pixels: uint8[3, H, W], as the engine was given them. top5: as ``top5`` gives it. maps: float32[blocks, heads, T, T]
@@ -37,13 +37,13 @@ class Look(NamedTuple):
     rollout: torch.Tensor | None
 
 
-def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[str] | None = None) -> Look:
+def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[str] | None = None) -> PictureResult:
     """What ``engine`` answers to uint8[3, H, W], and where ``model``, from which it was made, looks."""
     answers = top5(engine, pixels, names)
     if not has_attention(model):
-        return Look(pixels, answers, None, None)
+        return PictureResult(pixels, answers, None, None)
     maps = attention_maps(model, pixels[None])
-    return Look(pixels, answers, maps[0], rollout(model, maps)[0])
+    return PictureResult(pixels, answers, maps[0], rollout(model, maps)[0])
 
 
 def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = None) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.course.attention import attention_maps, mask_patches, most_looked_at, patch_grid, rollout
 from vitdemo.course.figures import plot_blocks, plot_disagreements, plot_looks
-from vitdemo.course.looks import Look, disagreements, look_at, names_of, reference_of, with_preprocessing
+from vitdemo.course.looks import PictureResult, disagreements, look_at, names_of, reference_of, with_preprocessing
 from vitdemo.course.panel import html_of
 from vitdemo.dataset.decoding import Preprocessing, crop_picture
 from vitdemo.dataset.imagenet import ImageNetVal
@@ -48,8 +48,8 @@ class ImageView:
         self._data = {str(data.path): data}
         self._models: dict[str, Model] = {}
         self._engines: dict[Pair, Engine] = {}
-        self._looked: dict[tuple, Look] = {}
-        self._drawn: tuple[str, Look | None, str] = ("", None, "")  # the first look, its file and its HTML
+        self._looked: dict[tuple, PictureResult] = {}
+        self._drawn: tuple[str, PictureResult | None, str] = ("", None, "")  # the first look, its file and its HTML
         self._uploaded: tuple = ()
         self._compared: dict[tuple, pd.DataFrame] = {}
 
@@ -97,7 +97,7 @@ class ImageView:
             self._drawn = file, first, html
         return head + html + "".join(look_html(name, look, file, blue) for name, look in changed.items())
 
-    def _first_look(self, engine: Engine, vit: Model, images: ImageNetVal, file: str, content: bytes) -> Look:
+    def _first_look(self, engine: Engine, vit: Model, images: ImageNetVal, file: str, content: bytes) -> PictureResult:
         key = engine, images.path, content  # the classes' names are the data set's
         if key not in self._looked:
             pixels = crop_picture(file, content, vit.info.preprocessing)
@@ -123,7 +123,7 @@ class ImageView:
         return f"<p>{escape(text)}</p>" + html_of(figure, text)
 
 
-def look_html(name: str, look: Look, file: str, blue: int) -> str:
+def look_html(name: str, look: PictureResult, file: str, blue: int) -> str:
     """``plot_looks`` of one look, with its answers in words."""
     top = (f"{row.answer} {row.probability:.1%}" for row in look.top5.itertuples())
     alt = f"{file}, {name}: {', '.join(top)}; the attention rollout over it"
@@ -143,7 +143,7 @@ def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> 
 
 
 def second_look(
-    first: Look,
+    first: PictureResult,
     engine: Engine,
     model: Model,
     file: str,
@@ -155,7 +155,7 @@ def second_look(
     patches: int,
     down: tuple[int, int],
     across: tuple[int, int],
-) -> dict[str, Look]:
+) -> dict[str, PictureResult]:
     """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
     preprocessing: what to replace in the weights' own. hide: which patches; ``patches`` of them, or those of a window

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vitdemo.benchmarking.choice import choose_engine
 from vitdemo.benchmarking.others import published_performance
-from vitdemo.benchmarking.pairs import HARNESS, choose_pairs
+from vitdemo.benchmarking.pairs import NULL_ENGINE, choose_pairs
 from vitdemo.benchmarking.tables import styled
 from vitdemo.course.browsing import browse, pages_of, sample_of
 from vitdemo.course.panel import Panel, html_of, image_html
@@ -94,7 +94,7 @@ def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
 
 
 def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widgets.Widget]:
-    engines = {name: cls for name, cls in find_engines().items() if name != HARNESS}
+    engines = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
     if engine not in engines or precision not in engines[engine].precisions:
         raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(map(str, choose_pairs(None)))}")
     choices = engines[engine].precisions

@@ -27,7 +27,7 @@ from vitdemo.precisions import NATIVE, Call, Shape
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 ROUNDS = 3
 ROOF_BATCH = 8  # images at once, of which the model's own products are
-FINALISTS = 3  # products that take part in the rounds after the first
+FASTEST = 3  # products that take part in the rounds after the first
 FILE = "roof.json"
 COPIED = 256 << 20  # bytes, more than any cache holds
 LONGEST_S = 1.0  # a product that takes longer is left out: smaller ones reach as much, and a roof is to be quick
@@ -76,7 +76,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
         if fresh or key not in kept:
             print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
             products = Products(precision, shapes)
-            rounds = [products.keep(FINALISTS, seconds=2, least=1)]
+            rounds = [products.keep(FASTEST, seconds=2, least=1)]
             rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
             kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
             with replacing(path) as file:

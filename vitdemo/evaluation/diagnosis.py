@@ -25,7 +25,7 @@ from vitdemo.dataset.imagenet import DEVKITS, OFFICIAL_VAL, Devkit, ImageNetVal,
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import VitdemoError, named_errors, reason_of
-from vitdemo.evaluation.published import Published, published_for
+from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import cores, now
 from vitdemo.models.model import Model
 from vitdemo.stats import mcnemar_p, wilson_interval
@@ -162,7 +162,7 @@ class Spread:
 
 
 @dataclass
-class Run:
+class Variant:
     """An engine and the crops it is given, which is ``crop`` in all but mean and std; those lie in the engine.
 
     answers: int[images], the index of the largest logit, -1 for an unreadable image. took_s: with the decoding, where
@@ -178,7 +178,7 @@ class Run:
     took_s: float = 0.0
 
 
-def planned_runs(engine: Engine, model: Model) -> list[Run]:
+def planned_variants(engine: Engine, model: Model) -> list[Variant]:
     """The engine as it is, the eager fp32 reference of ``model``, then that reference with each other preprocessing."""
     usual = model.info.preprocessing
 
@@ -191,15 +191,15 @@ def planned_runs(engine: Engine, model: Model) -> list[Run]:
     cure = "give the model a Preprocessing with {}"
     swap_cure = "the weights expect blue first: swap the channels of the patch embedding's weights"
     return [
-        Run("as it is", "", engine, usual),
-        Run("on the reference engine", "the conversion loses it: vitdemo verify says where", eager, usual),
+        Variant("as it is", "", engine, usual),
+        Variant("on the reference engine", "the conversion loses it: vitdemo verify says where", eager, usual),
         *(
-            Run(name, cure.format(f"mean={mean}, std={std}"), reference(replace(usual, mean=mean, std=std)), usual)
+            Variant(name, cure.format(f"mean={mean}, std={std}"), reference(replace(usual, mean=mean, std=std)), usual)
             for name, (mean, std) in NORMALISATIONS.items()
             if (usual.mean, usual.std) != (mean, std)
         ),
-        Run("with red and blue swapped", swap_cure, eager, usual, swap_channels=True),
-        Run(
+        Variant("with red and blue swapped", swap_cure, eager, usual, swap_channels=True),
+        Variant(
             f"with crop mode {mode}",
             cure.format(f"crop_mode={mode!r}, crop_pct={crop_pct}"),
             eager,
@@ -208,7 +208,7 @@ def planned_runs(engine: Engine, model: Model) -> list[Run]:
     ]
 
 
-def answer(runs: list[Run], sample: Spread, device_batch_size: int, progress: bool) -> int:
+def answer(runs: list[Variant], sample: Spread, device_batch_size: int, progress: bool) -> int:
     """Fill in the runs' answers; the number of unreadable images. Crops that runs share are decoded once."""
     unreadable = 0
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
@@ -226,14 +226,14 @@ def answer(runs: list[Run], sample: Spread, device_batch_size: int, progress: bo
     return unreadable
 
 
-def _answers(run: Run, pixels: torch.Tensor) -> np.ndarray:
+def _answers(run: Variant, pixels: torch.Tensor) -> np.ndarray:
     try:
         return run.engine(pixels.flip(1) if run.swap_channels else pixels).argmax(1).numpy()
     except Exception as error:  # each runtime has its own
         raise EngineFailure(f"the {run.engine.name} engine failed in a diagnosis: {reason_of(error)}") from error
 
 
-def preprocessing_hypotheses(runs: list[Run], labels: np.ndarray) -> list[Hypothesis]:
+def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hypothesis]:
     """What each of ``planned_runs`` says: another preprocessing against the reference, that against the engine."""
     own, reference, *others = ((run, np.array(run.answers) == labels) for run in runs)
     pairs = [*((run, reference[1]) for run in others), (reference, own[1])]
@@ -297,7 +297,7 @@ def diagnose(
     and for answers that mean nothing (random weights, the null engine), EngineFailure when the engine breaks.
     """
     _check_input(engine, model, data, images, device_batch_size)
-    start, sample, runs = now(), Spread(data, images), planned_runs(engine, model)
+    start, sample, runs = now(), Spread(data, images), planned_variants(engine, model)
     unreadable = answer(runs, sample, device_batch_size, progress)
     answers, labels, numbering = np.array(runs[0].answers), np.array(sample.labels), read_numbering(data)
     hypotheses = [
@@ -306,7 +306,7 @@ def diagnose(
         *preprocessing_hypotheses(runs, labels),
     ]
     wnids = [data.classes[label] for label in data.labels]
-    published, _ = published_for(model.info.tag, data.files, wnids)
+    published, _ = comparable_published(model.info.tag, data.files, wnids)
     as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
     return Diagnosis(as_it_is, hypotheses, published, unreadable, now() - start)
 

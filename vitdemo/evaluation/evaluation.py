@@ -16,13 +16,13 @@ from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.evaluation.metrics import Session, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
-from vitdemo.inference.loop import BatchTimes, cut, joined, predict
+from vitdemo.inference.loop import BatchTimes, batches_of, merge_ranges, predict
 from vitdemo.inference.predictions import (
     METRICS,
     appending,
-    claim_run,
     csv_lines,
     finished_metrics,
+    open_run_folder,
     rows_frame,
     write_json,
     write_predictions,
@@ -120,11 +120,11 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
     with named_errors(out or data.path):
-        lines = claim_run(out, settings, data, resume) if out else [""] * images
+        lines = open_run_folder(out, settings, data, resume) if out else [""] * images
         finished = finished_metrics(out) if out and all(lines) else None
     if finished:
         return Evaluation(rows_frame("".join(lines).encode()), finished, out, _times_frame([], 0.0))
-    todo = [batch for batch in cut(range(images), device_batch_size) if not lines[batch.start]]
+    todo = [batch for batch in batches_of(range(images), device_batch_size) if not lines[batch.start]]
     options = dict(device_batch_size=device_batch_size, input_path=input_path)
     with ExitStack() as stack:
         if isinstance(replicas, int):
@@ -173,7 +173,7 @@ def _here(
     """The first image's number and the lines of predictions.csv of each batch, from this process."""
     cpu = process_time()
     options |= dict(workers=cores(), phases=session.phases, times=session.times)
-    for span in joined(todo):
+    for span in merge_ranges(todo):
         first = span.start
         with closing(predict(engine, data, span, **options)) as batches:
             for rows in batches:

@@ -71,7 +71,7 @@ def _published(row: dict[str, str]) -> Published:
     )
 
 
-def published_for(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:
+def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:
     """The published accuracy that images may be held against, or None and the reason.
 
     files, wnids: names and wnids of the images, which must be of the data set that it was published for: all of it, or
@@ -120,7 +120,7 @@ class Comparison:
 def compare_published(evaluation: Evaluation) -> Comparison:
     """Hold the top-1 of ``evaluation`` against the published top-1 of its weights tag."""
     m, rows = evaluation.metrics, evaluation.rows
-    published, reason = published_for(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
+    published, reason = comparable_published(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
     if published is None:
         return Comparison("not published", f"published top-1: {reason}")
     own = "" if m["weights"] == "pretrained" else f"; of the published weights, these are from {m['weights']}"

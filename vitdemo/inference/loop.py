@@ -15,13 +15,13 @@ from vitdemo.errors import reason_of
 from vitdemo.machine import Phases, now
 
 
-def cut(images: range, device_batch_size: int) -> list[range]:
+def batches_of(images: range, device_batch_size: int) -> list[range]:
     """The batches of ``images``, the last one as long as what is left."""
     starts = range(images.start, images.stop, device_batch_size)
     return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
 
 
-def joined(batches: Iterable[range]) -> list[range]:
+def merge_ranges(batches: Iterable[range]) -> list[range]:
     """The ranges that lie without a gap in ``batches``, which ascend."""
     spans: list[range] = []
     for batch in batches:

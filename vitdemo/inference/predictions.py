@@ -11,7 +11,7 @@ import pandas as pd
 
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
-from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, cut
+from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, batches_of
 from vitdemo.machine import machine_record
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
 
@@ -20,7 +20,7 @@ FLAGPERF = "flagperf.csv"
 HEADER = ",".join(COLUMNS) + "\n"
 
 
-def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
+def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
     """Take ``out`` for a run of ``settings``; one line per image, as an interrupted run left it, or "".
 
     What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
@@ -44,7 +44,7 @@ def claim_run(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> lis
             raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
         lines = _read_lines(out / PREDICTIONS, data, settings["images"])
     if not all(lines):
-        for batch in cut(range(len(lines)), settings["device_batch_size"]):
+        for batch in batches_of(range(len(lines)), settings["device_batch_size"]):
             if not all(lines[batch.start : batch.stop]):
                 lines[batch.start : batch.stop] = [""] * len(batch)
         (out / METRICS).unlink(missing_ok=True)  # of a run that broke

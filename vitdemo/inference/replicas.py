@@ -38,7 +38,7 @@ class Task:
 
 
 @dataclass
-class Slot:
+class ReplicaState:
     """A replica's place in the run, which its successors take over, and what was done there.
 
     cpus: its share of Ray's CPUs on its node. busy_s: seconds it worked on ranges that it brought back.
@@ -159,7 +159,9 @@ class Replicas:
         except self._ray.exceptions.RayError as error:
             raise VitdemoError(f"replicas: Ray has no room for the model ({reason_of(error)})") from None
         self._recipe = [recipe]  # in a list Ray hands over the reference, not what it stands for
-        self.slots = [Slot(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))]
+        self.slots = [
+            ReplicaState(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))
+        ]
         self._failed: Counter[range | None] = Counter()
         try:
             for slot in self.slots:
@@ -205,7 +207,7 @@ class Replicas:
     def summary(self, schedule: str, wall_s: float) -> dict:
         """Of the last run, which took ``wall_s``: who did how much.
 
-        ``lost``: replicas that died or hung and were replaced. ``each``: by replica, see ``Slot.record``.
+        ``lost``: replicas that died or hung and were replaced. ``each``: by replica, see ``ReplicaState.record``.
         ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
         """
         each = [slot.record(wall_s) for slot in self.slots]
@@ -259,7 +261,7 @@ class Replicas:
             raise VitdemoError(f"a replica was lost: {loss_of(error)}") from None
         return now() - begin
 
-    def _hand_out(self, slot: Slot, schedule: Schedule, device_batch_size: int, input_path: str) -> None:
+    def _hand_out(self, slot: ReplicaState, schedule: Schedule, device_batch_size: int, input_path: str) -> None:
         while len(slot.tasks) < schedule.ahead and (indices := schedule.take(slot.number, slot.images_per_s)):
             reference = slot.actor.run.remote(slot.number, indices, device_batch_size, input_path)
             slot.tasks.append(Task(reference, indices, now()))
@@ -284,7 +286,7 @@ class Replicas:
                 self._replace(slot, schedule, f"did not answer for {patience:.0f} s, see deadline_s")
         return shards
 
-    def _patience_s(self, slot: Slot) -> float:
+    def _patience_s(self, slot: ReplicaState) -> float:
         """How long its first task may take."""
         if slot.place is None:
             return max(PLACED_S, 10.0 * len(self.slots))
@@ -292,7 +294,7 @@ class Replicas:
             return max(self._deadline_s, SLOWER * len(slot.tasks[0].indices) / slot.images_per_s)
         return self._deadline_s * (1 if slot.ready else PREPARING)
 
-    def _collect(self, slot: Slot, schedule: Schedule | None) -> Shard | None:
+    def _collect(self, slot: ReplicaState, schedule: Schedule | None) -> Shard | None:
         """Take what a slot's first task gave."""
         task = slot.tasks[0]
         try:
@@ -316,7 +318,7 @@ class Replicas:
             slot.threads, slot.precision_ran, slot.ready = answer["threads"], answer["precision_ran"], True
         return None
 
-    def _start(self, slot: Slot) -> None:
+    def _start(self, slot: ReplicaState) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = dict(num_cpus=slot.cpus, num_gpus=slot.gpus, max_restarts=0)
@@ -324,7 +326,7 @@ class Replicas:
         slot.actor = self._ray.remote(Replica).options(**options, scheduling_strategy=where).remote()
         slot.tasks.append(Task(slot.actor.place.remote(), None, now()))
 
-    def _place(self, slot: Slot, place: Place) -> None:
+    def _place(self, slot: ReplicaState, place: Place) -> None:
         """Give a replica its cores, those of its predecessor if it has one, and have it made ready.
 
         The first ones wait for each other, as a machine's cores are shared out among all that are there.
@@ -349,19 +351,19 @@ class Replicas:
                 if other.place:
                     self._prepare(other)
 
-    def _share_cores(self, place: Place, only: Slot | None = None) -> None:
+    def _share_cores(self, place: Place, only: ReplicaState | None = None) -> None:
         there = [slot for slot in self.slots if slot.host == place.host]
         for slot, share in zip(there, share_cores(place.cores, len(there), self._cores_each), strict=True):
             if only in (None, slot):
                 slot.cores = share
 
-    def _prepare(self, slot: Slot) -> None:
+    def _prepare(self, slot: ReplicaState) -> None:
         data = str(Path(self.data.path).absolute()), self.data.fingerprint
         slot.actor.bind.remote(slot.cores)  # done first: an actor takes its calls in order
         reference = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
         slot.tasks.append(Task(reference, None, now()))
 
-    def _replace(self, slot: Slot, schedule: Schedule | None, reason: str) -> None:
+    def _replace(self, slot: ReplicaState, schedule: Schedule | None, reason: str) -> None:
         """End a slot's replica, hand its ranges to others, and start a successor."""
         first = slot.tasks[0].indices
         self._failed[first] += 1
@@ -377,7 +379,7 @@ class Replicas:
         self._end([slot])
         self._start(slot)
 
-    def _end(self, slots: list[Slot]) -> None:
+    def _end(self, slots: list[ReplicaState]) -> None:
         """End the replicas of these slots, and wait until they are gone, as far as they are on this machine."""
         processes = [slot.process for slot in slots if slot.process]
         for slot in slots:

@@ -10,7 +10,7 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.inference.actor import Shard
-from vitdemo.inference.loop import cut
+from vitdemo.inference.loop import batches_of
 from vitdemo.inference.schedule import SyncSchedule
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 from vitdemo.stats import unaccounted_s, wilson_interval
@@ -87,7 +87,7 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
 
 def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
     """Which images each replica gets in each step of the synchronous schedule."""
-    schedule, step = SyncSchedule(cut(range(images), device_batch_size), replicas), 0
+    schedule, step = SyncSchedule(batches_of(range(images), device_batch_size), replicas), 0
     figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
     while shards := {k: indices for k in range(replicas) if (indices := schedule.take(k, 0.0))}:
         for k, indices in shards.items():
