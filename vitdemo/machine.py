@@ -1,4 +1,4 @@
-"""The machine: its cores, memory, instructions and versions as one record; timers, and this process's memory."""
+"""The machine's cores, memory, instructions and versions as one record; timers, and this process's memory."""
 
 import os
 import platform

@@ -45,7 +45,7 @@ def data_path(name: str) -> Path:
 
 
 def _is_content(path: Path) -> bool:
-    """Not what a system puts on every disk or stick, nor what is hidden."""
+    """False for hidden files, and for folders that systems create on every disk."""
     return not path.name.startswith(".") and path.name not in ("lost+found", "System Volume Information")
 
 

@@ -1,7 +1,7 @@
-"""What measures one pair of model and engine: in a process of its own, which does what it is asked over a pipe.
+"""Measures one engine of a model, in a process of its own, which answers questions over a pipe.
 
-Such processes come from a nursery, started as ``python -m vitdemo.benchmarking.bench nurse FD``, so that a caller's
-own script is not run again in it.
+These processes are forked from one helper that has imported torch already, ``python -m vitdemo.benchmarking.bench nurse
+FD``: that saves seconds and memory per engine, and a caller's own script is not run again.
 """
 
 import os

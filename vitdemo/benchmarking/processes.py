@@ -1,4 +1,4 @@
-"""Those that are measured, each in a process of its own, and the rounds in which they take turns."""
+"""The processes that are measured (``Worker``), and replicas seen as one of them (``ReplicaBench``)."""
 
 import os
 import pickle

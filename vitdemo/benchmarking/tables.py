@@ -15,7 +15,7 @@ GIB = 2**30
 SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
 SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
 RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)", "p_infer_core")
-# What a row and its eager have in common; the file, where several sweeps were merged.
+# Columns by which a row finds the eager row to compare with; `file` is there after merge only.
 SAME_RUN = ["model", "weights", "replicas", "device_batch_size", "machine", "file"]
 
 

@@ -34,7 +34,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and s
 ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
 ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
 
-# PIL's only word on broken EXIF is a Python warning, and those can be caught for the whole process only.
+# PIL reports broken EXIF only as a Python warning, and catching warnings is not thread-safe: one thread at a time.
 PIL_ALONE = threading.Lock()
 
 SOI, SOS = b"\xff\xd8", b"\xff\xda"

@@ -323,9 +323,9 @@ class Ticket:
         """The engine from this machine's cache; built from ``recipe`` where it has none, or is another machine."""
         folder = artifacts_root() / self.folder_name
         if folder.exists() and self.built_for == built_for(self.cls):
-            with suppress(Exception), FileLock(f"{folder}.lock"):  # what is wrong the next line puts right, or says
+            with suppress(Exception), FileLock(f"{folder}.lock"):  # on any failure go on, and build
                 return self.load(folder, threads)
-        return replace(recipe()).engine(threads)  # a copy forgets the key that it has elsewhere
+        return replace(recipe()).engine(threads)  # without the cached key, which holds the other machine's versions
 
     def load(self, folder: Path, threads: int) -> Engine:
         """Raises anything when the artifact is damaged or another one."""

@@ -23,7 +23,7 @@ PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 
 OPTIONS = {
     "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
-    "cpp.dynamic_threads": True,  # how many threads run is the engine's, not the artifact's
+    "cpp.dynamic_threads": True,  # the number of threads is taken at run time, not compiled in
     "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
     "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
 }

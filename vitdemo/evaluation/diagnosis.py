@@ -30,7 +30,7 @@ from vitdemo.machine import cores, now
 from vitdemo.models.model import Model
 from vitdemo.stats import mcnemar_p, wilson_interval
 
-# Classes in another order than that of the wnids: the usual mix-ups, and what lies beside a data set to tell them.
+# Class orders that are mistaken for the order of the wnids, and the devkit that tells them apart.
 
 
 @dataclass(frozen=True)

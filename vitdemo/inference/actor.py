@@ -57,8 +57,10 @@ class Replica:
     def place(self) -> Place:
         affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         process, host = psutil.Process(), socket.gethostname()
-        count = cores()  # fewer where a container may use all of them, but for a share of the time only
-        first = zlib.crc32(host.encode()) % (len(affinity) - count + 1)  # another container's are others
+        # A container's CPU quota limits time, not which cores: take as many cores as it is worth, from an offset by the
+        # host's name, so that not all containers of a machine take the first ones.
+        count = cores()
+        first = zlib.crc32(host.encode()) % (len(affinity) - count + 1)
         affinity = sorted(affinity)[first : first + count]
         return Place(process.pid, process.create_time(), host, affinity, code_fingerprint(), versions())
 

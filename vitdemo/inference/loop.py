@@ -70,7 +70,7 @@ class InFlight:
         self.future.add_done_callback(lambda _: setattr(self, "finished", now()))
 
     def times(self) -> BatchTimes:
-        """Once the future is done. It wakes its waiter just before it calls back: not called back means right now."""
+        """Once the future is done. result() may return just before the done-callback ran: then it is this moment."""
         batch = self.batch
         decoding = batch.began, batch.ended
         finished = self.finished or now()
@@ -143,8 +143,8 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
 
 
 def _rows(batch: Batch, logits: torch.Tensor) -> list[dict]:
-    """One row an image. Equal logits rank by class index, so that a tie is broken the same way everywhere."""
-    classes = logits.sort(dim=1, descending=True, stable=True).indices  # of probabilities the least are all zero
+    """One row per image. Equal logits rank by class index, so that a tie is broken the same way everywhere."""
+    classes = logits.sort(dim=1, descending=True, stable=True).indices  # small probabilities tie at 0
     probabilities = logits.softmax(dim=1).gather(1, classes)
     rows = []
     for k, (file, wnid, label, error) in enumerate(

@@ -1,4 +1,4 @@
-"""The random-input test: what an engine could do if images cost nothing. Its answers are nobody's."""
+"""An engine's speed on random pixels in memory: an upper bound for ``evaluate``. The predictions are thrown away."""
 
 from collections import deque
 from itertools import cycle

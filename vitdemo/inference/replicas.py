@@ -158,7 +158,7 @@ class Replicas:
             recipe = self._ray.put(engine.recipe)
         except self._ray.exceptions.RayError as error:
             raise VitdemoError(f"replicas: Ray has no room for the model ({reason_of(error)})") from None
-        self._recipe = [recipe]  # in a list Ray hands over the reference, not what it stands for
+        self._recipe = [recipe]  # Ray fetches an argument, but not what lies in a list: only who must build does
         self.slots = [
             ReplicaState(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))
         ]

@@ -141,7 +141,7 @@ def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, in
     """FLOPs per image and the number of outputs. Raises VitdemoError when the module does not run."""
     with suppress(Exception):  # it may need values, or have tensors that are neither parameters nor buffers
         tensors = [*module.parameters(), *module.buffers()]
-        # A copy whose tensors have shapes and no values computes nothing; what it may keep for later stays in it.
+        # A copy without values allocates and computes nothing, and what forward may cache stays in the copy.
         twin = copy.deepcopy(module, {id(tensor): tensor.to("meta") for tensor in tensors})
         return _count_running(twin, torch.empty(1, *input_size, device="meta"))
     try:
@@ -220,7 +220,7 @@ def _seeded():
 
 
 class _ParametersAsAllocated(TorchFunctionMode):
-    """While active, constructors give parameters no values: a large model's take seconds, and a file replaces them."""
+    """Skips the initial values of a model whose weights are read from a file next: a large model's take seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

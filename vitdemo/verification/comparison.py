@@ -61,7 +61,7 @@ def compare_answers(answers: pd.DataFrame) -> dict:
 
 
 class LayerErrors:
-    """The relative L2 error of each layer over any number of batches, of which it keeps two sums a layer."""
+    """The relative L2 error of each layer over any number of batches, of which it keeps two sums per layer."""
 
     def __init__(self):
         self._sums: dict[str, tuple[float, float]] = {}
@@ -102,8 +102,9 @@ def _relative(error: float, reference: float) -> float:
 class Comparison:
     """What was gathered of one kind of images.
 
-    indices: of the images in the data set, where they are from one. reference, candidate: logits, a tensor a batch.
-    layers: the engine's. twin: of the logits that came with its layers from its own. floors: of other ways to compute
+    indices: of the images in the data set, where they are from one. reference, candidate: logits, one tensor per batch.
+    layers: the engine's. twin: some engines show layers only through a second copy of the graph;
+    this is the error of that copy's logits against the engine's own. floors: of other ways to compute
     the reference, by their name.
     """
 

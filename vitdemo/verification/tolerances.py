@@ -1,4 +1,4 @@
-"""What an engine may differ by from the reference, a precision, and the report that says whether it does.
+"""The tolerances of each precision, and the report that applies them.
 
 The measure of a layer is its relative L2 error, ``|candidate - reference| / |reference|`` over all its numbers: unlike
 a correlation it sees that an output is scaled. Layers are compared where a fault is still large, at each block's
