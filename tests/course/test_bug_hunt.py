@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 
 import pytest
 
@@ -25,6 +26,7 @@ from vitdemo.course.buggy_scripts import (
     PADDED,
     UNSYNCHRONISED,
 )
+from vitdemo.engines.openvino import OpenVINOEngine
 from vitdemo.evaluation.evaluation import calibrated_on_scored
 from vitdemo.machine import installed_version
 
@@ -167,8 +169,16 @@ def test_a_build_that_is_timed_leaves_the_cache_alone(vit_shapes20, shapes20, tm
     monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path))
     convert(vit_shapes20, "openvino", "fp32")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caches, build = [], OpenVINOEngine.build
+
+    def watched(*arguments, **options):
+        caches.append(os.environ["VITDEMO_CACHE"])
+        build(*arguments, **options)
+
+    monkeypatch.setattr(OpenVINOEngine, "build", watched)
     run = buggy_run(vit_shapes20, shapes20, COMPILE)
     assert CHECKS["paid_once"](run)
+    assert caches == [str(tmp_path)], "other threads of the process would have looked into another cache meanwhile"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

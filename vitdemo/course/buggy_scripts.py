@@ -3,7 +3,6 @@
 The verbs of the library have no such switch. What the mistakes are, and which check sees each, is in ``bug_hunt.py``.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 
 from vitdemo.dataset.decoding import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal, devkit_of, read_devkit
-from vitdemo.engines.artifacts import convert
+from vitdemo.engines.artifacts import convert, recipe_for
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
 from vitdemo.evaluation.diagnosis import NORMALISATIONS
@@ -94,24 +93,19 @@ def buggy_run(model: Model, data: ImageNetVal, bug: str | None = None) -> BuggyR
     samples, batches = [data[i] for i in range(IMAGES)], _batches(bug)
     calibration = samples[:CALIBRATION] if bug == CALIBRATED else None
     make = partial(convert, model, *NEEDS_ENGINE.get(bug, ("eager", "fp32")), calibration=calibration)
-    make = partial(_built_anew, make) if bug == COMPILE else make
+    make = partial(_built_anew, model) if bug == COMPILE else make
     engine, answers, step_s, wall_s = _timed(make, _pixels(data, model), batches, bug)
     seen = [samples[i] for batch in batches for i in batch]
     files, labels = [sample.file for sample in seen], [sample.label for sample in seen]
     return BuggyRun(files, labels, answers, step_s, wall_s, model, engine, data)
 
 
-def _built_anew(make: Callable[[], Engine]) -> Engine:
-    """In a cache of its own: what others have in theirs stays."""
-    before = os.environ.get("VITDEMO_CACHE")
-    with TemporaryDirectory() as cache:
-        os.environ["VITDEMO_CACHE"] = cache
-        try:
-            return make()
-        finally:
-            del os.environ["VITDEMO_CACHE"]
-            if before is not None:
-                os.environ["VITDEMO_CACHE"] = before
+def _built_anew(model: Model) -> Engine:
+    """The engine of COMPILE, built into a folder that is gone afterwards: the cache keeps what it has."""
+    recipe = recipe_for(model, *NEEDS_ENGINE[COMPILE])
+    with TemporaryDirectory() as folder:
+        recipe.cls.build(model, recipe.precision, Path(folder), device=recipe.device, calibration=None)
+        return recipe.cls(Path(folder), model.info, recipe.precision, device=recipe.device, threads=cores())
 
 
 def _timed(
