@@ -53,13 +53,13 @@ def test_the_index_reads_files_added_from_a_folder_in_every_format(tmp_path, for
     assert {(m.name, m.size) for m in index_tar(tmp_path / "some.tar")} == {("a.bin", 700), ("empty.bin", 0)}
 
 
-def test_an_index_of_50000_members_takes_at_most_3_seconds(full_archives):
+def test_an_index_of_50000_members_takes_at_most_4_seconds(full_archives):
     seconds = []
     for _ in range(3):  # the best of three: a shared machine may stop for seconds
         start = time.perf_counter()
         members = index_tar(full_archives.tar)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 3
+    assert min(seconds) < 4
     assert len(members) == 50_000 and members[-1].name == val_name(50_000)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.io import loadmat
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.tars import IMAGE_LIMIT, MEMBER_LIMIT, REGULAR_TYPES, Member, index_tar, walk_headers
+from vitdemo.dataset.tars import IMAGE_LIMIT, MEMBER_LIMIT, Member, index_tar, walk_tar
 from vitdemo.dataset.trees import (
     AGAIN,
     FOLDERS,
@@ -76,13 +76,13 @@ def read_devkit(path: Path | str) -> Devkit:
     path = Path(path)
     content = _gunzip(path)
     files = {}
-    for header, offset in walk_headers(lambda length, at: content[at : at + length], len(content), path):
-        name = "/".join(header.name.split("/")[-2:])
-        if header.type not in REGULAR_TYPES or name not in (META_MAT, GROUND_TRUTH):
+    for member in walk_tar(io.BytesIO(content), 0, len(content), path):
+        name = "/".join(member.name.split("/")[-2:])
+        if not member.isreg() or name not in (META_MAT, GROUND_TRUTH):
             continue
-        if header.size > FILE_LIMIT:
-            raise VitdemoError(f"{path}: {header.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
-        files[name] = content[offset : offset + header.size]
+        if member.size > FILE_LIMIT:
+            raise VitdemoError(f"{path}: {member.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
+        files[name] = content[member.offset_data : member.offset_data + member.size]
     for name in (META_MAT, GROUND_TRUTH):
         if name not in files:
             raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
