@@ -18,7 +18,7 @@ import vitdemo.course
 import vitdemo.imagenet
 import vitdemo.plots
 from vitdemo import engines
-from vitdemo.dataset.imagenet import ARCHIVE_MD5
+from vitdemo.dataset.tars import ARCHIVE_MD5
 from vitdemo.paths import REPOSITORY, data_path, results_folder
 
 FRONTS = (vitdemo, vitdemo.imagenet, vitdemo.plots, vitdemo.course)

@@ -3,11 +3,11 @@
 from vitdemo import front
 
 _HOME = {
-    "ARCHIVE_MD5": "dataset.imagenet",
-    "devkit_of": "dataset.imagenet",
+    "ARCHIVE_MD5": "dataset.tars",
+    "devkit_of": "dataset.devkit",
     "val_tar": "dataset.imagenet",
     "ImageNetTrain": "dataset.imagenet",
-    "read_devkit": "dataset.imagenet",
+    "read_devkit": "dataset.devkit",
     "index_tar": "dataset.tars",
     "md5": "dataset.tars",
     "image_facts": "dataset.decoding",

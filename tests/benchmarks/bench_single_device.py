@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 from tests.benchmarks.bench_extraction import make_archives
 from tests.native import is_native
 from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
-from vitdemo.dataset.decoding import Preprocessing, prefetched_batches
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.loop import predict

@@ -12,7 +12,8 @@ from timm.data import create_transform
 from transformers import ViTImageProcessorPil
 
 from vitdemo import Preprocessing, VitdemoError, reference_crop
-from vitdemo.dataset.decoding import INPUT_PATHS, UnreadableImage, fast_crop, is_enormous, prefetched_batches
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.decoding import INPUT_PATHS, UnreadableImage, fast_crop, is_enormous
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.imagenet import image_facts
 from vitdemo.machine import now

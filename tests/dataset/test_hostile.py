@@ -36,8 +36,9 @@ from tests.dataset.conftest import (
 from tests.dataset.test_tars import refused
 from vitdemo.dataset import imagenet
 from vitdemo.dataset import tars as archives_module
+from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.extraction import extract
-from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal, read_devkit
+from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import REPOSITORY
 

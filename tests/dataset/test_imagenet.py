@@ -18,9 +18,12 @@ import pytest
 
 from tests.dataset.conftest import GROUND_TRUTH, Archives, val_name, write_devkit, write_tar
 from tests.dataset.test_tars import as_nobody, refused, tree
-from vitdemo.dataset.decoding import INPUT_PATHS, Preprocessing, prefetched_batches
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.decoding import INPUT_PATHS, Preprocessing
+from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.extraction import _check_official, extract
-from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetVal, read_devkit
+from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.tars import ARCHIVE_MD5
 
 CROP = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -23,8 +23,10 @@ from tests.dataset.conftest import (
 )
 from tests.dataset.test_imagenet import md5_of
 from tests.dataset.test_tars import refused, tree
+from vitdemo.dataset.devkit import devkit_of
 from vitdemo.dataset.extraction import extract
-from vitdemo.dataset.imagenet import ARCHIVE_MD5, ImageNetTrain, ImageNetVal, devkit_of
+from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal
+from vitdemo.dataset.tars import ARCHIVE_MD5
 
 
 def extract_train(archives: Path, out: Path) -> ImageNetTrain:

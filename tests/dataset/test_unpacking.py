@@ -1,5 +1,6 @@
 """Writing to a folder: whole or not at all, whatever interrupts it."""
 
+import errno
 import os
 import resource
 import signal
@@ -35,6 +36,16 @@ def test_extraction_writes_the_bytes_and_leaves_the_archive(tar, targets, tmp_pa
     assert extract_members(tar, targets, tmp_path / "out", progress=False) == 3
     assert tree(tmp_path / "out") == EXPECTED
     assert (tar.read_bytes(), tar.stat().st_mtime_ns) == before
+    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 0
+
+
+def test_what_is_finished_may_lie_on_a_read_only_disk(tar, targets, tmp_path, monkeypatch):
+    extract_members(tar, targets, tmp_path / "out", progress=False)
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("vitdemo.dataset.extraction.FileLock", refuse)
     assert extract_members(tar, targets, tmp_path / "out", progress=False) == 0
 
 

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from vitdemo.dataset.decoding import prefetched_batches
-from vitdemo.dataset.imagenet import ImageNetVal, devkit_of, read_devkit
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.devkit import devkit_of, read_devkit
+from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import convert, recipe_for
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError

@@ -12,7 +12,8 @@ from timm.data import ImageNetInfo
 from tqdm.auto import tqdm
 
 from vitdemo.course.attention import attention_maps, has_attention, mask_patches, rollout
-from vitdemo.dataset.decoding import Preprocessing, crop_picture, prefetched_batches
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.decoding import Preprocessing, crop_picture
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine

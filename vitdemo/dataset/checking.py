@@ -41,13 +41,13 @@ FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "wnid", "bytes", *FACTS, "sha256"]
 
 UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # in TurboJPEG's message
-CHUNK = 16  # images a task: one alone takes hardly longer than to hand it to a thread
+CHUNK = 16  # images per task: one alone takes hardly longer than to hand it to a thread
 SHOWN = 10  # damaged files that a report's text names
 
 
 @dataclass
 class ImageReport:
-    """``rows``: one an image in ascending file name, the columns of images.csv; ``summary``: images.json, both
+    """``rows``: one per image in ascending file name, the columns of images.csv; ``summary``: images.json, both
     described at ``check_images``; ``class_names`` by label; ``out``: the folder, or None."""
 
     rows: pd.DataFrame
@@ -91,7 +91,7 @@ def check_images(
 
     With ``out``, the report is written to that folder at the end: ``images.csv`` with one row per image (file, label,
     wnid, bytes; width and height in pixels, mode and exif as in ``image_facts``; error, warning, sha256), and
-    ``images.json`` with its summary (counts of modes, EXIF states, errors and warnings, the damaged a wnid; min,
+    ``images.json`` with its summary (counts of modes, EXIF states, errors and warnings, the damaged per wnid; min,
     median, max of width, height, bytes; sha256 of the set; rate and machine). An earlier report there is replaced.
     A check that is interrupted writes nothing: a report is of one pass over the files.
 
@@ -107,8 +107,8 @@ def check_images(
 
         find val -iname '*.jp*g' -exec sha256sum {} + | sed 's|  .*/|  |' | LC_ALL=C sort -k2 | sha256sum
 
-    ``workers`` threads (one a core by default) decode outside Python's lock. They compute all coefficients of an
-    image, but its pixels at an eighth of the size only: no step after the coefficients can fail. Memory: a row an
+    ``workers`` threads (one per core by default) decode outside Python's lock. They compute all coefficients of an
+    image, but its pixels at an eighth of the size only: no step after the coefficients can fail. Memory: one row per
     image, and in each thread one image, which takes 0.9 GB at the very worst beside its file of 256 MiB at the most.
 
     Raises VitdemoError for bad ``workers`` or ``limit`` and for a folder that cannot be written.

@@ -1,13 +1,10 @@
-"""From a JPEG's bytes to the uint8 crop a model sees, and from samples to batches decoded ahead."""
+"""From an image's bytes to what its header says, and to the uint8 crop that a model sees."""
 
 import io
 import math
 import threading
-import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,13 +17,16 @@ from PIL import ExifTags, Image
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from vitdemo.dataset.imagenet import Sample, UnreadableFile
+from vitdemo.dataset.imagenet import Sample
 from vitdemo.dataset.tars import IMAGE_LIMIT
 from vitdemo.errors import VitdemoError
-from vitdemo.machine import now
 
-# What the files' headers say: size, mode, EXIF.
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bicubic", "bilinear")
+INPUT_PATHS = ("fast", "reference")
 
+# EXIF is ignored here, so that a broken block is no news to somebody who evaluates 50,000 images.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
 
 UNREADABLE = "unreadable"
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and starts Ghostscript for one of them
@@ -39,6 +39,9 @@ PIL_ALONE = threading.Lock()
 
 SOI, SOS = b"\xff\xd8", b"\xff\xda"
 MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}  # PIL's, by TurboJPEG's
+
+
+# ---- from bytes to what the header says: size, mode, EXIF
 
 
 class Header(NamedTuple):
@@ -127,12 +130,7 @@ def plain_header(jpeg: bytes) -> Header | None:
     return None
 
 
-CROP_MODES = ("center", "squash")
-INTERPOLATIONS = ("bicubic", "bilinear")
-INPUT_PATHS = ("fast", "reference")
-
-# EXIF is ignored here, so that a broken block is no news to somebody who evaluates 50,000 images.
-warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
+# ---- from bytes to the crop
 
 
 class UnreadableImage(Exception):
@@ -240,125 +238,7 @@ def _refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing)
     return f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
 
 
-@dataclass
-class Batch:
-    """Consecutive samples, decoded. ``start`` is the first one's index in the data set.
-
-    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason. Once nobody
-    needs them any more, ``recycle()`` gives their memory to a batch to come.
-    fallbacks: how many images of the fast path the reference path had to decode. began, ended: ``now()`` seconds, from
-    the first image's first byte to the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
-    """
-
-    start: int
-    files: list[str]
-    wnids: list[str]
-    labels: list[int]
-    pixels: torch.Tensor
-    errors: list[str]
-    fallbacks: int
-    began: float
-    ended: float
-    decode_cpu_s: float
-    recycle: Callable[[], None]
-
-
-class Loaded(NamedTuple):
-    """One image of a batch, whose pixels are in their place."""
-
-    file: str
-    wnid: str
-    label: int
-    error: str
-    fell_back: bool
-    began: float
-    ended: float
-    cpu_s: float
-
-
-def _load_into(
-    pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
-) -> Loaded:
-    began, cpu = now(), time.thread_time()
-    try:
-        sample = data[index]
-    except UnreadableFile as unreadable:
-        pixels.zero_()
-        sample, error, fell_back = unreadable.sample, str(unreadable), False
-    else:
-        error, fell_back = _crop_into(pixels, sample.jpeg, preprocessing, input_path)
-    cpu_s = time.thread_time() - cpu
-    return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, now(), cpu_s)
-
-
-def _crop_into(pixels: torch.Tensor, jpeg: bytes, preprocessing: Preprocessing, input_path: str) -> tuple[str, bool]:
-    """Why there is no crop, "" when there is; and whether the fast path left it to the reference."""
-    crop = fast_crop(jpeg, preprocessing) if input_path == "fast" else None
-    fell_back = crop is None and input_path == "fast"
-    try:
-        pixels.copy_(reference_crop(jpeg, preprocessing) if crop is None else crop)
-    except UnreadableImage as unreadable:
-        pixels.zero_()
-        return str(unreadable), fell_back
-    return "", fell_back
-
-
-def prefetched_batches(
-    data: Sequence[Sample],
-    indices: range,
-    preprocessing: Preprocessing,
-    device_batch_size: int,
-    *,
-    input_path: str = "reference",
-    workers: int = 2,
-    ahead: int = 2,
-) -> Iterator[Batch]:
-    """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
-
-    input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can. ``workers``
-    threads decode (the decoders work outside Python's lock); at most ``ahead`` batches wait, so memory does not grow
-    with the data set. Closing the iterator stops the threads.
-    """
-    starts = iter(range(indices.start, indices.stop, device_batch_size))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting, buffers = deque(), []
-
-    def begin(start):
-        rows = range(start, min(start + device_batch_size, indices.stop))
-        shape = device_batch_size, *preprocessing.input_size
-        buffer = buffers.pop() if buffers else torch.empty(shape, dtype=torch.uint8)
-        futures = [pool.submit(_load_into, buffer[k], data, i, preprocessing, input_path) for k, i in enumerate(rows)]
-        return start, buffer[: len(rows)], futures, lambda: buffers.append(buffer)
-
-    try:
-        for start in starts:
-            waiting.append(begin(start))
-            if len(waiting) > ahead:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _finished(start: int, pixels: torch.Tensor, futures: list, recycle: Callable[[], None]) -> Batch:
-    loaded = [future.result() for future in futures]
-    return Batch(
-        start=start,
-        files=[image.file for image in loaded],
-        wnids=[image.wnid for image in loaded],
-        labels=[image.label for image in loaded],
-        pixels=pixels,
-        errors=[image.error for image in loaded],
-        fallbacks=sum(image.fell_back for image in loaded),
-        began=min(image.began for image in loaded),
-        ended=max(image.ended for image in loaded),
-        decode_cpu_s=sum(image.cpu_s for image in loaded),
-        recycle=recycle,
-    )
-
-
-# A picture from anywhere, perhaps from somebody who means harm: its bytes to the crop that a model sees.
+# ---- a picture from anywhere, perhaps from somebody who means harm
 
 
 def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> torch.Tensor:

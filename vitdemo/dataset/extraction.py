@@ -13,127 +13,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.imagenet import (
-    ARCHIVE_MD5,
-    DEVKITS,
-    OFFICIAL_TRAIN,
-    OFFICIAL_VAL,
-    ImageNetSplit,
-    ImageNetTrain,
-    ImageNetVal,
-    devkit_of,
-    find_devkit,
-    read_devkit,
-    split_tar,
-)
-from vitdemo.dataset.tars import Member, md5
+from vitdemo.dataset.devkit import DEVKITS, devkit_of, find_devkit, read_devkit
+from vitdemo.dataset.imagenet import ImageNetSplit, ImageNetTrain, ImageNetVal, split_tar
+from vitdemo.dataset.tars import ARCHIVE_MD5, OFFICIAL_TRAIN, OFFICIAL_VAL, Member, md5
 from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classes, read_record
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART, remove_leftovers, replacing, user_path
 
 LOCK = ".lock"  # after the name of a split
 BUFFER, PIECE = 1 << 18, 1 << 24  # bytes read at once: of many small members, and at the most of a large one
-
-
-def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | str, *, progress: bool = True) -> int:
-    """Write members of a tar to ``folder/<target>``, a target being ``"<subfolder>/<file>"``; return how many.
-
-    All is written into ``<folder>.part``, which takes its name when every file is there in its right size:
-    ``folder`` exists whole or not at all, for one rename in all. A run that was interrupted is finished by the
-    next one, which keeps the files of the right size and writes the others again; so is a ``folder`` that has
-    lost files since. The tar is only read. ``<folder>.lock`` keeps other extractions out meanwhile.
-
-    Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets, when the
-    disk has too little room, and while another process extracts to the folder.
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + PART)
-    with named_errors(folder):
-        if not folder.exists() and not partial.exists():
-            _check_room(folder.parent, targets)
-        try:
-            with FileLock(f"{folder}{LOCK}", blocking=False) as lock:
-                try:
-                    return _finish(tar, targets, folder, partial, progress)
-                finally:
-                    Path(lock.lock_file).unlink(missing_ok=True)
-        except Timeout:
-            raise VitdemoError(
-                f"{folder}: another extraction to it runs; wait for its end, or give another folder"
-            ) from None
-
-
-def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: Path, progress: bool) -> int:
-    if folder.exists() and partial.exists():
-        raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
-    if not folder.exists():
-        partial.mkdir(exist_ok=True)
-    missing = _missing(folder if folder.exists() else partial, targets)
-    if folder.exists() and not missing:
-        return 0
-    _check_room(folder.parent, missing)
-    if folder.exists():
-        folder.rename(partial)
-    _write(tar, missing, partial, progress)
-    partial.rename(folder)
-    return len(missing)
-
-
-def entries(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, but for what macOS adds: the Finder's file, and on foreign disks one beside each other's."""
-    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store" and not entry.name.startswith("._")]
-
-
-def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
-    """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
-    missing = dict(targets)
-    subfolders = _subfolders(targets)
-    for subfolder in entries(folder):
-        if subfolder.name not in subfolders or not subfolder.is_dir(follow_symlinks=False):
-            raise VitdemoError(f"{subfolder.path}: not of this archive; move it away, or extract to another folder")
-        for entry in entries(Path(subfolder.path)):
-            member = targets.get(target := f"{subfolder.name}/{entry.name}")
-            status = entry.stat(follow_symlinks=False)
-            if member is None or not stat.S_ISREG(status.st_mode):
-                raise VitdemoError(f"{entry.path}: not of this archive; move it away, or extract to another folder")
-            if status.st_size == member.size:
-                del missing[target]
-    return missing
-
-
-def _subfolders(targets: dict[str, Member]) -> set[str]:
-    return {target.partition("/")[0] for target in targets}
-
-
-def _check_room(folder: Path, members: dict[str, Member]) -> None:
-    needed = sum(-(-member.size // 4096) * 4096 for member in members.values())  # whole blocks, as disks give them
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise VitdemoError(f"{folder}: needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free; make room, run again")
-
-
-def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: bool) -> None:
-    """Write members to ``folder/<target>``, in the order in which they lie in the tar."""
-    for subfolder in _subfolders(members):
-        (folder / subfolder).mkdir(exist_ok=True)
-    in_order = sorted(members.items(), key=lambda item: item[1].offset)
-    with open(tar, "rb", buffering=BUFFER) as source:
-        for target, (name, offset, size) in tqdm(
-            in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress
-        ):
-            with open(f"{folder}/{target}", "wb") as file:
-                source.seek(offset)
-                while size:
-                    data = source.read(min(size, PIECE))
-                    if not data:
-                        raise VitdemoError(f"{tar}: became shorter while {name} was read; run the same command again")
-                    file.write(data)
-                    size -= len(data)
-
-
 SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
 TORCHVISIONS_DEVKIT = "meta.bin"
-# the tar, its images, and the least and most of them a class [Russakovsky et al. 2015, table 2]
+# the tar, its images, and the least and most of them per class [Russakovsky et al. 2015, table 2]
 OFFICIAL = {"val": (OFFICIAL_VAL, 50_000, 50, 50), "train": (OFFICIAL_TRAIN, 1_281_167, 732, 1300)}
 
 
@@ -267,3 +158,104 @@ def _write_classes(out: Path, source: ImageNetSplit, devkit: Path | None) -> Non
     ):  # what is finished may lie on a read-only disk
         with replacing(path) as file:
             file.write(text.getvalue())
+
+
+# ---- members of a tar to a folder: whole or not at all, and finished when it was interrupted
+
+
+def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | str, *, progress: bool = True) -> int:
+    """Write members of a tar to ``folder/<target>``, a target being ``"<subfolder>/<file>"``; return how many.
+
+    All is written into ``<folder>.part``, which takes its name when every file is there in its right size:
+    ``folder`` exists whole or not at all, for one rename in all. A run that was interrupted is finished by the
+    next one, which keeps the files of the right size and writes the others again; so is a ``folder`` that has
+    lost files since. The tar is only read. ``<folder>.lock`` keeps other extractions out meanwhile.
+
+    Raises VitdemoError, and leaves everything as it is, when the folder holds anything but the targets, when the
+    disk has too little room, and while another process extracts to the folder.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + PART)
+    with named_errors(folder):
+        if folder.exists() and not partial.exists() and not _missing(folder, targets):
+            return 0  # without a lock, as what is finished may lie on a read-only disk
+        if not folder.exists() and not partial.exists():
+            _check_room(folder.parent, targets)
+        try:
+            with FileLock(f"{folder}{LOCK}", blocking=False) as lock:
+                try:
+                    return _finish(tar, targets, folder, partial, progress)
+                finally:
+                    Path(lock.lock_file).unlink(missing_ok=True)
+        except Timeout:
+            raise VitdemoError(
+                f"{folder}: another extraction to it runs; wait for its end, or give another folder"
+            ) from None
+
+
+def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: Path, progress: bool) -> int:
+    if folder.exists() and partial.exists():
+        raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
+    if not folder.exists():
+        partial.mkdir(exist_ok=True)
+    missing = _missing(folder if folder.exists() else partial, targets)
+    if folder.exists() and not missing:
+        return 0
+    _check_room(folder.parent, missing)
+    if folder.exists():
+        folder.rename(partial)
+    _write(tar, missing, partial, progress)
+    partial.rename(folder)
+    return len(missing)
+
+
+def entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, but for what macOS adds: the Finder's file, and on foreign disks one beside each other's."""
+    return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store" and not entry.name.startswith("._")]
+
+
+def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
+    """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
+    missing = dict(targets)
+    subfolders = _subfolders(targets)
+    for subfolder in entries(folder):
+        if subfolder.name not in subfolders or not subfolder.is_dir(follow_symlinks=False):
+            raise VitdemoError(f"{subfolder.path}: not of this archive; move it away, or extract to another folder")
+        for entry in entries(Path(subfolder.path)):
+            member = targets.get(target := f"{subfolder.name}/{entry.name}")
+            status = entry.stat(follow_symlinks=False)
+            if member is None or not stat.S_ISREG(status.st_mode):
+                raise VitdemoError(f"{entry.path}: not of this archive; move it away, or extract to another folder")
+            if status.st_size == member.size:
+                del missing[target]
+    return missing
+
+
+def _subfolders(targets: dict[str, Member]) -> set[str]:
+    return {target.partition("/")[0] for target in targets}
+
+
+def _check_room(folder: Path, members: dict[str, Member]) -> None:
+    needed = sum(-(-member.size // 4096) * 4096 for member in members.values())  # whole blocks, as disks give them
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise VitdemoError(f"{folder}: needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free; make room, run again")
+
+
+def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: bool) -> None:
+    """Write members to ``folder/<target>``, in the order in which they lie in the tar."""
+    for subfolder in _subfolders(members):
+        (folder / subfolder).mkdir(exist_ok=True)
+    in_order = sorted(members.items(), key=lambda item: item[1].offset)
+    with open(tar, "rb", buffering=BUFFER) as source:
+        for target, (name, offset, size) in tqdm(
+            in_order, desc=f"extract {Path(tar).name}", unit="file", disable=not progress
+        ):
+            with open(f"{folder}/{target}", "wb") as file:
+                source.seek(offset)
+                while size:
+                    data = source.read(min(size, PIECE))
+                    if not data:
+                        raise VitdemoError(f"{tar}: became shorter while {name} was read; run the same command again")
+                    file.write(data)
+                    size -= len(data)

@@ -17,6 +17,18 @@ IMAGE_LIMIT = 1 << 28  # bytes of an image, which is read whole; far above any o
 
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
+OFFICIAL_VAL, OFFICIAL_TRAIN = "ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar"
+ARCHIVE_MD5 = {
+    # ImageNet's own [pytorch/vision torchvision/datasets/imagenet.py]
+    OFFICIAL_VAL: "29b22e2961454d5413ddabcf34fc5622",
+    "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
+    OFFICIAL_TRAIN: "1d675b47d978889d74fa0da5fadfb00e",
+    # the bundled ones, printed by `python -m data.shapes20.make.draw`
+    "shapes20_img_val.tar": "507739f1fc65b1a6fbeed3b998700df7",
+    "shapes20_devkit.tar.gz": "138ba62ea185073dde2c13e19dacd442",
+    "shapes20_calib.tar": "8bd55139a36e3827a412955a3e3ac07c",
+}
+
 
 class Member(NamedTuple):
     """A regular file in a tar: its base name, and where its data lies, in bytes."""

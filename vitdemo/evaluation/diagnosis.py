@@ -20,8 +20,11 @@ from timm.data import (
 )
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.decoding import Preprocessing, prefetched_batches
-from vitdemo.dataset.imagenet import DEVKITS, OFFICIAL_VAL, Devkit, ImageNetVal, Sample, devkit_of, read_devkit
+from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.dataset.devkit import DEVKITS, Devkit, devkit_of, read_devkit
+from vitdemo.dataset.imagenet import ImageNetVal, Sample
+from vitdemo.dataset.tars import OFFICIAL_VAL
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import VitdemoError, named_errors, reason_of

@@ -8,7 +8,8 @@ from functools import cache
 from timm.data import ImageNetInfo
 
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.imagenet import VAL_NAME, read_devkit
+from vitdemo.dataset.devkit import read_devkit
+from vitdemo.dataset.imagenet import VAL_NAME
 from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.paths import data_path
 

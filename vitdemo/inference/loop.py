@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitdemo.dataset.decoding import Batch, prefetched_batches
+from vitdemo.dataset.batches import Batch, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.errors import reason_of

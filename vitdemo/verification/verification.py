@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.decoding import prefetched_batches
+from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import CARD, VERIFIED, artifacts_root
 from vitdemo.engines.contract import Engine, EngineFailure
