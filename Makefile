@@ -29,9 +29,9 @@ test: $(BIN)/.vitdemo-dev
 # AVX2 alone (laptops). Each gets a cache of its own, as engines built for one are not the other's.
 masks: $(BIN)/.vitdemo-dev
 	set -e; for mask in "ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI" \
-	  "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2"; do \
+	  "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"; do \
 	  cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; echo "under $$mask"; \
-	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/engines tests/test_precisions.py; \
+	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/engines tests/verification tests/test_precisions.py; \
 	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/notebooks; \
 	  rm -rf "$$cache"; \
 	done

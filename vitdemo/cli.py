@@ -97,7 +97,7 @@ def parser_of(verbs: Mapping[str, Callable]) -> argparse.ArgumentParser:
 
     benchmark = command("benchmark", "time models in every engine and batch size, by turns")
     benchmark.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    engines_help = "such as openvino,onnx:int8; all there are by default, eager always"
+    engines_help = "such as openvino,onnx:int8; by default all, natively; eager always"
     benchmark.add_argument("--engines", metavar="E,…", help=engines_help)
     sizes = dict(type=_sizes, default=[2**k for k in range(9)], metavar="B,…")
     benchmark.add_argument("--device-batch-sizes", **sizes, help="1,2,4, … 256 by default")

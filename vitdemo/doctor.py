@@ -80,6 +80,8 @@ def _engines() -> list[str]:
             lines.append(f"ok       {name}: {', '.join(here)}")
         except VitdemoError as error:
             lines.append(f"skipped  {error}")
+        except (ImportError, OSError, RuntimeError) as error:
+            lines.append(f"skipped  {name}: its runtime does not start ({reason_of(error)}); install it again")
     return lines
 
 

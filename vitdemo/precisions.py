@@ -34,7 +34,7 @@ def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
     if None in calls:
         return ABSENT
     fp32_s, asked_s = _shortest_s(calls)
-    return NATIVE if asked_s <= fp32_s else EMULATED
+    return NATIVE if asked_s < fp32_s else EMULATED
 
 
 def _shortest_s(calls: Iterable[Call]) -> list[float]:
@@ -74,14 +74,13 @@ def torch_product(precision: str, shape: Shape, threads: int) -> Call | None:
 def torch_support() -> dict[str, str]:
     """How torch computes in each precision on this processor.
 
-    ``_is_mkldnn_bf16_supported`` is also True of AVX512 without bf16 instructions, where oneDNN emulates them; a torch
-    without oneDNN, as on a Mac, has no such word.
+    ``_is_mkldnn_bf16_supported`` is also True of AVX512 without bf16 instructions, where oneDNN emulates them. A torch
+    without oneDNN, as on a Mac, has no such word, and may use no bf16 instructions of a processor that has them.
     """
     has = torch.cpu.get_capabilities()
     words = [any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))]
-    if torch.backends.mkldnn.is_available():
-        words.append(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return {"fp32": NATIVE, "bf16": support_of("bf16", words, torch_product)}
+    words.append(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return {name: NATIVE if name == "fp32" else support_of(name, words, torch_product) for name in TORCH_TYPES}
 
 
 def named_as_run(shares: dict[str, float], support: dict[str, str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ The targets follow what the processor has: AMX, bf16, or neither. Run it as
     python -m tests.benchmarks.bench_processors --out FILE.csv [--part int8 --part files --part notebooks]
 
 A processor without bf16 is seen through ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI on one with AVX512. ONNX Runtime and
-OpenVINO's fp32 products do not obey it, so under a mask of AVX512 no ratio would be one of such a processor.
+OpenVINO's fp32 products do not obey it, so under a mask of AVX2 no ratio would be one of such a processor.
 """
 
 import argparse

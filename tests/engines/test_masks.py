@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from vitdemo import convert
+from vitdemo import convert, evaluate
 
 MASKS = {
     "AVX512 with VNNI": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
@@ -55,11 +55,9 @@ print(json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def unmasked(vit_shapes20, shapes20) -> int:
-    """How many of 64 images eager fp32 gets right; int8's artifact is built on the way."""
-    from vitdemo import evaluate
-
-    convert(vit_shapes20, "openvino", "int8")
-    return evaluate(convert(vit_shapes20), shapes20, limit=64, progress=False).metrics["correct"]
+    """How many of 64 images int8 gets right with all instructions of this processor."""
+    engine = convert(vit_shapes20, "openvino", "int8")
+    return evaluate(engine, shapes20, limit=64, progress=False).metrics["correct"]
 
 
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="needs AVX512, to be masked")
@@ -72,7 +70,8 @@ def test_a_processor_without_bf16(mask, unmasked):
 
     ran = seen["int8"]["precision_ran"]
     assert set(ran) == {"int8", "fp32"} and ran["int8"] > 0.9, "what NNCF leaves out runs in what is native"
-    assert seen["int8"]["images"] == 64 and abs(seen["int8"]["correct"] - unmasked) <= 1
+    print(f"int8 under {mask}: {seen['int8']['correct']} of 64, {unmasked} without")
+    assert seen["int8"]["images"] == 64 and seen["int8"]["correct"] >= unmasked - 1, "int8 saturates"
 
     found = {name: support["bf16"] for name, support in seen["support"].items() if "bf16" in support}
     assert found == {name: support for name, support in BF16[mask].items() if name in found}
@@ -80,10 +79,10 @@ def test_a_processor_without_bf16(mask, unmasked):
     assert ", bf16 emulated, " in seen["machine"]
 
     assert set(seen["named"]["eager"]) == {"bf16 emulated"}
-    assert done.stderr.count("eager bf16: emulated, slower than fp32") == 1
+    assert done.stderr.count("eager bf16: emulated here, slower than fp32") == 1
     if BF16[mask]["openvino"] == "emulated":
         assert set(seen["named"]["openvino"]) == {"bf16 emulated"}
-        assert done.stderr.count("openvino bf16: emulated, slower than fp32") == 1
+        assert done.stderr.count("openvino bf16: emulated here, slower than fp32") == 1
     else:
-        assert seen["named"]["openvino"].startswith("openvino bf16: not on this CPU")
-        assert "native to it here: 'fp32', 'int8'" in seen["named"]["openvino"]
+        assert seen["named"]["openvino"].startswith("openvino bf16: absent here")
+        assert "native to it: 'fp32', 'int8'" in seen["named"]["openvino"]

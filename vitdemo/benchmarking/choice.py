@@ -91,7 +91,8 @@ def _script(engine: Engine) -> str:
     preprocessing = engine.info.preprocessing
     side = preprocessing.input_size[1]
     squash = preprocessing.crop_mode == "squash"
-    hint = openvino.hint(engine.precision) if engine.name == "openvino" else None
+    # The script asks the machine that it runs on, which may have no bf16 where this one has.
+    hint = BF16_OR_F32 if engine.precision == "int8" else repr("bf16" if engine.precision == "bf16" else "f32")
     return TEMPLATE.format(
         what=f"{engine.info.tag} in {engine.name} {engine.precision}",
         key=engine.card["key"][:16],
@@ -103,6 +104,7 @@ def _script(engine: Engine) -> str:
     )
 
 
+BF16_OR_F32 = '"bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"'
 COVERING = "size = [int(RESIZED * s / min(image.size)) for s in image.size]"
 SQUASHED = "size = RESIZED, RESIZED"
 RUNTIMES = {
@@ -129,8 +131,10 @@ logits = lambda x: model.run(None, {{{{"x": x}}}})[0]
 sys.modules["openvino_telemetry"] = None  # it would report this use, from a process that loads the model again
 import openvino
 
-options = {{{{"INFERENCE_PRECISION_HINT": "{{hint}}", "PERFORMANCE_HINT": "LATENCY"}}}}
-model = openvino.Core().compile_model(HERE / "{openvino.GRAPH}", "CPU", options)
+core = openvino.Core()
+hint = {{hint}}
+options = {{{{"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}}}
+model = core.compile_model(HERE / "{openvino.GRAPH}", "CPU", options)
 logits = lambda x: model(x)[0]
 """,
 }

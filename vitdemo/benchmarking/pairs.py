@@ -31,7 +31,8 @@ def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
     unknown engine or precision, naming those there are.
     """
     known = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
-    names = engines.split(",") if isinstance(engines, str) else known if engines is None else engines
+    every = [name for name, cls in known.items() if _native(cls)]
+    names = engines.split(",") if isinstance(engines, str) else every if engines is None else engines
     chosen = [pair for name in names for pair in _pairs_of(name.strip(), known)]
     if not chosen:
         raise VitdemoError("engines: there are none; give some, such as eager:fp32,openvino:int8")
@@ -46,8 +47,15 @@ def _pairs_of(name: str, known: dict[str, type[Engine]]) -> list[Pair]:
         raise VitdemoError(f"engines {name!r}: there is no such engine; there are {', '.join(known)}")
     if colon and precision not in known[engine].precisions:
         raise VitdemoError(f"engines {name!r}: the {engine} engine has {', '.join(known[engine].precisions)}")
+    if not colon and not _native(known[engine]):
+        every = ", ".join(f"{engine}:{each}" for each in known[engine].precisions)
+        raise VitdemoError(f"engines {name!r}: none of its precisions is native here; name {every} to have it emulated")
     return [Pair(engine, each) for each in ([precision] if colon else _native(known[engine]))]
 
 
 def _native(engine: type[Engine]) -> tuple[str, ...]:
-    return engine.native(resolve_device("auto", engine))
+    """Its native precisions; all of them where its runtime cannot be asked, as its rows will say what is missing."""
+    try:
+        return engine.native(resolve_device("auto", engine))
+    except (ImportError, OSError, RuntimeError):
+        return engine.precisions

@@ -381,13 +381,12 @@ def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> N
     support, native = cls.support(device)[precision], _listed(cls.native(device)) or "nothing"
     if support == ABSENT:
         raise VitdemoError(
-            f"{cls.name} {precision}: not on this {device.upper()}, where the runtime would compute in another "
-            f"precision; native to it here: {native}"
+            f"{cls.name} {precision}: absent here, the runtime would compute in another precision; native to it: "
+            f"{native}"
         )
     if support == EMULATED:
         print(
-            f"{cls.name} {precision}: emulated, slower than fp32, as this {device.upper()} has no instructions for it; "
-            f"native to {cls.name} here: {native}",
+            f"{cls.name} {precision}: emulated here, slower than fp32; native to {cls.name} here: {native}",
             file=sys.stderr,
         )
 

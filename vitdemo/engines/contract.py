@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -172,6 +173,14 @@ def find_engines() -> dict[str, type[Engine]]:
 
 
 def precisions_here(device: str = "cpu") -> dict[str, dict[str, str]]:
-    """What every engine whose runtime is installed answers to ``support``, by its name."""
-    engines = {name: cls for name, cls in find_engines().items() if all(map(installed_version, cls.packages))}
-    return {name: cls.support(device) for name, cls in engines.items()}
+    """What every engine that is installed and runs on ``device`` answers to ``support``, by its name.
+
+    An engine whose runtime cannot be imported is left out: it costs its own part alone.
+    """
+    found = {}
+    for name, cls in find_engines().items():
+        if all(map(installed_version, cls.packages)):
+            with suppress(ImportError, OSError, RuntimeError):
+                if cls.runs_on(device):
+                    found[name] = cls.support(device)
+    return found

@@ -56,8 +56,8 @@ class ONNXEngine(CompiledEngine):
 
     @classmethod
     def runs_on(cls, device: str) -> bool:
-        if device == "cpu":
-            return True
+        if device == "cpu" or not installed_version(RUNTIME):
+            return device == "cpu"
         import onnxruntime
 
         return not ON_CUDA.isdisjoint(onnxruntime.get_available_providers())

@@ -142,7 +142,8 @@ def product(precision: str, shape: Shape, threads: int) -> Call | None:
     from openvino import opset13 as ops
 
     m, k, n = shape
-    kind = {"fp32": "f32", "bf16": "bf16", "int8": "u8"}[precision]
+    if (kind := {"fp32": "f32", "bf16": "bf16", "int8": "u8"}.get(precision)) is None:
+        return None
     random = np.random.default_rng(0)
     x = ops.parameter([m, k], getattr(openvino.Type, kind))
     weights = random.integers(-127, 128, (n, k), dtype=np.int8)

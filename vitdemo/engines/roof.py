@@ -74,8 +74,8 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
         with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
             kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
         if fresh or key not in kept:
-            print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
             products = Products(precision, shapes)
+            print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
             rounds = [products.keep(FASTEST, seconds=2, least=1)]
             rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
             kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
