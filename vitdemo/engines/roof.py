@@ -7,6 +7,7 @@ clock that a processor holds, and the share that other programs take, are in no 
 import hashlib
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterable
@@ -17,12 +18,12 @@ from datetime import UTC, datetime
 import torch
 from torch import nn
 
-from vitdemo.engines.contract import find_engines, precisions_here
+from vitdemo.engines.contract import Engine, find_engines, precisions_here
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.model import Model
 from vitdemo.paths import cache_root, replacing
-from vitdemo.precisions import NATIVE, Call, Shape
+from vitdemo.precisions import MASKS, NATIVE, Call, Shape
 
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 ROUNDS = 3
@@ -62,8 +63,8 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     The best of square products and of ``shapes``, such as a model's own (``linear_shapes``), in every engine that has
     plain products and the precision natively; the median call of the best shape, the best of three rounds, the last
     two of them among the three fastest. What was measured is kept in the cache, for this machine, these versions and
-    shapes, until ``fresh`` asks for it anew. Takes ten to twenty seconds: a product whose first call takes more than a
-    second is left out.
+    shapes, until ``fresh`` asks for it anew. Takes ten to twenty seconds: a product that takes more than a second is
+    called once, and left out with all larger ones.
     Raises VitdemoError where nothing here multiplies natively in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
@@ -94,6 +95,7 @@ def memory_bandwidth() -> float:
 def _key(precision: str, shapes: list[Shape]) -> str:
     machine = machine_record()
     what = [precision, shapes, machine["cpu"], machine["isa"], machine["cores"], machine["versions"]]
+    what += [machine["precisions"], [os.environ.get(name) for name in MASKS]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -124,15 +126,13 @@ class Products:
         self._calls: dict[tuple[str, Shape], Call] = {}
         for name, support in precisions_here().items():
             if support.get(precision) == NATIVE:
-                products = {(name, shape): find_engines()[name].product(precision, shape, cores()) for shape in shapes}
-                self._calls |= {key: call for key, call in products.items() if call}
+                self._calls |= _quick_products(find_engines()[name], precision, shapes)
         if not self._calls:
             raise VitdemoError(f"no roof in {precision} here: nothing installed has it natively; see vitdemo doctor")
 
     def keep(self, count: int, seconds: float, least: int = 2) -> Roof:
-        """As ``best``, without the products whose first call takes longer than LONGEST_S; from now on only the
-        ``count`` fastest take part."""
-        rates = self._rates(seconds, least, LONGEST_S) or self._rates(seconds, least)
+        """As ``best``; from now on only the ``count`` fastest take part."""
+        rates = self._rates(seconds, least)
         fastest = sorted(rates, key=rates.get, reverse=True)[:count]
         self._calls = {key: self._calls[key] for key in fastest}
         return self._roof(rates)
@@ -142,11 +142,11 @@ class Products:
         median call."""
         return self._roof(self._rates(seconds, least))
 
-    def _rates(self, seconds: float, least: int, longest_s: float = math.inf) -> dict[tuple[str, Shape], float]:
+    def _rates(self, seconds: float, least: int) -> dict[tuple[str, Shape], float]:
         rates = {}
         for (runtime, shape), call in self._calls.items():
-            if taken := _timed(call, seconds / len(self._calls), least, longest_s):
-                rates[runtime, shape] = 2 * math.prod(shape) / statistics.median(taken)
+            median = statistics.median(_timed(call, seconds / len(self._calls), least))
+            rates[runtime, shape] = 2 * math.prod(shape) / median
         return rates
 
     def _roof(self, rates: dict[tuple[str, Shape], float]) -> Roof:
@@ -155,12 +155,24 @@ class Products:
         return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
 
 
-def _timed(call: Call, seconds: float, least: int = 2, longest_s: float = math.inf) -> list[float]:
-    """Seconds of each call after a cold one; none where that took more than ``longest_s``."""
-    start = now()
+def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape]) -> dict[tuple[str, Shape], Call]:
+    """The products of ``shapes``, from the smallest to the last before one that takes longer than LONGEST_S; the
+    smallest in any case."""
+    found: dict[tuple[str, Shape], Call] = {}
+    for shape in sorted(shapes, key=math.prod):
+        if (call := engine.product(precision, shape, cores())) is None:
+            break
+        start = now()
+        call()
+        if found and now() - start > LONGEST_S:
+            break
+        found[engine.name, shape] = call
+    return found
+
+
+def _timed(call: Call, seconds: float, least: int = 2) -> list[float]:
+    """Seconds of each call after a cold one."""
     call()
-    if now() - start > longest_s:
-        return []
     taken: list[float] = []
     while len(taken) < least or sum(taken) < seconds:
         start = now()
