@@ -106,7 +106,9 @@ def _built_anew(model: Model) -> Engine:
     recipe = recipe_for(model, *NEEDS_ENGINE[COMPILE])
     with TemporaryDirectory() as folder:
         recipe.cls.build(model, recipe.precision, Path(folder), device=recipe.device, calibration=None)
-        return recipe.cls(Path(folder), model.info, recipe.precision, device=recipe.device, threads=cores())
+        engine = recipe.cls(Path(folder), model.info, recipe.precision, device=recipe.device, threads=cores())
+    engine.card = {"key": recipe.key, **recipe.ingredients}
+    return engine
 
 
 def _timed(
