@@ -200,7 +200,7 @@ class Recipe:
             "device": self.device,
             "model": self.model.info.to_dict(),
             "architecture": architecture_sha256(self.model.module) or f"{UNKNOWN} {uuid4()}",
-            "builder": _sha256("".join(map(inspect.getsource, (inspect.getmodule(self.cls), graph))).encode()),
+            "builder": _sha256(f"{_source(inspect.getmodule(self.cls) or self.cls)}\n{_source(graph)}".encode()),
             "calibration": self.calibration and self.calibration.fingerprint,
             **built_for(self.cls),
         }
