@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitdemo import find_engines, precisions, precisions_here
+from vitdemo import VitdemoError, convert, find_engines, load_model, precisions, precisions_here
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.doctor import examine
 from vitdemo.models.model import FlopsByPrecision
@@ -90,7 +90,7 @@ def test_every_engine_answers_for_each_of_its_precisions_and_doctor_says_it(monk
     eager = find_engines()["eager"]
     monkeypatch.setattr(eager, "support", lambda device: {"fp32": "native", "bf16": "emulated"})
     lines, _ = examine()
-    assert "  ok       eager: fp32, bf16 (emulated on this processor)" in lines
+    assert "  ok       eager: fp32, bf16 (emulated here)" in lines
 
 
 def test_torch_without_onednn_has_a_product_decide(monkeypatch):
@@ -109,6 +109,10 @@ def test_an_engine_that_cannot_be_imported_costs_itself_alone(monkeypatch):
     assert Pair("eager", "fp32") in choose_pairs(None)
     lines, _ = examine()
     assert any(line.startswith("  ok       eager: fp32") for line in lines)
+    line = "openvino engine: its runtime does not start .libopenvino.so: undefined symbol.; install it again"
+    assert any(re.search(line, each) for each in lines)
+    with pytest.raises(VitdemoError, match=line):
+        convert(load_model("vit_shapes20"), "openvino", "fp32")
 
 
 def test_a_gpu_without_onnx_runtime_is_no_traceback(monkeypatch):

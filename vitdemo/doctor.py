@@ -75,13 +75,11 @@ def _engines() -> list[str]:
     for name, engine in find_engines().items():
         try:
             engine.check_requirements()
-            support = engine.support("cpu").items()
-            here = (each if how == NATIVE else f"{each} ({how} on this processor)" for each, how in support)
+            support = engine.answers().items()
+            here = (each if how == NATIVE else f"{each} ({how} here)" for each, how in support)
             lines.append(f"ok       {name}: {', '.join(here)}")
         except VitdemoError as error:
             lines.append(f"skipped  {error}")
-        except (ImportError, OSError, RuntimeError) as error:
-            lines.append(f"skipped  {name}: its runtime does not start ({reason_of(error)}); install it again")
     return lines
 
 

@@ -142,7 +142,7 @@ def machine_record() -> dict:
         "cores": cores(),
         "memory_bytes": memory_bytes(),
         "isa": _instructions(),
-        "precisions": torch_support(),
+        "precisions": dict(torch_support()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -64,8 +64,10 @@ def torch_product(precision: str, shape: Shape, threads: int) -> Call | None:
     def call() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        torch.mm(left, right.T, out=out)
-        torch.set_num_threads(before)
+        try:
+            torch.mm(left, right.T, out=out)
+        finally:
+            torch.set_num_threads(before)
 
     return call
 

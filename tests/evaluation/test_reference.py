@@ -10,7 +10,7 @@ from vitdemo import VitdemoError, agreement, convert, evaluate, flagperf_row, ro
 from vitdemo.engines.roof import Roof
 from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
 
-ROOF = Roof("bf16", 1e12, (1024, 1024, 1024), "torch", 2, "2026-01-01 00:00 UTC")
+ROOF = Roof("bf16", 1e12, (1024, 1024, 1024), "eager", 2, "2026-01-01 00:00 UTC")
 
 
 @pytest.fixture(scope="module")

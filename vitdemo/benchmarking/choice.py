@@ -92,7 +92,7 @@ def _script(engine: Engine) -> str:
     side = preprocessing.input_size[1]
     squash = preprocessing.crop_mode == "squash"
     # The script asks the machine that it runs on, which may have no bf16 where this one has.
-    hint = BF16_OR_F32 if engine.precision == "int8" else repr("bf16" if engine.precision == "bf16" else "f32")
+    hint = repr("f32") if engine.precision == "fp32" else BF16_OR_F32
     return TEMPLATE.format(
         what=f"{engine.info.tag} in {engine.name} {engine.precision}",
         key=engine.card["key"][:16],

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vitdemo.engines.artifacts import resolve_device
 from vitdemo.engines.contract import Engine, find_engines
 from vitdemo.errors import VitdemoError
 
@@ -56,6 +55,6 @@ def _pairs_of(name: str, known: dict[str, type[Engine]]) -> list[Pair]:
 def _native(engine: type[Engine]) -> tuple[str, ...]:
     """Its native precisions; all of them where its runtime cannot be asked, as its rows will say what is missing."""
     try:
-        return engine.native(resolve_device("auto", engine))
-    except (ImportError, OSError, RuntimeError):
+        return engine.native()
+    except VitdemoError:
         return engine.precisions

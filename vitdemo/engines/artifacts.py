@@ -28,7 +28,7 @@ from torch import nn
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
-from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
+from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.machine import cores, free_memory_bytes, installed_version, now
 from vitdemo.models.model import Model, ModelInfo
@@ -378,7 +378,7 @@ def _listed(names: Iterable[str]) -> str:
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
     """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
-    support, native = cls.support(device)[precision], _listed(cls.native(device)) or "nothing"
+    support, native = cls.answers(device)[precision], _listed(cls.native(device)) or "nothing"
     if support == ABSENT:
         raise VitdemoError(
             f"{cls.name} {precision}: absent here, the runtime would compute in another precision; native to it: "
@@ -389,19 +389,6 @@ def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> N
             f"{cls.name} {precision}: emulated here, slower than fp32; native to {cls.name} here: {native}",
             file=sys.stderr,
         )
-
-
-def resolve_device(device: str, cls: type[Engine]) -> str:
-    """ "cpu" or "cuda" for ``cls``. Raises VitdemoError for a device that is unknown, missing, or not the engine's."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
-    if not cls.runs_on(device):
-        raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
-    return device
 
 
 def _sizes(folder: Path) -> dict[str, int]:

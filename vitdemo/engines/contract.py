@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import NATIVE, Call, Shape
@@ -72,9 +72,18 @@ class Engine(ABC):
         return dict.fromkeys(cls.precisions, NATIVE)
 
     @classmethod
-    def native(cls, device: str = "cpu") -> tuple[str, ...]:
-        """Those of ``precisions`` that are native on ``device``."""
-        return tuple(name for name, support in cls.support(device).items() if support == NATIVE)
+    def answers(cls, device: str = "auto") -> dict[str, str]:
+        """``support`` for the device that ``convert`` would take. Raises VitdemoError where no runtime starts."""
+        try:
+            return cls.support(resolve_device(device, cls))
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = reason_of(error)
+            raise VitdemoError(f"{cls.name} engine: its runtime does not start ({reason}); install it again") from None
+
+    @classmethod
+    def native(cls, device: str = "auto") -> tuple[str, ...]:
+        """Those of ``precisions`` that are native on ``device``; errors as in ``answers``."""
+        return tuple(name for name, support in cls.answers(device).items() if support == NATIVE)
 
     @classmethod
     def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
@@ -172,15 +181,27 @@ def find_engines() -> dict[str, type[Engine]]:
     return {cls.name: cls for cls in classes if issubclass(cls, Engine) and hasattr(cls, "name")}
 
 
-def precisions_here(device: str = "cpu") -> dict[str, dict[str, str]]:
-    """What every engine that is installed and runs on ``device`` answers to ``support``, by its name.
+def resolve_device(device: str, cls: type[Engine]) -> str:
+    """ "cpu" or "cuda" for ``cls``. Raises VitdemoError for a device that is unknown, missing, or not the engine's."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
+    if not cls.runs_on(device):
+        raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
+    return device
 
-    An engine whose runtime cannot be imported is left out: it costs its own part alone.
+
+def precisions_here(device: str = "auto") -> dict[str, dict[str, str]]:
+    """What every engine that is installed, and runs on ``device``, answers of its precisions, by its name.
+
+    An engine whose runtime does not start is left out: it costs its own part alone.
     """
     found = {}
     for name, cls in find_engines().items():
         if all(map(installed_version, cls.packages)):
-            with suppress(ImportError, OSError, RuntimeError):
-                if cls.runs_on(device):
-                    found[name] = cls.support(device)
+            with suppress(VitdemoError):
+                found[name] = cls.answers(device)
     return found

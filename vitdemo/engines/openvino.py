@@ -21,7 +21,7 @@ from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
-from vitdemo.precisions import EMULATED, NATIVE, Call, Shape, named_as_run, support_of
+from vitdemo.precisions import NATIVE, Call, Shape, named_as_run, support_of
 
 GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
 PRECISION_OF = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -91,10 +91,8 @@ class OpenVINOEngine(CompiledEngine):
 
     @classmethod
     def support(cls, device: str) -> dict[str, str]:
-        if not installed_version("openvino"):
-            return super().support(device)
-        int8 = "INT8" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # which every x86 and ARM has
-        return {"fp32": NATIVE, "bf16": bf16_support(), "int8": NATIVE if int8 else EMULATED}
+        every = super().support(device)
+        return every | {"bf16": bf16_support()} if installed_version("openvino") else every
 
     @classmethod
     def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:

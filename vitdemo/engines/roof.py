@@ -63,8 +63,8 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     The best of square products and of ``shapes``, such as a model's own (``linear_shapes``), in every engine that has
     plain products and the precision natively; the median call of the best shape, the best of three rounds, the last
     two of them among the three fastest. What was measured is kept in the cache, for this machine, these versions and
-    shapes, until ``fresh`` asks for it anew. Takes ten to twenty seconds: a product that takes more than a second is
-    called once, and left out with all larger ones.
+    shapes, until ``fresh`` asks for it anew. Ten to twenty seconds as a rule: a product that takes more
+    than a second is left out, with all larger ones.
     Raises VitdemoError where nothing here multiplies natively in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
@@ -124,7 +124,7 @@ class Products:
     def __init__(self, precision: str, shapes: Iterable[Shape]):
         self.precision = precision
         self._calls: dict[tuple[str, Shape], Call] = {}
-        for name, support in precisions_here().items():
+        for name, support in precisions_here("cpu").items():
             if support.get(precision) == NATIVE:
                 self._calls |= _quick_products(find_engines()[name], precision, shapes)
         if not self._calls:

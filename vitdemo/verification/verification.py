@@ -48,7 +48,7 @@ def verify(
 
     The noise floor is how far other legitimate ways to compute the same lie from the reference, on the first 16 images
     of each kind. fp32: on one thread, image by image, and with attention as plain matrix products. bf16: torch eager in
-    bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``verdict.py``.
+    bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``tolerances.py``.
 
     Where the engine came from the cache, the report is also written beside its folder, as ``<folder>.verified.json``.
     Raises VitdemoError for a model or data of other classes, images of another size or crop, images < 1, and a
