@@ -12,6 +12,7 @@ import torch
 from vitdemo import VitdemoError, convert, find_engines, load_model, precisions, precisions_here
 from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.doctor import examine
+from vitdemo.engines import artifacts
 from vitdemo.models.model import FlopsByPrecision
 from vitdemo.precisions import MASKS, named_as_run, support_of, torch_product, torch_support
 
@@ -111,6 +112,7 @@ def test_an_engine_that_cannot_be_imported_costs_itself_alone(monkeypatch):
     assert any(line.startswith("  ok       eager: fp32") for line in lines)
     line = "openvino engine: its runtime does not start .libopenvino.so: undefined symbol.; install it again"
     assert any(re.search(line, each) for each in lines)
+    artifacts._say_what_is_not_native.cache_clear()  # another test may have asked before
     with pytest.raises(VitdemoError, match=line):
         convert(load_model("vit_shapes20"), "openvino", "fp32")
 
