@@ -14,13 +14,8 @@ SHAPES20 = ImageNetVal(data_path("shapes20"))
 
 
 def rows(**columns) -> pd.DataFrame:
-    base = {
-        "status": "ok",
-        "machine": "this",
-        "model": "m",
-        "engine": ["eager", "a", "b", "c"],
-        "precision": ["fp32", "fp32", "bf16", "int8"],
-    }
+    base = {"status": "ok", "machine": "this", "model": "m"}
+    base |= {"engine": ["eager", "a", "b", "c"], "precision": ["fp32", "fp32", "bf16", "int8"]}
     base |= {"top1": [0.92, 0.92, 0.919, 0.90], "p90_ms": [50.0, 20, 10, 5], "images_per_s": [20.0, 60, 110, 300]}
     return pd.DataFrame(base | columns)
 
@@ -33,8 +28,7 @@ def test_names_the_fastest_that_is_right_enough(budget, loss, named):
 
 
 def test_skipped_rows_are_not_chosen():
-    status = ["ok", "ok", "ok", "skipped: 40 s a batch"]
-    assert choose_engine(rows(status=status), 100, 0.05)["engine"] == "b"
+    assert choose_engine(rows(status=["ok", "ok", "ok", "skipped: 40 s a batch"]), 100, 0.05)["engine"] == "b"
 
 
 def test_says_when_there_is_none():
@@ -46,16 +40,10 @@ def test_says_when_there_is_none():
         choose_engine(rows(machine=["this", "this", "that", "that"]), 100, 0)
 
 
-@pytest.mark.parametrize(
-    ("engine", "precision"),
-    [
-        native_or_skip("eager", "fp32"),
-        native_or_skip("onnx", "fp32"),
-        native_or_skip("openvino", "bf16"),
-        native_or_skip("openvino", "int8"),
-        native_or_skip("inductor", "bf16"),
-    ],
-)
+SCRIPTED = ["eager:fp32", "onnx:fp32", "openvino:bf16", "openvino:int8", "inductor:bf16"]
+
+
+@pytest.mark.parametrize(("engine", "precision"), [native_or_skip(*pair.split(":")) for pair in SCRIPTED])
 def test_its_script_runs_without_vitdemo(engine, precision, tmp_path):
     made = convert(load_model("vit_shapes20"), engine, precision)
     script = write_script(made, tmp_path / "app", SHAPES20.class_names)

@@ -16,7 +16,6 @@ from vitdemo.benchmarking.tables import (
     laid_out,
     markdown,
     page,
-    styled,
     ttmetal_table,
 )
 from vitdemo.cli import main
@@ -97,11 +96,8 @@ def test_an_empty_folder_is_refused(tmp_path, capsys):
 def test_bad_options_are_one_line(tmp_path, capsys):
     for options, what in [
         (["--device-batch-sizes", "one"], "'one': give whole numbers"),
-        (["--device-batch-sizes", "0"], "device_batch_sizes 0"),
-        (["--engines", "tensorrt"], "there is no such engine"),
         (["--against", str(tmp_path / "none.csv")], "none.csv: no such file"),
         (["--worse-by", "20"], "between 0 and 1"),
-        (["--resume"], "unrecognized arguments: --resume"),
     ]:
         try:
             code = main(["benchmark", "vit_shapes20", *options, "--out", str(tmp_path)])
@@ -173,9 +169,8 @@ def test_a_column_that_a_layout_needs_is_named(rows):
         laid_out(rows.drop(columns="mean_ms"), "ttmetal")
 
 
-def test_numbers_for_people(rows):
+def test_numbers_for_people():
     assert "0.00432" in markdown(pd.DataFrame({"a": [0.00432]})), "tt-metal's tables print this as 0.00"
-    assert "vit_shapes20" in styled(rows).to_html()
 
 
 def test_the_notebook_opens_the_readmes_rows():

@@ -25,7 +25,12 @@ FIGURES = {
 
 @pytest.fixture(params=FIGURES)
 def draw(request):
-    yield FIGURES[request.param]
+    return FIGURES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
     plt.close("all")
 
 
@@ -45,14 +50,12 @@ def test_rows_without_a_measurement_are_left_out(draw, rows):
 def test_every_point_is_there(rows):
     lines = plot_latency_throughput(rows).axes[0].lines
     assert sorted(y for line in lines for y in line.get_ydata()) == sorted(rows["images_per_s"])
-    plt.close("all")
 
 
 def test_no_precision_is_lost_from_the_roofline(rows):
     figure = plot_roofline(rows.assign(precision="fp16"), 1e10)
     points = [line.get_xdata() for ax in figure.axes for line in ax.lines if line.get_linestyle() == "None"]
     assert sum(np.isfinite(x).sum() for x in points) == len(rows)
-    plt.close("all")
 
 
 def test_published_speedups_are_joined_on_the_batch(rows):
@@ -62,13 +65,11 @@ def test_published_speedups_are_joined_on_the_batch(rows):
     assert a100[8] == pytest.approx(3642.16 / 1439.03) and len(a100) == 9
     two = drawn["published: AITemplate fp16 of vit_base_patch16_224, AMD MI-250, 2 GCDs"]
     assert min(two) == 2  # batch 1 is blank there
-    plt.close("all")
 
 
 def test_published_speedups_of_two_precisions_are_two_lines(rows):
     def lines(model):
         figure = plot_speedups(rows, published_performance().query("model == @model"))
-        plt.close("all")
         labels = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
         return {label: x for label, x in labels.items() if label.startswith("published")}
 

@@ -118,13 +118,8 @@ def test_an_error_says_where_it_is_and_how_large(table):
     errors = arithmetic_errors(table)
     assert found(errors) == [(row, "images_per_s")]
     error = errors.loc[row]
-    assert error[["source", "system", "hardware", "model", "batch"]].tolist() == [
-        AITEMPLATE,
-        "AITemplate",
-        GCDS,
-        "vit_base_patch16_224",
-        8,
-    ]
+    where = ["source", "system", "hardware", "model", "batch"]
+    assert error[where].tolist() == [AITEMPLATE, "AITemplate", GCDS, "vit_base_patch16_224", 8]
     assert error["printed"] == 1889.44
     assert error["recomputed"] == pytest.approx(8 / (4.23e-3 * 1.05))
     assert error["off"] == pytest.approx(8 / (4.23e-3 * 1.05) / 1889.44 - 1)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import numpy as np
 import pandas as pd
@@ -19,15 +20,22 @@ from tests.benchmarking.conftest import OPTIONS, PAIRS
 from tests.native import is_native
 from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, evaluate, find_engines, load_model, merge
 from vitdemo.benchmarking import sweeps as arms
-from vitdemo.benchmarking.bench import until_stable
+from vitdemo.benchmarking.bench import Failed, until_stable
 from vitdemo.benchmarking.files import PATTERN
-from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, compare, passes
+from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, check_baseline, check_share, compare, passes
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
-from vitdemo.benchmarking.processes import Failed, Nursery, Worker
+from vitdemo.benchmarking.processes import Worker
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
 from vitdemo.cli import VERBS, main, parser_of
 
 SHORT = dict(row_budget_s=0.5, images=8)
+
+
+def only_row(out, **options) -> dict:
+    """Of a short sweep of eager fp32 at batch 2."""
+    options |= SHORT | dict(engines="eager:fp32", device_batch_sizes=[2])
+    (row,) = benchmark("vit_shapes20", out=out, **options).to_dict("records")
+    return row
 
 
 def pair_of(rows: pd.DataFrame) -> pd.Series:
@@ -171,12 +179,12 @@ def break_openvino(tmp_path, monkeypatch):
     """Change OpenVINO's engine in the workers, by a module that Python imports at its start."""
 
     def apply(what: str) -> None:
-        folder = tmp_path / "planted"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(BROKEN.format(what=what))
-        monkeypatch.syspath_prepend(str(folder))
+        (tmp_path / "sitecustomize.py").write_text(BROKEN.format(what=what))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        forkserver._forkserver._stop()  # the next one, which starts with the next worker, imports it
 
-    return apply
+    yield apply
+    forkserver._forkserver._stop()
 
 
 def test_what_fails_is_a_row_and_the_sweep_goes_on(tmp_path, break_openvino):
@@ -234,11 +242,11 @@ def test_the_gate_refuses_what_it_cannot_compare(rows):
     with pytest.raises(VitdemoError, match="no row of the same"):
         compare(rows, rows.assign(replicas=np.nan))  # a file of others, or of an older vitdemo
     with pytest.raises(VitdemoError, match="several machines"):
-        compare(rows, pd.concat([rows, rows.assign(machine="another")]))
+        check_baseline(pd.concat([rows, rows.assign(machine="another")]))
     unmeasured = rows.assign(speedup_over_eager_fp32=[np.nan, *rows["speedup_over_eager_fp32"][1:]])
     assert passes(compare(unmeasured, unmeasured)), "what had no ratio before needs none now"
     with pytest.raises(VitdemoError, match="between 0 and 1"):
-        compare(rows, rows, 1.5)
+        check_share(1.5)
 
 
 def test_the_shells_defaults_are_the_functions():
@@ -266,15 +274,15 @@ def test_a_killed_sweep_leaves_nothing_running_and_is_joined_with_another(tmp_pa
     while not list(tmp_path.glob(PATTERN)) and time.monotonic() < end:
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
-    ours = [worker for worker in workers if "vitdemo.benchmarking.bench" in worker.cmdline()]  # Python 3.14 has more
-    assert len(ours) == 3  # the one that starts the others, eager's and the roof's
+    assert (
+        len([each for each in workers if "vitdemo.benchmarking" in str(each.cmdline())]) == 3
+    )  # eager's, roof, server
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     left = merge([tmp_path])["device_batch_size"].tolist()
     missing = [size for size in (1, 2, 4) if size not in left]
-    options = SHORT | dict(engines="eager:fp32", device_batch_sizes=missing)
-    benchmark("vit_shapes20", out=tmp_path, **options)
+    benchmark("vit_shapes20", engines="eager:fp32", device_batch_sizes=missing, out=tmp_path, **SHORT)
     assert left and merge([tmp_path])["device_batch_size"].tolist() == [1, 2, 4]
 
 
@@ -283,13 +291,11 @@ def test_a_roof_that_dies_costs_its_share_alone(tmp_path, monkeypatch):
 
     def killing(self, name, *arguments):
         if name == "flops_per_s":
-            os.kill(self._pid, signal.SIGKILL) if self._pid else None
+            self._process.kill()
         return ask(self, name, *arguments)
 
     monkeypatch.setattr(Worker, "ask", killing)
-    (row,) = benchmark("vit_shapes20", engines="eager:fp32", device_batch_sizes=[2], out=tmp_path, **SHORT).to_dict(
-        "records"
-    )
+    row = only_row(tmp_path)
     assert row["status"] == "ok" and row["images_per_s"] > 0 and np.isnan(row["of_roof"])
 
 
@@ -299,23 +305,40 @@ def test_warming_up_ends_when_calls_are_equal_or_the_time_is_over(call_s, second
 
 
 def test_workers_end_with_the_process_that_started_them_and_it_is_said():
-    nursery = Nursery()
-    worker = Worker(nursery)
+    worker = Worker()
     worker.ask("roof", [])
-    starter = psutil.Process(worker._pid).parent()
-    own = starter.children()
-    starter.kill()
+    server = psutil.Process(worker._process.pid).parent()
+    own = server.children()
+    server.kill()
     assert len(own) == 1 and psutil.wait_procs(own, timeout=60)[1] == []
-    with pytest.raises(Failed, match="the process that starts the others ended .exit code -9"):
+    with pytest.raises(Failed, match="its process ended .with the one that starts the others"):
         worker.ask("explore", "fp32")
-    worker.end()
-    nursery.end()
+    after = Worker()
+    after.ask("roof", [])  # another server has started it
+    after.end()
+
+
+SCRIPT = """
+import os
+from vitdemo import convert, load_model
+from vitdemo.benchmarking.processes import Worker
+print("run")
+ticket = convert(load_model("vit_shapes20"), "openvino", "fp32").recipe.ticket()
+Worker().ask("engine", ticket, 1)
+os.environ["VITDEMO_CACHE"] = "/nowhere"
+Worker().ask("engine", ticket, 1)
+"""
+
+
+def test_a_script_is_not_run_again_and_a_worker_has_the_environment_of_its_start(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert done.stdout == "run\n" and "/nowhere" in done.stderr.splitlines()[-1]
 
 
 def test_replicas_share_each_batch(tmp_path):
     pytest.importorskip("ray")
-    options = SHORT | dict(engines="eager:fp32", replicas=2, device_batch_sizes=[2])
-    (row,) = benchmark("vit_shapes20", out=tmp_path, **options).to_dict("records")
+    row = only_row(tmp_path, replicas=2)
     assert (row["status"], row["replicas"], row["device_batch_size"], row["batch"]) == ("ok", 2, 2, 4)
     assert row["images_per_s"] == pytest.approx(4 / row["mean_ms"] * 1e3, rel=1e-3)
     assert 0 < row["top1"] <= 1 and row["images"] == 8
@@ -333,24 +356,23 @@ def bf16_is(monkeypatch):
     return apply
 
 
+def named(engines: str | None) -> list[str]:
+    return list(map(str, choose_pairs(engines)))
+
+
 def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has(bf16_is):
     bf16_is("native")
-    assert choose_pairs("openvino:bf16, onnx:int8") == [
-        Pair("eager", "fp32"),
-        Pair("eager", "bf16"),
-        Pair("openvino", "bf16"),
-        Pair("onnx", "int8"),
-    ]
-    assert choose_pairs("openvino")[2:] == [Pair("openvino", p) for p in ("fp32", "bf16", "int8")]
-    assert len(choose_pairs(None)) == 8
+    assert named("openvino:bf16, onnx:int8") == ["eager:fp32", "eager:bf16", "openvino:bf16", "onnx:int8"]
+    assert named("openvino")[2:] == ["openvino:fp32", "openvino:bf16", "openvino:int8"]
+    assert len(named(None)) == 8
 
 
 @pytest.mark.parametrize("support", ["emulated", "absent"])
 def test_a_precision_that_is_not_native_is_taken_only_where_it_is_named(bf16_is, support):
     bf16_is(support)
-    assert choose_pairs("openvino") == [Pair("eager", "fp32"), Pair("openvino", "fp32"), Pair("openvino", "int8")]
+    assert named("openvino") == ["eager:fp32", "openvino:fp32", "openvino:int8"]
     assert {pair.precision for pair in choose_pairs(None)} == {"fp32", "int8"}
-    assert choose_pairs("openvino:bf16") == [Pair("eager", "fp32"), Pair("openvino", "bf16")]
+    assert named("openvino:bf16") == ["eager:fp32", "openvino:bf16"]
 
 
 @pytest.mark.parametrize(

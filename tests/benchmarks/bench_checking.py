@@ -10,7 +10,6 @@ which gains it more than all of these cost; how much they cost is the ratio to "
 """
 
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,13 @@ import simplejpeg
 import torch
 from torchvision.io import decode_jpeg
 
+from tests.benchmarks.turns import Part, ratio, take_turns
 from vitdemo import ImageNetVal, data_path
 from vitdemo.dataset.checking import check_images
-from vitdemo.machine import cores, describe_machine, machine_record, now
+from vitdemo.machine import cores, describe_machine, machine_record
 from vitdemo.paths import REPOSITORY
 
-TARGET = 0.9
-ROUNDS = 9
+TARGETS = {"bare simplejpeg, RGB": 0.9, "bare torchvision, RGB": 0.9}
 REPEATS = 5  # of the 200 photographs
 
 DECODERS: dict[str, Callable[[bytes], object]] = {
@@ -61,48 +60,26 @@ def bare(data: ImageNetVal, decode: Callable[[bytes], object]) -> int:
         return sum(pool.map(failed, range(len(data))))
 
 
-def measure(data: ImageNetVal, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Images/s of the check and of each bare decoder, by name, one value per round after a first that is not kept."""
-    arms = {"check_images": lambda: check_images(data, progress=False)}
-    arms |= {f"bare {name}": lambda decode=decode: bare(data, decode) for name, decode in DECODERS.items()}
-    rates = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, run in list(arms.items())[:: -1 if number % 2 else 1]:
-            start = now()
-            run()
-            rates[name].append(len(data) / (now() - start))
-    return {name: values[1:] for name, values in rates.items()}
-
-
-def ratios(rates: dict[str, list[float]], name: str) -> list[float]:
-    """The check's rate over a bare decoder's, one value per round."""
-    return [ours / theirs for ours, theirs in zip(rates["check_images"], rates[f"bare {name}"], strict=True)]
-
-
-def describe(title: str, rates: dict[str, list[float]]) -> str:
-    lines = [f"{title}: {cores()} threads, {len(rates['check_images'])} rounds, median (smallest to largest)"]
-    for name, values in rates.items():
-        line = f"  {name:27} {statistics.median(values):7,.0f} images/s ({min(values):,.0f} to {max(values):,.0f})"
-        if name != "check_images":
-            of = ratios(rates, name.removeprefix("bare "))
-            line += f"; check / this {statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
-        lines.append(line)
-    return "\n".join(lines)
+def measure(title: str, data: ImageNetVal) -> Part:
+    """The check and each bare decoder, in turns."""
+    variants = {f"bare {name}": lambda decode=decode: bare(data, decode) for name, decode in DECODERS.items()}
+    found = take_turns({"check_images": lambda: check_images(data, progress=False)} | variants, len(data))
+    lines = [(f"check_images / {name}", ratio(found, "check_images", name), TARGETS.get(name)) for name in variants]
+    return Part(f"{title}, {cores()} threads", found, lines)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("source", ["photographs", "shapes20"])
 def test_the_check_keeps_its_share_of_the_rate_of_bare_decoding(source, photos, shapes20, tmp_path):
     data = photograph_tree(photos, tmp_path) if source == "photographs" else shapes20
-    rates = measure(data)
-    print(describe(source, rates))
-    assert statistics.median(ratios(rates, "simplejpeg, RGB")) >= TARGET
-    assert statistics.median(ratios(rates, "torchvision, RGB")) >= TARGET
+    part = measure(source, data)
+    print(part)
+    assert not part.missed
 
 
 if __name__ == "__main__":
     print(describe_machine(machine_record()))
-    print(describe("shapes20", measure(ImageNetVal(data_path("shapes20")))))
+    print(measure("shapes20", ImageNetVal(data_path("shapes20"))))
     photos = sorted((REPOSITORY.parent / "shared" / "photos").glob("*.JPEG"))
     with tempfile.TemporaryDirectory() as folder:
-        print(describe(f"{len(photos)} photographs x {REPEATS}", measure(photograph_tree(photos, Path(folder)))))
+        print(measure(f"{len(photos)} photographs x {REPEATS}", photograph_tree(photos, Path(folder))))

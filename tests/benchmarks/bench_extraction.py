@@ -13,27 +13,26 @@ for the disk that FOLDER lies on; ``make soak`` holds it to its targets.
 import io
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from os import sync
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from tests.benchmarks.turns import Part, ratio, take_turns
 from tests.dataset.conftest import val_name, write_devkit, write_tar
 from vitdemo.dataset.extraction import extract, extract_members
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.tars import Member, md5
-from vitdemo.machine import describe_machine, machine_record, now
+from vitdemo.machine import describe_machine, machine_record
 
 TARGET = 0.8
-ROUNDS = 9
 IMAGES, CLASSES = 50_000, 1_000
 
 
@@ -60,70 +59,45 @@ def make_archives(folder: Path, images: int = IMAGES) -> Path:
     return write_tar(folder / "bench_img_val.tar", {val_name(1 + i): jpegs[i % 97] for i in range(images)})
 
 
-def extraction_arms(tar: Path) -> dict[str, Callable[[Path], object]]:
-    """What writes the images to a new folder, by name."""
+def extraction(tar: Path, folder: Path) -> Part:
+    """What writes the images to a new folder, in turns."""
     data = ImageNetVal(tar)
     targets = {
         f"{data.classes[label]}/{file}": Member(file, offset, size)
         for file, offset, size, label in zip(data.files, data.offsets, data.sizes, data.labels, strict=True)
     }
 
-    def tar_xf(folder: Path) -> None:
+    def clear() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        sync()
+
+    def tar_xf() -> None:
         folder.mkdir()
         subprocess.run(["tar", "xf", tar, "-C", folder], check=True)
 
-    return {
+    variants = {
         "tar xf": tar_xf,
-        "write step": lambda folder: extract_members(tar, targets, folder, progress=False),
-        "whole verb": lambda folder: extract(tar, folder, unverified=True, progress=False),
+        "write step": lambda: extract_members(tar, targets, folder, progress=False),
+        "whole verb": lambda: extract(tar, folder, unverified=True, progress=False),
     }
+    found = take_turns(variants, IMAGES, before=clear)
+    title = (
+        f"{IMAGES:,} JPEGs of {min(data.sizes):,} to {max(data.sizes):,} bytes (mean {mean(data.sizes):,.0f}) in "
+        f"{CLASSES:,} classes to {file_system(folder.parent)}"
+    )
+    targets = {"write step": TARGET, "whole verb": None}
+    lines = [(f"{name} / tar xf", ratio(found, name, "tar xf"), target) for name, target in targets.items()]
+    return Part(title, found, lines)
 
 
-def measure_extraction(tar: Path, folder: Path, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Images/s of each arm, one value per round; the round before them is not kept."""
-    md5(tar, progress=False)  # into the page cache
-    arms, rates = extraction_arms(tar), {}
-    for number in range(rounds + 1):
-        for name, run in list(arms.items())[:: -1 if number % 2 else 1]:
-            out = folder / f"{number} {name}"
-            sync()
-            start = now()
-            run(out)
-            rates.setdefault(name, []).append(IMAGES / (now() - start))
-        for out in folder.iterdir():  # no arm runs beside the removal of another's files
-            shutil.rmtree(out)
-    return {name: rates[name][1:] for name in arms}
-
-
-def measure_checksum(tar: Path, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """MB/s of each arm, one value per round; the round before them is not kept."""
-    arms = {
+def checksum(tar: Path) -> Part:
+    size = tar.stat().st_size / 1e6
+    variants = {
         "md5sum": lambda: subprocess.run(["md5sum", tar], check=True, stdout=subprocess.DEVNULL),
         "md5": lambda: md5(tar, progress=False),
     }
-    rates = {name: [] for name in arms}
-    for _ in range(rounds + 1):
-        for name, run in arms.items():
-            start = now()
-            run()
-            rates[name].append(tar.stat().st_size / 1e6 / (now() - start))
-    return {name: values[1:] for name, values in rates.items()}
-
-
-def ratios(rates: dict[str, list[float]], name: str) -> list[float]:
-    """An arm's rate over that of the first arm, one value per round."""
-    return [ours / theirs for ours, theirs in zip(rates[name], next(iter(rates.values())), strict=True)]
-
-
-def describe(title: str, unit: str, rates: dict[str, list[float]]) -> str:
-    first, lines = next(iter(rates)), [f"{title}; {ROUNDS} rounds in turns, median (smallest to largest)"]
-    for name, values in rates.items():
-        line = f"  {name:10} {statistics.median(values):8,.0f} {unit} ({min(values):,.0f} to {max(values):,.0f})"
-        if name != first:
-            of = ratios(rates, name)
-            line += f"; over {first} {statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
-        lines.append(line)
-    return "\n".join(lines)
+    found = take_turns(variants, size)
+    return Part(f"MD5 of {size:,.0f} MB", found, [("md5 / md5sum", ratio(found, "md5", "md5sum"), TARGET)], "MB/s")
 
 
 def file_system(folder: Path) -> str:
@@ -131,30 +105,19 @@ def file_system(folder: Path) -> str:
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype
 
 
-def report(folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]], str]:
+def measure(folder: Path) -> list[Part]:
     tar = make_archives(folder / "archives")
-    (folder / "out").mkdir()
-    extraction, checksum = measure_extraction(tar, folder / "out"), measure_checksum(tar)
-    sizes = ImageNetVal(tar).sizes
-    title = (
-        f"{IMAGES:,} JPEGs of {min(sizes):,} to {max(sizes):,} bytes (mean {statistics.mean(sizes):,.0f}) in "
-        f"{CLASSES:,} classes to {file_system(folder)}"
-    )
-    tables = [
-        describe(title, "images/s", extraction),
-        describe(f"MD5 of {tar.stat().st_size / 1e6:,.0f} MB", "MB/s", checksum),
-    ]
-    return extraction, checksum, "\n".join([describe_machine(machine_record()), *tables])
+    md5(tar, progress=False)  # into the page cache
+    return [extraction(tar, folder / "out"), checksum(tar)]
 
 
 @pytest.mark.soak
 def test_extraction_and_checksum_keep_their_share_of_the_rate_of_tar_and_md5sum(tmp_path):
-    extraction, checksum, text = report(tmp_path)
-    print(f"\n{text}")
-    assert statistics.median(ratios(extraction, "write step")) >= TARGET
-    assert statistics.median(ratios(checksum, "md5")) >= TARGET
+    parts = measure(tmp_path)
+    print("", *parts, sep="\n")
+    assert not [what for part in parts for what in part.missed]
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as scratch:
-        print(report(Path(scratch))[2])
+        print(describe_machine(machine_record()), *measure(Path(scratch)), sep="\n")

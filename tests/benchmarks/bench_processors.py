@@ -23,12 +23,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from tests.benchmarks.bench_single_device import ROUNDS, baseline, ratio, take_turns, whole_way
+from tests.benchmarks.bench_single_device import baseline, whole_way
+from tests.benchmarks.turns import ROUNDS, ratio, take_turns, write_results
 from vitdemo import ImageNetVal, benchmark, convert, data_path, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.pairs import choose_pairs
 from vitdemo.course import run_notebooks
-from vitdemo.inference.predictions import write_json
-from vitdemo.paths import replacing
 from vitdemo.stats import median_interval
 
 VIT = "vit_base_patch16_224"
@@ -63,17 +62,16 @@ def int8(folder: Path) -> list[dict]:
 def files(folder: Path) -> list[dict]:
     model, samples = load_model("vit_shapes20"), list(ImageNetVal(data_path("shapes20")))
     variants = {str(pair): partial(whole_way, convert(model, *pair), samples) for pair in choose_pairs(None)}
-    turns = take_turns(variants | {"loop": partial(baseline, model, samples)}, len(samples), ROUNDS, scored=True)
+    turns = take_turns(variants | {"loop": partial(baseline, model, samples)}, len(samples), scored=True)
     best = max(variants, key=lambda name: turns[name].median)
     found = []
     for name in variants:
         median, low, high = median_interval(ratio(turns, name, "loop"))
         rate = f"{turns[name].median:.0f} images/s, top-1 {turns[name].correct}/{len(samples)}"
-        row = dict(
-            what=f"vit_shapes20, {name} from files over the loop", unit="ratio", value=median, low=low, high=high
-        )
+        row = dict(what=f"vit_shapes20, {name} from files over the loop", unit="ratio")
+        row |= dict(value=median, low=low, high=high, rounds=ROUNDS, beside=rate)
         least = TARGETS[kind_of_processor()][1] if name == best else None
-        found.append(row | dict(rounds=ROUNDS, least=least, beside=rate))
+        found.append(row | dict(least=least))
     loop = f"top-1 {turns['loop'].correct}/{len(samples)}"
     return [*found, dict(what="the loop", unit="images/s", value=turns["loop"].median, rounds=ROUNDS, beside=loop)]
 
@@ -115,7 +113,5 @@ if __name__ == "__main__":
             rows += parts[name](Path(folder))
             table = pd.DataFrame(rows)
             table = table.assign(verdict=table.apply(verdict, axis=1))
-            with replacing(arguments.out) as file:
-                table.to_csv(file, index=False)
+            write_results(table, arguments.out)
             print(table.round(3).to_string(index=False), flush=True)
-    write_json(arguments.out.with_suffix(".machine.json"), machine_record())

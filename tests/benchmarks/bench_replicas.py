@@ -12,7 +12,6 @@ median with 95 %. Run it as
 import argparse
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,19 +20,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
-from tqdm.auto import tqdm
 
+from tests.benchmarks.turns import ROUNDS, ratio, take_turns, write_results
 from tests.inference.on_replicas import evaluate_while
 from tests.native import is_native
 from vitdemo import ImageNetVal, Model, Replicas, convert, data_path, describe_machine, evaluate, load_model
 from vitdemo.engines.contract import Engine
-from vitdemo.inference.predictions import write_json
 from vitdemo.inference.schedule import RANGE_S
 from vitdemo.machine import cores, machine_record
-from vitdemo.paths import replacing
 from vitdemo.stats import median_interval
 
-ROUNDS, KILLS, IMAGES = 9, 5, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
+KILLS, IMAGES = 5, {"vit_base_patch16_224": 160, "vit_shapes20": 1000}
 TARGETS = {  # (median, lower bound)
     ("vit_base_patch16_224", "one replica"): (0.97, 0.93),
     ("vit_base_patch16_224", "a replica a core"): (0.97, None),
@@ -51,28 +48,23 @@ def vit_base(data: ImageNetVal) -> Engine:
 
 def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[list[dict], list[str]]:
     """Rows, and lines for people."""
-    options = dict(limit=IMAGES[name], progress=False)
+    top1: dict[str, float] = {}
+
+    def run(arm: str, replicas: Replicas | None) -> float:
+        metrics = evaluate(engine, data, replicas=replicas, limit=IMAGES[name], progress=False).metrics
+        assert metrics["images"] == IMAGES[name]
+        top1[arm] = metrics["top1"]
+        return metrics["images_per_s"]
+
     with Replicas(engine, data, 1, share=0.5) as one, Replicas(engine, data, cores(), share=0.5) as many:
-        arms: dict[str, Callable] = {
-            "one process": lambda: evaluate(engine, data, **options),
-            "one replica": lambda: evaluate(engine, data, replicas=one, **options),
-            "a replica a core": lambda: evaluate(engine, data, replicas=many, **options),
-        }
-        rates: dict[str, list[float]] = {arm: [] for arm in arms}
-        top1: dict[str, float] = {}
-        for number in tqdm(range(rounds + 1), desc=name):
-            for arm, run in list(arms.items())[:: -1 if number % 2 else 1]:
-                found = run().metrics
-                assert found["images"] == IMAGES[name]
-                rates[arm].append(found["images_per_s"])
-                top1[arm] = found["top1"]
-    rates = {arm: values[1:] for arm, values in rates.items()}  # the first round warms up
+        arms = {"one process": None, "one replica": one, "a replica a core": many}
+        found = take_turns({arm: partial(run, arm, pool) for arm, pool in arms.items()}, IMAGES[name], rounds)
     rows, lines = [], []
-    for arm, values in rates.items():
+    for arm, turns in found.items():
         row = {"model": name, "engine": engine.name, "precision": engine.precision, "arm": arm}
-        row |= {"images_per_s": np.median(values), "rounds": rounds, "top1": top1[arm]}
+        row |= {"images_per_s": turns.median, "rounds": rounds, "top1": top1[arm]}
         if arm != "one process":
-            median, low, high = median_interval(np.array(values) / np.array(rates["one process"]))
+            median, low, high = median_interval(ratio(found, arm, "one process"))
             row |= {"of_one_process": median, "of_one_process_low": low, "of_one_process_high": high}
             target, bound = TARGETS.get((name, arm), (None, None))
             missed = target and (median < target or bound and low < bound)
@@ -131,7 +123,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     rows, lines = measure_all(arguments.rounds)
-    with replacing(arguments.out) as file:
-        rows.to_csv(file, index=False)
-    write_json(arguments.out.with_suffix(".machine.json"), machine_record())
+    write_results(rows, arguments.out)
     print(describe_machine(machine_record()), *lines, sep="\n")

@@ -12,13 +12,12 @@ last part is memory, not time: the null engine over a tar of 1,000 and of 50,000
 
 import argparse
 import io
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,9 +28,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
-from tqdm.auto import tqdm
 
 from tests.benchmarks.bench_extraction import make_archives
+from tests.benchmarks.turns import ROUNDS, Part, Turns, Variant, ratio, take_turns, write_results
 from tests.native import is_native
 from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
 from vitdemo.dataset.batches import prefetched_batches
@@ -39,69 +38,14 @@ from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.loop import predict
-from vitdemo.inference.predictions import write_json
 from vitdemo.inference.random_input import run_random_input
 from vitdemo.machine import Phases, cores, describe_machine, machine_record, now
-from vitdemo.paths import REPOSITORY, replacing
+from vitdemo.paths import REPOSITORY
 
-ROUNDS, BATCH, THREADS = 9, 8, 2
+BATCH, THREADS = 8, 2
 BIG = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 FEWER_BITS = [("openvino", each) for each in ("bf16", "int8") if is_native("openvino", each)]
 PHOTOS = REPOSITORY.parent / "shared" / "photos"
-
-
-@dataclass
-class Turns:
-    """What became of a variant: images/s, one value per round, and how many of how many answers were right, if any."""
-
-    rates: list[float] = field(default_factory=list)
-    correct: int | None = None
-    images: int = 0
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
-
-
-@dataclass
-class Part:
-    """A part of the table: variants by name, and lines (what, one value per round, the target it is held to)."""
-
-    title: str
-    variants: dict[str, Turns]
-    lines: list[tuple[str, list[float], float | None]]
-
-    def __str__(self) -> str:
-        shown = [self.title]
-        for name, turns in self.variants.items():
-            accuracy = "" if turns.correct is None else f", top-1 {turns.correct}/{turns.images}"
-            low, high = min(turns.rates), max(turns.rates)
-            shown.append(f"  {name:40} {turns.median:8.1f} images/s ({low:.1f} to {high:.1f}){accuracy}")
-        for what, values, target in self.lines:
-            low, high = min(values), max(values)
-            verdict = (
-                "" if target is None else f", target {target}: {'missed' if self.missed(values, target) else 'met'}"
-            )
-            shown.append(f"  {what}: {statistics.median(values):.3f} ({low:.3f} to {high:.3f}){verdict}")
-        return "\n".join(shown)
-
-    @staticmethod
-    def missed(values: list[float], target: float | None) -> bool:
-        return target is not None and statistics.median(values) < target
-
-    def rows(self) -> list[dict]:
-        """One a variant (in images/s) and one a line (a ratio)."""
-        measured = [
-            dict(what=name, unit="images/s", values=turns.rates, correct=turns.correct, images=turns.images or None)
-            for name, turns in self.variants.items()
-        ]
-        measured += [dict(what=what, unit="ratio", values=values, target=target) for what, values, target in self.lines]
-        rows = []
-        for row in measured:
-            values = row.pop("values")
-            spread = dict(median=statistics.median(values), low=min(values), high=max(values), rounds=len(values))
-            rows.append({"part": self.title, **row, **spread})
-        return rows
 
 
 class Images(Dataset):
@@ -167,42 +111,15 @@ def baseline(model: Model, samples: list[Sample]) -> int:
     return correct
 
 
-Variant = Callable[[], float | int | None]  # its own images/s, or how many answers were right, or nothing
-
-
-def take_turns(variants: dict[str, Variant], images: int, rounds: int, *, scored: bool) -> dict[str, Turns]:
-    """Every variant once a round; the round before them warms up and is not kept."""
-    found = {name: Turns() for name in variants}
-    for number in tqdm(range(rounds + 1), desc="rounds"):
-        for name, run in list(variants.items())[:: -1 if number % 2 else 1]:
-            start = now()
-            answer = run()
-            rate = answer if isinstance(answer, float) else images / (now() - start)
-            if number:
-                found[name].rates.append(rate)
-            if scored and isinstance(answer, int):
-                found[name].correct, found[name].images = answer, images
-    return found
-
-
-def ratio(found: dict[str, Turns], name: str, other: str) -> list[float]:
-    """Round by round."""
-    return [ours / theirs for ours, theirs in zip(found[name].rates, found[other].rates, strict=True)]
-
-
 def input_path(samples: list[Sample], rounds: int) -> Part:
     preprocessing = load_model("vit_shapes20").info.preprocessing
-    found = take_turns(input_variants(samples, preprocessing), len(samples), rounds, scored=False)
+    found = take_turns(input_variants(samples, preprocessing), len(samples), rounds)
     timms = [turns.rates for name, turns in found.items() if name.startswith("timm")]
     found_with_best = found | {"timm": Turns([max(rates) for rates in zip(*timms, strict=True)])}
-    return Part(
-        f"input path alone, {len(samples)} photographs to 224 x 224, {THREADS} threads or workers",
-        found,
-        [
-            ("fast path / timm's better one", ratio(found_with_best, "fast path", "timm"), 3),
-            ("fast path / bare loop", ratio(found, "fast path", "bare decode and resize"), 0.95),
-        ],
-    )
+    lines = [("fast path / timm's better one", ratio(found_with_best, "fast path", "timm"), 3)]
+    lines += [("fast path / bare loop", ratio(found, "fast path", "bare decode and resize"), 0.95)]
+    title = f"input path alone, {len(samples)} photographs to 224 x 224, {THREADS} threads or workers"
+    return Part(title, found, lines)
 
 
 def engine_variants(model: Model, samples: list[Sample], engines: list[tuple[str, str]]) -> dict[str, Variant]:
@@ -245,56 +162,41 @@ def small_model(samples: list[Sample], rounds: int) -> Part:
     null = convert(model, "null", "none")
     variants = engine_variants(model, samples, FEWER_BITS)
     variants["decoding alone"] = input_variants(samples, preprocessing)["fast path"]
-    variants["null engine, files: the harness alone"] = lambda: float(null_rate(null, samples))
+    variants["null engine, files: the harness alone"] = lambda: rate_of(partial(whole_way, null), samples)
     variants["baseline"] = lambda: baseline(model, samples)
     found = take_turns(variants, len(samples), rounds, scored=True)
     lines = []
     for name in map(" ".join, FEWER_BITS):
         files, alone = f"{name}, files", f"{name}, random input"
         decoding = found["decoding alone"].rates
-        bound = [1 / (1 / d + 1 / e) for d, e in zip(decoding, found[alone].rates, strict=True)]
-        lines.append(
-            (f"{files} / decoding, then computing", ratio(found | {"bound": Turns(bound)}, files, "bound"), 0.85)
-        )
+        bound = Turns([1 / (1 / d + 1 / e) for d, e in zip(decoding, found[alone].rates, strict=True)])
+        lines.append((f"{files} / decoding, then computing", ratio(found | {"bound": bound}, files, "bound"), 0.85))
         lines.append((f"{files} / baseline, mixed precision", ratio(found, files, "baseline"), 3))
         lines.append(overlap(found, name))
     return Part(f"vit_shapes20, {len(samples)} bundled images", found, lines)
 
 
-def null_rate(null: Engine, samples: list[Sample]) -> float:
+def rate_of(run: Callable[[list[Sample]], object], samples: list[Sample]) -> float:
     """Images/s; what it answers is nobody's."""
     start = now()
-    whole_way(null, samples)
+    run(samples)
     return len(samples) / (now() - start)
 
 
 def big_model(samples: list[Sample], rounds: int) -> Part:
     model = load_model(BIG, "random")
     variants = engine_variants(model, samples, FEWER_BITS)
-    quarter = samples[: len(samples) // 4]
-
-    def baseline_of_a_quarter() -> float:
-        start = now()
-        baseline(model, quarter)
-        return len(quarter) / (now() - start)
-
-    variants["baseline, a quarter of the images"] = baseline_of_a_quarter
-    found = take_turns(variants, len(samples), rounds, scored=False)
     user, targets = "baseline, a quarter of the images", {"int8": 6, "bf16": 3.5}
+    variants[user] = lambda: rate_of(partial(baseline, model), samples[: len(samples) // 4])
+    found = take_turns(variants, len(samples), rounds)
     mixed = [
         (f"{name}, files / baseline, mixed precision", ratio(found, f"{name}, files", user), targets[name.split()[1]])
         for name in map(" ".join, FEWER_BITS)
     ]
     alone = ratio(found, "openvino int8, files", "openvino int8, random input")
-    return Part(
-        f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs",
-        found,
-        [
-            ("openvino int8, files / random input", alone, 0.94),
-            *mixed,
-            *(overlap(found, name) for name in map(" ".join, FEWER_BITS)),
-        ],
-    )
+    lines = [("openvino int8, files / random input", alone, 0.94), *mixed]
+    lines += [overlap(found, name) for name in map(" ".join, FEWER_BITS)]
+    return Part(f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs", found, lines)
 
 
 SIZES = (1_000, 50_000)
@@ -346,30 +248,28 @@ def test_memory_does_not_grow_with_the_data_set():
 def test_the_fast_path_against_timms_and_a_bare_loop(photos):
     part = input_path(photographs(photos[0].parent), ROUNDS)
     print(part)
-    assert not [what for what, values, target in part.lines if part.missed(values, target)]
+    assert not part.missed
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photos", type=Path, default=PHOTOS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--part", choices=("input", "small", "big", "memory"), action="append")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    wanted = arguments.part or ["input", "small", "big", "memory"]
-    print(describe_machine(machine_record()))
     measures = {
         "input": lambda: input_path(photographs(arguments.photos), arguments.rounds),
         "small": lambda: small_model(list(ImageNetVal(data_path("shapes20"))), arguments.rounds),
         "big": lambda: big_model(photographs(arguments.photos), arguments.rounds),
     }
-    parts = []
+    parser.add_argument("--part", choices=(*measures, "memory"), action="append")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    wanted, parts = arguments.part or [*measures, "memory"], []
+    print(describe_machine(machine_record()))
     for name in wanted:
         if name in measures:
             parts.append(measures[name]())
             print(parts[-1], flush=True)
-            with replacing(arguments.out) as file:  # after each part, as all of them take half an hour
-                pd.DataFrame([row for part in parts for row in part.rows()]).to_csv(file, index=False)
+            # after each part, as all of them take half an hour
+            write_results(pd.DataFrame([row for part in parts for row in part.rows()]), arguments.out)
     if "memory" in wanted:
         print(describe_memory(memory()))
-    write_json(arguments.out.with_suffix(".machine.json"), machine_record())

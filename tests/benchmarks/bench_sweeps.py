@@ -21,15 +21,14 @@ import pytest
 import torch
 from torch.utils.benchmark import Timer
 
+from tests.benchmarks.turns import write_results
 from vitdemo import benchmark, convert, describe_machine, load_model, machine_record
 from vitdemo.benchmarking.gate import RATIO, compare
-from vitdemo.benchmarking.processes import Nursery, Worker
+from vitdemo.benchmarking.processes import Worker
 from vitdemo.engines.artifacts import artifacts_root
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.openvino import GRAPH, hint
-from vitdemo.inference.predictions import write_json
 from vitdemo.machine import cores, now
-from vitdemo.paths import replacing
 from vitdemo.stats import median_interval
 
 VIT, TURNS = "vit_base_patch16_224", 9
@@ -58,9 +57,9 @@ def as_others() -> list[dict]:
     """The median latency as a sweep's worker measures it over another tool's, by turns."""
     model = load_model(VIT, "random")
     eager, openvino = convert(model), convert(model, "openvino", "int8")
-    rows, nursery = [], Nursery()
+    rows = []
     for (engine, tool), batch in product(((eager, _torch_s), (openvino, _tool_s)), (1, 8)):
-        worker = Worker(nursery)
+        worker = Worker()
         worker.ask("engine", engine.recipe if engine is eager else engine.recipe.ticket(), cores())
         worker.ask("first_call", batch)
         worker.ask("warm_up", TOOL_S)
@@ -69,7 +68,6 @@ def as_others() -> list[dict]:
         median, low, high = median_interval(np.array(ratios))
         what = f"{engine.name} {engine.precision} over {NAMES[engine.name]}"
         rows.append({"what": what, "device_batch_size": batch, "value": median - 1, "low": low - 1, "high": high - 1})
-    nursery.end()
     return rows
 
 
@@ -115,7 +113,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found = measure()
-    with replacing(arguments.out) as file:
-        found.to_csv(file, index=False)
-    write_json(arguments.out.with_suffix(".machine.json"), machine_record())
+    write_results(found, arguments.out)
     print(describe_machine(machine_record()), found.to_string(), *misses(found), sep="\n")

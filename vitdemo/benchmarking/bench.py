@@ -1,21 +1,15 @@
-"""Measures one engine of a model, in a process of its own, which answers questions over a pipe.
+"""Measures one engine of a model, in a process of its own, which answers questions over a pipe."""
 
-These processes are forked from one helper that has imported torch already, ``python -m vitdemo.benchmarking.bench nurse
-FD``: that saves seconds and memory per engine, and a caller's own script is not run again.
-"""
-
+import ctypes
 import os
 import pickle
 import signal
-import socket
 import statistics
-import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import RLock
@@ -30,17 +24,13 @@ from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import now, peak_memory_bytes
 
-ANSWER = struct.Struct("i")  # of the nursery's messages, both ways
 INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
 EXPLORE_S = 1.0
 STABLE, LAST = 0.05, 3  # warm, when the last calls lie within this share of their median
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a bench could not do. reason: one line."""
-
-    reason: str
+class Failed(Exception):
+    """A bench could not do what it was asked. The message is one line."""
 
 
 class EngineBench:
@@ -155,8 +145,19 @@ def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
     return taken
 
 
-def serve(pipe: Connection) -> None:
-    """Make the bench that comes first, then call its methods by name, until the other end is closed."""
+def serve(pipe: Connection, environment: dict[str, str]) -> None:
+    """Make the bench that comes first, then call its methods by name, until the other end is closed.
+
+    environment: the starter's, now; the server, from which this process was forked, keeps that of its own start.
+    """
+    os.environ.clear()
+    os.environ |= environment
+    os.setpgrp()  # Ctrl-C and Ctrl-Z are for the starter, who ends this process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the server, also while it is stopped
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # and the server with the starter: it waits for all ends
+        with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
+            Path("/proc/self/oom_score_adj").write_text("1000")
     tqdm.set_lock(RLock())  # its own is a semaphore, which a process that is killed leaves behind
     bench = None
     while True:
@@ -171,70 +172,5 @@ def serve(pipe: Connection) -> None:
             else:
                 answer = getattr(bench, name)(*arguments)
         except Exception as error:  # a runtime may raise anything; it becomes a row that says so
-            answer = Failure(reason_of(error))
+            answer = Failed(reason_of(error))
         pipe.send_bytes(pickle.dumps(answer))
-
-
-CHILDREN: dict[int, subprocess.Popen] = {}  # a nursery's; one that is dropped loses its exit code to the next one
-
-
-def nurse(here: socket.socket) -> None:
-    """Start a process for each message 0, which brings its pipe along, and answer its pid; for the pid of one that
-    has ended or is about to, answer its exit code. Until the other end is closed."""
-    import vitdemo.evaluation.evaluation  # noqa: F401 - what benches import later, so that they share it too
-
-    here.send(ANSWER.pack(0))
-    while True:
-        message, pipes, *_ = socket.recv_fds(here, ANSWER.size, 1)
-        if not message:
-            return
-        (pid,) = ANSWER.unpack(message)
-        if pid:
-            answer = CHILDREN.pop(pid).wait() if pid in CHILDREN else os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        else:
-            answer = start(pipes[0], here)
-            os.close(pipes[0])
-        here.send(ANSWER.pack(answer))
-
-
-def start(pipe: int, here: socket.socket) -> int:
-    """The pid of a new process that serves ``pipe``. Forked, it shares what is imported; elsewhere than on Linux a fork
-    is not safe, and it imports anew."""
-    if sys.platform != "linux":
-        command = [sys.executable, "-m", "vitdemo.benchmarking.bench", "serve", str(pipe)]
-        child = subprocess.Popen(command, pass_fds=[pipe])
-        CHILDREN[child.pid] = child
-        return child.pid
-    if pid := os.fork():
-        return pid
-    try:
-        here.close()
-        end_with_parent()
-        with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
-            Path("/proc/self/oom_score_adj").write_text("1000")
-        serve(Connection(pipe))
-    finally:
-        os._exit(0)  # the nursery's own way back is not this process's
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process with its parent, also while it is stopped. On Linux alone."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def main() -> None:
-    role, number = sys.argv[1:]
-    if role == "nurse":
-        end_with_parent()
-        nurse(socket.socket(fileno=int(number)))
-    else:
-        serve(Connection(int(number)))
-
-
-if __name__ == "__main__":
-    from vitdemo.benchmarking import bench as worker  # under its own name, so that what it sends can be read elsewhere
-
-    worker.main()

@@ -11,9 +11,8 @@ import torch
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
-from vitdemo.engines import onnx, openvino
 from vitdemo.engines.artifacts import artifacts_root
-from vitdemo.engines.contract import CompiledEngine, Engine
+from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.engines.graph import export_graph
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.models.model import Model
@@ -26,9 +25,13 @@ SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
 def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy_loss: float) -> pd.Series:
     """The row with the most images/s among those fast enough and right enough.
 
-    Fast enough: nine calls in ten (``p90_ms``) within ``latency_budget_ms``. Right enough: top-1 at most
-    ``largest_accuracy_loss``, a fraction, below eager fp32's on the same images. Raises VitdemoError where there is
-    none, saying what comes nearest, and for rows of several machines or models.
+    Args:
+        rows: of ``benchmark``, of one model on one machine, with the accuracies measured.
+        latency_budget_ms: fast enough is where nine calls in ten (``p90_ms``) stay within it.
+        largest_accuracy_loss: right enough is a top-1 at most this fraction below eager fp32's on the same images.
+
+    Raises:
+        VitdemoError: where there is none, saying what comes nearest, and for rows of several machines or models.
     """
     for name in ("machine", "model"):
         if rows[name].nunique() > 1:
@@ -52,16 +55,23 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
     """Write ``classify.py`` and what it needs into the new folder ``out``; the path of the script.
 
     It takes paths of images and prints the likeliest classes of each; it needs numpy, Pillow and the engine's runtime,
-    and no vitdemo. class_names: by class index; by default the wnids. The script is written last: a folder that has it
-    is whole. Raises VitdemoError for an engine that ``convert`` did not make, whose artifact is gone from the cache, or
-    whose runtime has no script here, for one on another device than the CPU, and for an input that is not square.
+    and no vitdemo. The script is written last: a folder that has it is whole.
+
+    Args:
+        engine: made by ``convert`` for the CPU, of a square input.
+        out: a folder that is empty or not there yet.
+        class_names: by class index; by default the wnids.
+
+    Raises:
+        VitdemoError: for any other engine, one whose artifact is gone from the cache, or one that has no ``script``.
     """
     preprocessing, recipe = engine.info.preprocessing, engine.recipe
     _, height, width = preprocessing.input_size
     if recipe is None or engine.device != "cpu" or height != width:
         raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
-    if engine.name not in RUNTIMES:
-        raise VitdemoError(f"{engine.name}: no script is written for it; there are {', '.join(RUNTIMES)}")
+    if not engine.script:
+        known = ", ".join(name for name, cls in find_engines().items() if cls.script)
+        raise VitdemoError(f"{engine.name}: no script is written for it; there are {known}")
     out = claim_folder(out)
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
         for file in _model_files(engine, Path(part)):
@@ -91,8 +101,6 @@ def _script(engine: Engine) -> str:
     preprocessing = engine.info.preprocessing
     side = preprocessing.input_size[1]
     squash = preprocessing.crop_mode == "squash"
-    # The script asks the machine that it runs on, which may have no bf16 where this one has.
-    hint = repr("f32") if engine.precision == "fp32" else BF16_OR_F32
     return TEMPLATE.format(
         what=f"{engine.info.tag} in {engine.name} {engine.precision}",
         key=engine.card["key"][:16],
@@ -100,44 +108,12 @@ def _script(engine: Engine) -> str:
         resized=int(side / preprocessing.crop_pct),
         interpolation=preprocessing.interpolation.upper(),
         size=SQUASHED if squash else COVERING,
-        runtime=RUNTIMES[engine.name].format(hint=hint).strip(),
+        runtime=engine.script.strip(),
     )
 
 
-BF16_OR_F32 = '"bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"'
 COVERING = "size = [int(RESIZED * s / min(image.size)) for s in image.size]"
 SQUASHED = "size = RESIZED, RESIZED"
-RUNTIMES = {
-    "eager": """
-import torch
-
-model = torch.export.load(HERE / "model.pt2").module()
-logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
-""",
-    "inductor": """
-import torch
-
-# torch._inductor.aoti_load_package would ask the compiler, for twenty seconds
-model = torch._C._aoti.AOTIModelPackageLoader(str(HERE / "model.pt2"), "model", False, 1, -1)
-logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
-""",
-    "onnx": f"""
-import onnxruntime
-
-model = onnxruntime.InferenceSession(HERE / "{onnx.GRAPH}", providers=["CPUExecutionProvider"])
-logits = lambda x: model.run(None, {{{{"x": x}}}})[0]
-""",
-    "openvino": f"""
-sys.modules["openvino_telemetry"] = None  # it would report this use, from a process that loads the model again
-import openvino
-
-core = openvino.Core()
-hint = {{hint}}
-options = {{{{"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}}}
-model = core.compile_model(HERE / "{openvino.GRAPH}", "CPU", options)
-logits = lambda x: model(x)[0]
-""",
-}
 TEMPLATE = '''"""{what}, artifact {key}, as written by vitdemo.
 
 python classify.py IMAGE …"""

@@ -3,9 +3,8 @@
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,9 +46,11 @@ class Sweep:
 
 @contextmanager
 def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
-    """A new file ``perf_<model>_<setting>_<time>.csv`` in ``out``.
+    """A new file ``perf_<model>_<setting>_<time>.csv``.
 
-    Its record, ``….json``, says whether the sweep was finished.
+    Args:
+        out: its folder, made where it is not there.
+        settings: of the sweep, for its record ``….json``, which also says whether the sweep was finished.
     """
     settings = json.loads(json.dumps(settings))
     with named_errors(out):
@@ -71,8 +72,12 @@ def _name(settings: dict) -> str:
 
 
 def read_perf(path: Path) -> pd.DataFrame:
-    """The rows of one sweep's file. Raises VitdemoError, naming it, where it is none, a column is there twice, or a
-    row is longer or shorter than the header."""
+    """The rows of one sweep's file.
+
+    Raises:
+        VitdemoError: naming it, where it is none, a column is there twice, or a row is longer or shorter than the
+            header.
+    """
     with named_errors(path):
         try:
             with open(path, encoding="utf-8", newline="") as file:
@@ -83,20 +88,24 @@ def read_perf(path: Path) -> pd.DataFrame:
             table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str")) if header else pd.DataFrame()
         except (UnicodeDecodeError, pd.errors.ParserError, csv.Error):
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
-    for number, name in sorted((-count, name) for name, count in Counter(header).items()):
-        if number < -1:
-            raise VitdemoError(f"{path}: has the column {name!r} {-number} times; take one out")
-    missing = [name for name in NEEDED if name not in header]
-    if missing:
+    if (times := header.count(name := max(header, key=header.count, default=""))) > 1:
+        raise VitdemoError(f"{path}: has the column {name!r} {times} times; take one out")
+    if missing := [name for name in NEEDED if name not in header]:
         raise VitdemoError(f"{path}: not a table of vitdemo's, the column {missing[0]!r} is missing; take it out")
     return table
 
 
 def merge(places: Iterable[Path | str]) -> pd.DataFrame:
-    """The rows of every ``perf_*.csv`` in these folders, or of these files, joined by column name.
+    """The rows of several sweeps, joined by column name.
 
     What one file has and another lacks is empty there; each row keeps its machine and its commit, and gets the name of
-    its ``file``. Raises VitdemoError where there are none, or where a file is not a sweep's.
+    its ``file``.
+
+    Args:
+        places: folders, of which every ``perf_*.csv`` is read, and files.
+
+    Raises:
+        VitdemoError: where there are none, or where a file is not a sweep's.
     """
     files: dict[Path, None] = {}
     for place in map(user_path, places):
@@ -116,7 +125,6 @@ def merge(places: Iterable[Path | str]) -> pd.DataFrame:
 
 
 def _number_or_word(value: object) -> object:
-    try:
+    with suppress(ValueError):
         return float(value)
-    except ValueError:
-        return value
+    return value

@@ -22,11 +22,16 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
     """Each ratio to eager fp32 beside its baseline's, and a ``verdict``.
 
     WORSE: below ``(1 - worse_by)`` of the baseline's. STALE: above ``1 / (1 - worse_by)`` of it. GONE: the baseline
-    has a ratio and these rows have none. ``change``: ratio / baseline - 1. Raises VitdemoError for a ``worse_by`` out
-    of 0 to 1, and where no row of the baseline is of the same model, engine, precision and batch.
+    has a ratio and these rows have none. ``change``: ratio / baseline - 1.
+
+    Args:
+        rows: of a sweep just measured.
+        baseline: of an earlier one, see ``check_baseline``.
+        worse_by: a fraction, see ``check_share``.
+
+    Raises:
+        VitdemoError: where no row of the baseline is of the same model, engine, precision and batch.
     """
-    check_share(worse_by)
-    check_baseline(baseline)
     before, now = _ratios(baseline).dropna(subset=RATIO), _ratios(rows)
     both = before.merge(now, on=SAME, how="left", suffixes=("_baseline", ""))
     asked = both[SAME].merge(rows[SAME].drop_duplicates(), on=SAME, how="left", indicator=True)["_merge"] == "both"
@@ -42,9 +47,12 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
 
 
 def check_baseline(baseline: pd.DataFrame) -> None:
-    """Raise VitdemoError for a table that nothing can be held against: a column missing, or several machines' rows."""
-    missing = [name for name in (*SAME, RATIO, "status", "machine") if name not in baseline]
-    if missing:
+    """Whether rows can be held against this table.
+
+    Raises:
+        VitdemoError: where a column is missing, or the rows are of several machines.
+    """
+    if missing := [name for name in (*SAME, RATIO, "status", "machine") if name not in baseline]:
         raise VitdemoError(f"against: the baseline has no column {missing[0]!r}; measure it with `vitdemo benchmark`")
     if baseline["machine"].nunique() > 1:
         raise VitdemoError("against: the baseline holds the rows of several machines; give one sweep's file")
@@ -57,7 +65,18 @@ def check_overlap(
     device_batch_sizes: Sequence[int],
     replicas: int | None,
 ) -> None:
-    """Raise VitdemoError where the baseline has nothing of what is going to be measured."""
+    """Whether the baseline has anything of what is going to be measured.
+
+    Args:
+        baseline: see ``check_baseline``.
+        models: what they say of themselves.
+        pairs: of engine and precision.
+        device_batch_sizes: images at once.
+        replicas: how many share each batch; None is no replicas.
+
+    Raises:
+        VitdemoError: where it has nothing.
+    """
     found = _ratios(baseline)
     own = (found["engine"] + ":" + found["precision"]).isin(list(map(str, pairs)))
     own &= found["device_batch_size"].isin(device_batch_sizes) & (found["replicas"] == (replicas or 1))
@@ -69,7 +88,11 @@ def check_overlap(
 
 
 def check_share(worse_by: float) -> None:
-    """Raise VitdemoError for what is no share."""
+    """Whether ``worse_by`` is a share, the loss of speed that is still fine.
+
+    Raises:
+        VitdemoError: where it is not between 0 and 1.
+    """
     if not 0 < worse_by < 1:
         raise VitdemoError(f"worse_by {worse_by!r}: must be a fraction between 0 and 1")
 

@@ -25,9 +25,13 @@ EAGER = Pair("eager", "fp32")  # the reference
 def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
     """The pairs that ``engines`` names, each once, and before them eager in fp32 and in each precision it shares.
 
-    An engine without a precision, and every engine for None, stands for its precisions that are native here: an
-    emulated one is taken where it is named, and then without eager's emulated one beside it. Raises VitdemoError for an
-    unknown engine or precision, naming those there are.
+    Args:
+        engines: names such as "openvino:int8", in a list or with commas. One without a precision, and every engine for
+            None, stands for its precisions that are native here: an emulated one is taken where it is named, and then
+            without eager's emulated one beside it.
+
+    Raises:
+        VitdemoError: for an unknown engine or precision, naming those there are.
     """
     known = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
     every = [name for name, cls in known.items() if _native(cls)]

@@ -76,9 +76,21 @@ COLUMNS = {  # name -> what it says
 
 @dataclass
 class Measured:
-    """A pair at one batch size. facts: of its engine. rounds: seconds of each call, one list per round, empty where it
-    sat out. roof: FLOP/s that plain products reached, one number per round.
-    first_run_s: None where the process had run before. status: "" while nothing went wrong."""
+    """A pair at one batch size.
+
+    Attributes:
+        pair: engine and precision.
+        device_batch_size: images that a replica gets at once.
+        facts: of its engine.
+        replicas: how many share each batch.
+        status: "" while nothing went wrong.
+        first_run_s: None where the process had run before.
+        second_run_s: the call after.
+        warm_up_s: of the calls before the timed ones.
+        rounds: seconds of each call, one list per round, empty where it sat out.
+        roof: FLOP/s that plain products reached, one number per round, NaN where none were tried.
+        peak_memory_bytes: None where it was not measured.
+    """
 
     pair: Pair
     device_batch_size: int
@@ -116,16 +128,15 @@ class Measured:
         """Whether most of the work was done in the precision that was asked for."""
         return self.facts.get("precision_ran", {}).get(self.pair.precision, 0) >= 0.5
 
-    def of_roof(self, flops_per_image: int) -> np.ndarray:
-        """Its rate over the roof's in each round in which both were measured."""
-        shares = self.rates * flops_per_image / self.roof
-        return shares[np.isfinite(shares)]
-
 
 def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns: str) -> pd.DataFrame:
     """The rows of one batch size, COLUMNS each.
 
-    before: the sweep's rows so far, among which a pair that ran alone finds its eager.
+    Args:
+        found: one per pair, which took turns.
+        info: the model's.
+        before: the sweep's rows so far, among which a pair that ran alone finds its eager.
+        turns: see COLUMNS.
     """
     good = {measured.pair: measured for measured in found if not measured.status}
     rows = []
@@ -182,26 +193,20 @@ def _latency(measured: Measured) -> dict:
 
 
 def _speedups(measured: Measured, good: dict[Pair, Measured], before: pd.DataFrame) -> dict:
-    row = {}
+    row, device = {}, measured.facts.get("device")
     equal = Pair(EAGER.engine, measured.pair.precision)
     for name, other in {"speedup_over_eager_fp32": EAGER, "speedup_equal_precision": equal}.items():
         mixed = name == "speedup_over_eager_fp32"
-        if other in good:
-            if _same_device(measured, good[other]) and (mixed or measured.ran_as_asked and good[other].ran_as_asked):
-                ratios = measured.rates / good[other].rates
-                ratios = ratios[np.isfinite(ratios)]
-                row |= _interval(name, ratios) | {f"{name}_pairs": len(ratios)}
+        if eager := good.get(other):
+            like = eager.facts.get("device") == device and (mixed or measured.ran_as_asked and eager.ran_as_asked)
+            row |= _interval(name, measured.rates / eager.rates) if like else {}
         else:
             size = before["device_batch_size"] == measured.device_batch_size
             same = before[size & (before["engine"] == other.engine) & (before["precision"] == other.precision)]
-            like = (same["device"] == measured.facts.get("device")).all() and (mixed or measured.ran_as_asked)
+            like = (same["device"] == device).all() and (mixed or measured.ran_as_asked)
             if len(same) and same["status"].iloc[0] == OK and like:
                 row[name] = measured.rate / same["images_per_s"].iloc[0]
     return row
-
-
-def _same_device(one: Measured, other: Measured) -> bool:
-    return one.facts.get("device") == other.facts.get("device")
 
 
 def _of_roof(measured: Measured, flops_per_image: int) -> dict:
@@ -210,14 +215,16 @@ def _of_roof(measured: Measured, flops_per_image: int) -> dict:
         return row | {"mfu_convention": "n/a: which precision ran is not known"}
     if not measured.ran_as_asked:
         return row | {"mfu_convention": "n/a: most did not run natively in the precision that was asked for"}
-    if not len(shares := measured.of_roof(flops_per_image)):
+    shares = _interval("of_roof", measured.rates * flops_per_image / measured.roof)
+    if "of_roof" not in shares:
         return row | {"mfu_convention": "n/a: no roof was measured in this precision here"}
     roof = np.nanmedian(measured.roof)
     row |= {"roof_tflops": roof / 1e12, "mfu": measured.rate * flops_per_image / roof, "mfu_convention": MFU_CONVENTION}
-    return row | _interval("of_roof", shares)
+    return row | shares
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
-    if not len(values):
-        return {}
-    return dict(zip((name, f"{name}_low", f"{name}_high"), median_interval(values), strict=True))
+    """The median of the rounds in which both were measured, its interval, and how many rounds these are."""
+    values = values[np.isfinite(values)]
+    found = zip((name, f"{name}_low", f"{name}_high"), median_interval(values), strict=True) if len(values) else ()
+    return dict(found) | {f"{name}_pairs": len(values)}

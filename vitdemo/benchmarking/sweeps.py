@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from vitdemo.benchmarking.bench import Failed
 from vitdemo.benchmarking.files import Sweep, open_sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
-from vitdemo.benchmarking.processes import Failed, Nursery, ReplicaBench, Worker
+from vitdemo.benchmarking.processes import ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
@@ -47,6 +48,11 @@ class Candidate:
     has_run: bool = False
     ended: str = ""
 
+    @property
+    def has_roof(self) -> bool:
+        """Whether it computes where the roof is measured."""
+        return self.facts.get("device") == "cpu"
+
     def end(self, why: str = "") -> None:
         """Give back what it holds; ``why`` goes into the rows to come."""
         self.ended = self.ended or why
@@ -56,20 +62,12 @@ class Candidate:
 
 
 class SweepRun:
-    """One model's sweep."""
+    """One model's sweep, as its settings say."""
 
-    def __init__(
-        self,
-        model: Model,
-        sweep: Sweep,
-        data: ImageNetVal | None,
-        calibration: Path | str | None,
-        replicas: int | None,
-    ):
-        self._model, self._sweep, self._data, self._calibration = model, sweep, data, calibration
-        self._replicas = replicas
-        self._settings = sweep.settings
-        sizes = {min(size, ROOF_BATCH) for size in sweep.settings["device_batch_sizes"]}
+    def __init__(self, model: Model, sweep: Sweep, data: ImageNetVal | None):
+        self._model, self._sweep, self._data, self._settings = model, sweep, data, sweep.settings
+        self._sizes, self._replicas = self._settings["device_batch_sizes"], self._settings["replicas"]
+        sizes = {min(size, ROOF_BATCH) for size in self._sizes}
         self._shapes = sorted({*SQUARE, *(shape for size in sizes for shape in linear_shapes(model, size))})
         self._budget_s = self._settings["row_budget_s"]
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
@@ -77,51 +75,45 @@ class SweepRun:
 
     def do(self, pairs: list[Pair]) -> None:
         """Measure all pairs at all batch sizes."""
-        sizes = self._settings["device_batch_sizes"]
         recipes = dict(self._recipes(pairs))
         for recipe in recipes.values():  # before the others are there: a build takes memory
             if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
                 with suppress(VitdemoError):  # its row will say why
                     recipe.engine(cores()).close()
         together, alone = self._fitting(recipes)
-        self._measure_group({pair: recipes[pair] for pair in together}, sizes, "together")
+        self._measure_group({pair: recipes[pair] for pair in together}, "together")
         for pair in alone:
-            self._measure_group({pair: recipes[pair]}, sizes, "alone")
+            self._measure_group({pair: recipes[pair]}, "alone")
 
     def _recipes(self, pairs: list[Pair]) -> Iterator[tuple[Pair, Recipe]]:
         """Of each pair that can run here; a row that says why for the others."""
         for pair in pairs:
             try:
-                yield pair, recipe_for(self._model, *pair, calibration=self._calibration)
+                yield pair, recipe_for(self._model, *pair, calibration=self._settings["calibration"])
             except VitdemoError as error:
                 if pair == EAGER:
                     raise
-                sizes = self._settings["device_batch_sizes"]
-                self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in sizes], "")
+                self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in self._sizes], "")
 
     def _fitting(self, recipes: dict[Pair, Recipe]) -> tuple[list[Pair], list[Pair]]:
         """Which pairs fit into memory together, the reference first, and which do not."""
         weights = sum(tensor.nbytes for tensor in self._model.module.state_dict().values())
         each = PROCESS_BYTES + 3 * weights  # the file's, the runtime's own layout, and room to make it
-        room = int(free_memory_bytes() // each) - 1  # the roof's
+        room = max(int(free_memory_bytes() // each) - 1, 1)  # without the roof's
         pairs = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)
-        if self._replicas:
-            return pairs, []
-        return pairs[: max(room, 1)], pairs[max(room, 1) :]
+        return (pairs, []) if self._replicas else (pairs[:room], pairs[room:])
 
-    def _measure_group(self, recipes: dict[Pair, Recipe], sizes: list[int], turns: str) -> None:
+    def _measure_group(self, recipes: dict[Pair, Recipe], turns: str) -> None:
         candidates: list[Candidate] = []
         try:
             with ExitStack() as ending:
-                nursery = Nursery()
-                ending.callback(nursery.end)
-                roof = Worker(nursery)
+                roof = Worker()
                 ending.callback(roof.end)
                 roof.ask("roof", self._shapes)
                 for pair, recipe in recipes.items():
-                    candidates.append(Candidate(pair, recipe, None if self._replicas else Worker(nursery)))
+                    candidates.append(Candidate(pair, recipe, None if self._replicas else Worker()))
                     ending.callback(candidates[-1].end)
-                for size in sizes:
+                for size in self._sizes:
                     with tqdm(desc=f"{self._model.info.tag} batch {size}", total=len(candidates) * ROUNDS) as bar:
                         found = self._measure(candidates, roof, size, bar)
                     self._inspect(candidates)
@@ -131,37 +123,33 @@ class SweepRun:
 
     def _measure(self, candidates: list[Candidate], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
         """One batch size: what each candidate's calls took, and the roof in each round."""
-        found = [self._begin(candidate, size, 1 / len(candidates)) for candidate in candidates]
+        taking = [(candidate, self._begin(candidate, size, 1 / len(candidates))) for candidate in candidates]
         with suppress(Failed):
-            for precision in sorted(
-                {candidate.pair.precision for candidate in candidates if candidate.facts.get("device") == "cpu"}
-            ):
+            for precision in sorted({candidate.pair.precision for candidate in candidates if candidate.has_roof}):
                 roof.ask("explore", precision)
-        self._take_turns(candidates, found, roof, bar)
-        for candidate, measured in zip(candidates, found, strict=True):
+        self._take_turns(taking, roof, bar)
+        for candidate, measured in taking:
             if not candidate.ended:
                 with suppress(Failed):
                     measured.peak_memory_bytes = candidate.bench.ask("peak_memory_bytes")
-        return found
+        return [measured for _, measured in taking]
 
-    def _take_turns(self, candidates: list[Candidate], found: list[Measured], roof: Worker, bar: tqdm) -> None:
+    def _take_turns(self, taking: list[tuple[Candidate, Measured]], roof: Worker, bar: tqdm) -> None:
         """ROUNDS of turns. The roof in a precision takes as much time as a row may, at most, and one turn at least."""
         spent: Counter[str] = Counter()
         for number in range(ROUNDS):
-            if all(candidate.ended for candidate in candidates):
+            if all(candidate.ended for candidate, _ in taking):
                 return
-            for candidate, measured in list(zip(candidates, found, strict=True))[:: -1 if number % 2 else 1]:
-                going = not measured.status and sum(measured.calls) < self._budget_s
-                measured.rounds.append(self._turn(candidate, measured) if going else [])
+            for candidate, measured in taking[:: -1 if number % 2 else 1]:
+                measured.rounds.append([])
+                if not measured.status and sum(measured.calls) < self._budget_s:
+                    with self._failing(candidate, measured):
+                        measured.rounds[-1] = candidate.bench.ask("turn", self._turn_s)
                 bar.update()
             rates = {}
-            for candidate, measured in zip(candidates, found, strict=True):
+            for candidate, measured in taking:
                 precision = candidate.pair.precision
-                if (
-                    precision not in rates
-                    and spent[precision] < self._budget_s
-                    and candidate.facts.get("device") == "cpu"
-                ):
+                if precision not in rates and spent[precision] < self._budget_s and candidate.has_roof:
                     begin = now()
                     with suppress(Failed):
                         rates[precision] = roof.ask("flops_per_s", precision, self._turn_s / 3)
@@ -173,7 +161,7 @@ class SweepRun:
         measured = Measured(candidate.pair, size, candidate.facts, self._replicas or 1, status=candidate.ended)
         if candidate.ended:
             return measured
-        try:
+        with self._failing(candidate, measured):
             if not candidate.facts:
                 self._load(candidate, share)
             first = candidate.bench.ask("first_call", size)
@@ -188,40 +176,37 @@ class SweepRun:
             else:
                 left_s = WARM_UP * ROUNDS * self._turn_s - second
                 measured.warm_up_s = second + (candidate.bench.ask("warm_up", left_s) if left_s > second else 0)
-        except Failed as failure:
-            self._fail(candidate, measured, failure)
         return measured
 
     def _load(self, candidate: Candidate, share: float) -> None:
         """Get the engine ready at the candidate's bench. Raises Failed."""
+        recipe = candidate.recipe
         try:
             if self._replicas:
                 data = self._data or ImageNetVal(data_path(SHAPES20))
-                candidate.bench = ReplicaBench(candidate.recipe.engine(cores()), data, self._replicas, share)
-            elif not issubclass(candidate.recipe.cls, CompiledEngine):
-                candidate.bench.ask("engine", candidate.recipe, cores())
+                candidate.bench = ReplicaBench(recipe.engine(cores()), data, self._replicas, share)
+            elif not issubclass(recipe.cls, CompiledEngine):
+                candidate.bench.ask("engine", recipe, cores())
             else:
                 try:
-                    candidate.bench.ask("engine", candidate.recipe.ticket(), cores())
+                    candidate.bench.ask("engine", recipe.ticket(), cores())
                 except Failed:  # it is not built yet, or cannot be used: here it is, and says so
-                    candidate.recipe.engine(cores()).close()
-                    candidate.bench.ask("engine", candidate.recipe.ticket(), cores())
+                    recipe.engine(cores()).close()
+                    candidate.bench.ask("engine", recipe.ticket(), cores())
         except VitdemoError as error:
             raise Failed(str(error)) from None
         parameters = sum(parameter.numel() for parameter in self._model.module.parameters())
         candidate.facts.update(candidate.bench.ask("facts"), parameters=parameters)
 
-    def _turn(self, candidate: Candidate, measured: Measured) -> list[float]:
+    @contextmanager
+    def _failing(self, candidate: Candidate, measured: Measured) -> Iterator[None]:
+        """What Failed is raised for becomes the row's status, and the candidate takes no further part."""
         try:
-            return candidate.bench.ask("turn", self._turn_s)
+            yield
         except Failed as failure:
-            self._fail(candidate, measured, failure)
-            return []
-
-    def _fail(self, candidate: Candidate, measured: Measured, failure: Failed) -> None:
-        measured.status = f"failed: {failure}"
-        candidate.end(f"skipped: batch {measured.batch} failed")
-        tqdm.write(f"{candidate.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
+            measured.status = f"failed: {failure}"
+            candidate.end(f"skipped: batch {measured.batch} failed")
+            tqdm.write(f"{candidate.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
 
     def _inspect(self, candidates: list[Candidate]) -> None:
         """Whether the answers are right, after the first batch size, as the first call of a candidate is to be cold."""
@@ -313,16 +298,14 @@ def benchmark(
         check_ray(None)
     loaded = [load_model(name, weights) for name in names]  # before anything is measured: a mistyped name says so now
     scored = [scored_data(model, data) for model in loaded]
-    tables, wanted, out = [], [], user_path(out)
+    tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
         settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
         settings |= dict(device_batch_sizes=sizes, replicas=replicas, row_budget_s=row_budget_s)
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
         settings |= dict(calibration=calibration and str(calibration), commit=source_commit())
-        wanted.append(settings)
-    for model, own, settings in zip(loaded, scored, wanted, strict=True):
         with open_sweep(out, settings) as sweep:
-            SweepRun(model, sweep, own, calibration, replicas).do(pairs)
+            SweepRun(model, sweep, own).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)
 

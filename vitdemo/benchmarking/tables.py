@@ -23,51 +23,60 @@ def ttmetal_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows as tt-metal's performance files have them, in seconds and images/s.
 
     The CPU columns, the model in plain PyTorch there, are eager fp32 at the same batch.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+
+    Raises:
+        VitdemoError: where no row holds a measurement.
     """
     rows = _measured(rows)
-    eager = _eager_beside(rows, rows["precision"].map(lambda _: EAGER.precision))
-    return pd.DataFrame(
-        {
-            "Model": rows["model"],
-            "Setting": rows["engine"] + " " + rows["precision"],
-            "Batch": rows["batch"],
-            "First Run (sec)": rows["first_run_s"],
-            "Second Run (sec)": rows["second_run_s"],
-            "Compile Time (sec)": rows["compile_s"],
-            "Inference Time (sec)": rows["mean_ms"] / 1e3,
-            "Throughput (batch*inf/sec)": rows["images_per_s"],
-            "Inference Time CPU (sec)": eager["mean_ms"] / 1e3,
-            "Throughput CPU (batch*inf/sec)": eager["images_per_s"],
-            "Accuracy": rows["accuracy"],
-            "Machine": rows["machine"],
-        }
-    )
+    eager = _eager_beside(rows, EAGER.precision)
+    columns = {
+        "Model": rows["model"],
+        "Setting": rows["engine"] + " " + rows["precision"],
+        "Batch": rows["batch"],
+        "First Run (sec)": rows["first_run_s"],
+        "Second Run (sec)": rows["second_run_s"],
+        "Compile Time (sec)": rows["compile_s"],
+        "Inference Time (sec)": rows["mean_ms"] / 1e3,
+        "Throughput (batch*inf/sec)": rows["images_per_s"],
+        "Inference Time CPU (sec)": eager["mean_ms"] / 1e3,
+        "Throughput CPU (batch*inf/sec)": eager["images_per_s"],
+        "Accuracy": rows["accuracy"],
+        "Machine": rows["machine"],
+    }
+    return pd.DataFrame(columns)
 
 
 def aitemplate_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows as AITemplate's and FX2AIT's tables have them, in ms and images/s: eager (PT) beside the engine.
 
     Eager is in the engine's precision where it has that, else in fp32: then the speedup is a mixed one, and says so.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+
+    Raises:
+        VitdemoError: where no row holds a measurement.
     """
     rows = _measured(rows)
     equal = _eager_beside(rows, rows["precision"])["images_per_s"].notna()
     eager = _eager_beside(rows, rows["precision"].where(equal, EAGER.precision))
-    table = pd.DataFrame(
-        {
-            "Model": rows["model"],
-            "Engine": rows["engine"] + " " + rows["precision"],
-            "Batch size": rows["batch"],
-            "PT Latency (ms)": eager["mean_ms"],
-            "PT QPS (im/s)": eager["images_per_s"],
-            "Latency (ms)": rows["mean_ms"],
-            "QPS (im/s)": rows["images_per_s"],
-            "Speedup": rows["speedup_equal_precision"].where(equal, rows["speedup_over_eager_fp32"]),
-            "Precision": equal.map({True: "equal", False: "mixed (PT in fp32)"}),
-            "Accuracy": rows["accuracy"],
-            "Machine": rows["machine"],
-        }
-    )
-    return table[rows["engine"] != EAGER.engine]
+    columns = {
+        "Model": rows["model"],
+        "Engine": rows["engine"] + " " + rows["precision"],
+        "Batch size": rows["batch"],
+        "PT Latency (ms)": eager["mean_ms"],
+        "PT QPS (im/s)": eager["images_per_s"],
+        "Latency (ms)": rows["mean_ms"],
+        "QPS (im/s)": rows["images_per_s"],
+        "Speedup": rows["speedup_equal_precision"].where(equal, rows["speedup_over_eager_fp32"]),
+        "Precision": equal.map({True: "equal", False: "mixed (PT in fp32)"}),
+        "Accuracy": rows["accuracy"],
+        "Machine": rows["machine"],
+    }
+    return pd.DataFrame(columns)[rows["engine"] != EAGER.engine]
 
 
 def flagperf_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -75,33 +84,42 @@ def flagperf_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     p_infer_core in images/s; MFU with a multiply-accumulate counted as two operations, and as one, FlagPerf's own way;
     acc: top-1 in %, engine/eager fp32; mem: the process's peak in GiB.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+
+    Raises:
+        VitdemoError: where no row holds a measurement.
     """
     rows = _measured(rows)
-    eager = _eager_beside(rows, rows["precision"].map(lambda _: EAGER.precision))
+    eager = _eager_beside(rows, EAGER.precision)
     unmeasured = dict.fromkeys(("e2e_time", "p_val_whole", "p_val_core", "p_infer_whole"), "/")
     percent = [top1.map(lambda x: "/" if pd.isna(x) else f"{x:.1%}") for top1 in (rows["top1"], eager["top1"])]
-    return pd.DataFrame(
-        {
-            "model": rows["model"],
-            "engine": rows["engine"],
-            "precision": rows["precision"],
-            "bs": rows["batch"],
-            **unmeasured,
-            "p_infer_core": rows["images_per_s"],
-            "MFU": rows["mfu"],
-            "MFU_flagperf": rows["mfu"] / 2,
-            "acc": percent[0] + " / " + percent[1],
-            "mem": rows["peak_memory_bytes"] / GIB,
-            "machine": rows["machine"],
-        }
-    )
+    columns = {
+        "model": rows["model"],
+        "engine": rows["engine"],
+        "precision": rows["precision"],
+        "bs": rows["batch"],
+        **unmeasured,
+        "p_infer_core": rows["images_per_s"],
+        "MFU": rows["mfu"],
+        "MFU_flagperf": rows["mfu"] / 2,
+        "acc": percent[0] + " / " + percent[1],
+        "mem": rows["peak_memory_bytes"] / GIB,
+        "machine": rows["machine"],
+    }
+    return pd.DataFrame(columns)
 
 
 LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table, "flagperf": flagperf_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a sweep that fit on a screen; of what was skipped or failed, why."""
+    """The columns of a sweep that fit on a screen; of what was skipped or failed, why.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+    """
     names = ["model", "engine", "precision", "batch", "p50_ms", "p90_ms", "calls", "images_per_s"]
     names += ["speedup_equal_precision", "speedup_over_eager_fp32", "speedup_over_eager_fp32_pairs", "of_roof"]
     measured = rows["status"] == OK
@@ -110,7 +128,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def laid_out(rows: pd.DataFrame, layout: str) -> pd.DataFrame:
-    """``rows`` in a layout by its name. Raises VitdemoError for one that there is not."""
+    """``rows`` in another project's layout.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+        layout: one of LAYOUTS, by its name.
+
+    Raises:
+        VitdemoError: for a layout that there is not, and for rows that lack a column of it.
+    """
     if layout not in LAYOUTS:
         raise VitdemoError(f"layout {layout!r}: there are {', '.join(LAYOUTS)}")
     try:
@@ -120,9 +146,14 @@ def laid_out(rows: pd.DataFrame, layout: str) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write ``table`` as CSV, Markdown or a styled page, as the name of ``path`` ends: .csv, .md or .html.
+    """Write ``table`` as CSV, Markdown or a styled page.
 
-    Raises VitdemoError for another ending.
+    Args:
+        table: of any columns.
+        path: its ending says as what: .csv, .md or .html.
+
+    Raises:
+        VitdemoError: for another ending.
     """
     writers = {".csv": lambda: table.to_csv(index=False), ".md": lambda: markdown(table), ".html": lambda: page(table)}
     if path.suffix not in writers:
@@ -158,7 +189,7 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _eager_beside(rows: pd.DataFrame, precision: pd.Series) -> pd.DataFrame:
+def _eager_beside(rows: pd.DataFrame, precision: pd.Series | str) -> pd.DataFrame:
     """For each row that of eager in the given precision, of the same run; NaN where there is none."""
     same = [name for name in SAME_RUN if name in rows]
     eager = rows[rows["engine"] == EAGER.engine].drop_duplicates([*same, "precision"])

@@ -35,13 +35,15 @@ class Engine(ABC):
     info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
     runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
     shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
-    artifact, check it and make it ready to run. has_run: whether it was called yet.
+    artifact, check it and make it ready to run. has_run: whether it was called yet. script: the lines by which a
+    program without vitdemo makes ``logits`` of pixels (``write_script``).
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
     depth = 1
+    script = ""
 
     def __init__(self, info: ModelInfo, precision: str, *, device: str, threads: int):
         self.info = info

@@ -18,6 +18,12 @@ class EagerEngine(Engine):
 
     name = "eager"
     precisions = ("fp32", "bf16")
+    script = """
+import torch
+
+model = torch.export.load(HERE / "model.pt2").module()
+logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
+"""
 
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
         super().__init__(model.info, precision, device=device, threads=threads)

@@ -45,6 +45,12 @@ class ONNXEngine(CompiledEngine):
     precisions = ("fp32", "int8")
     packages = (RUNTIME, "onnx", "onnxscript")
     calibrated = ("int8",)
+    script = f"""
+import onnxruntime
+
+model = onnxruntime.InferenceSession(HERE / "{GRAPH}", providers=["CPUExecutionProvider"])
+logits = lambda x: model.run(None, {{"x": x}})[0]
+"""
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
         super().__init__(folder, info, precision, device=device, threads=threads)

@@ -89,6 +89,11 @@ class OpenVINOEngine(CompiledEngine):
         shares = {precision: count / macs.total() for precision, count in macs.items()}
         return named_as_run(shares, self.support("cpu"))
 
+    @property
+    def script(self) -> str:
+        # The script asks the machine that it runs on, which may have no bf16 where this one has.
+        return SCRIPT.format(hint="'f32'" if self.precision == "fp32" else BF16_OR_F32)
+
     @classmethod
     def support(cls, device: str) -> dict[str, str]:
         every = super().support(device)
@@ -116,6 +121,19 @@ class OpenVINOEngine(CompiledEngine):
             graph = quantised(graph, calibration)
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
         (folder / TAPS).write_text(json.dumps(nodes, indent=2), encoding="utf-8")
+
+
+BF16_OR_F32 = '"bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"'
+SCRIPT = f"""
+sys.modules["openvino_telemetry"] = None  # it would report this use, from a process that loads the model again
+import openvino
+
+core = openvino.Core()
+hint = {{hint}}
+options = {{{{"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}}}
+model = core.compile_model(HERE / "{GRAPH}", "CPU", options)
+logits = lambda x: model(x)[0]
+"""
 
 
 @cache

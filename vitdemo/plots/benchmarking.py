@@ -22,7 +22,14 @@ PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")
 
 
 def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
-    """Images/s over the median latency of a batch, one line per engine and precision, one point per batch size."""
+    """Images/s over the median latency of a batch, one line per engine and precision, one point per batch size.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+
+    Raises:
+        VitdemoError: where no row was measured.
+    """
     figure, panels = _panels(rows, "images/s over latency")
     for ax, own in panels:
         for pair, line in _lines(own):
@@ -38,7 +45,12 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
 def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
     """Speedup over eager by batch: on the left at equal precision, beside published ones; on the right mixed.
 
-    published: rows of ``published_performance`` of the model; their baselines and engines have equal precision.
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+        published: rows of ``published_performance`` of the model; their baselines and engines have equal precision.
+
+    Raises:
+        VitdemoError: where no row was measured.
     """
     titles = "equal precision", "mixed: over eager fp32"
     figure, panels = _panels(rows, "speedup over eager", columns=2, titles=titles)
@@ -59,8 +71,15 @@ def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> 
 def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
     """The rate reached over the operations that a byte allows, below the roofs: the products' and the memory's.
 
-    bytes_per_s: what the memory gives (``memory_bandwidth``). A batch reads at least the weights once, and its pixels:
-    a layer's intermediate results, which may stay in a cache, are not counted, so a point may lie too far right.
+    A batch reads at least the weights once, and its pixels: a layer's intermediate results, which may stay in a cache,
+    are not counted, so a point may lie too far right.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+        bytes_per_s: what the memory gives (``memory_bandwidth``).
+
+    Raises:
+        VitdemoError: where no row was measured beside a roof.
     """
     figure, panels = _panels(rows, "roofline", needed="roof_tflops")
     for ax, own in panels:
@@ -78,7 +97,14 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
 
 
 def plot_accuracy_speed(rows: pd.DataFrame) -> Figure:
-    """Top-1, with its 95 % Wilson interval, over the best images/s of each engine and precision: a point each."""
+    """Top-1, with its 95 % Wilson interval, over the best images/s of each engine and precision: a point each.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+
+    Raises:
+        VitdemoError: where no row has an accuracy.
+    """
     figure, panels = _panels(rows, "accuracy and speed", needed="top1")
     for ax, own in panels:
         best = own.loc[own.groupby(["engine", "precision"])["images_per_s"].idxmax()]
@@ -94,7 +120,15 @@ def plot_accuracy_speed(rows: pd.DataFrame) -> Figure:
 
 
 def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], float]) -> Figure:
-    """Measured latencies by batch, and over them what ``predicted_ms`` says of each row, as crosses."""
+    """Measured latencies by batch, and over them predicted ones, as crosses.
+
+    Args:
+        rows: of ``benchmark`` or ``merge``.
+        predicted_ms: the prediction for a row.
+
+    Raises:
+        VitdemoError: where no row was measured.
+    """
     figure, panels = _panels(rows, "predicted (x) and measured latency")
     for ax, own in panels:
         for pair, line in _lines(own):
