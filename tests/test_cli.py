@@ -1,5 +1,6 @@
 """The shell's door: exit codes, one line for bad input, and the verbs end to end."""
 
+import inspect
 import json
 import os
 import re
@@ -12,9 +13,11 @@ import time
 
 import pytest
 
-from vitdemo import VitdemoError, find_engines, load_model, merge
-from vitdemo.cli import VERBS, main, parser_of
-from vitdemo.course import write_workshop
+from vitdemo import VitdemoError, benchmark, convert, evaluate, extract, find_engines, load_model, merge, verify
+from vitdemo.benchmarking.gate import compare
+from vitdemo.cli import COMMANDS as VERBS
+from vitdemo.cli import PARSER, main
+from vitdemo.course import run_notebooks, write_workshop
 from vitdemo.course.notebooks import assign_parameters, choose_notebooks, parse_parameter
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.paths import REPOSITORY, data_path
@@ -27,6 +30,27 @@ def test_help_does_not_load_torch():
     code = "import sys; from vitdemo.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "evaluate" in done.stdout and done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    "verb, function, options",
+    [
+        ("run", run_notebooks, ["profile"]),
+        ("extract", extract, ["split"]),
+        ("convert", convert, ["engine", "precision"]),
+        ("verify", verify, ["images"]),
+        ("evaluate", convert, ["engine", "precision"]),
+        ("evaluate", evaluate, ["schedule"]),
+        ("benchmark", benchmark, ["row_budget_s", "images"]),
+        ("benchmark", compare, ["worse_by"]),
+    ],
+)
+def test_the_help_names_the_functions_defaults(verb, function, options):
+    said = {action.dest: action.help for action in VERBS.choices[verb]._actions}
+    for name in options:
+        default = inspect.signature(function).parameters[name].default
+        words = f"{default}[^,;]* \\(the default\\)" if isinstance(default, str) else f"\\({default:g}\\)$"
+        assert re.search(words, said[name]), said[name]
 
 
 def test_doctor_says_what_is_here(capsys):
@@ -151,12 +175,12 @@ COMMANDS = re.findall(r"^vitdemo (\w.*)$", "\n".join(p.read_text() for p in READ
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_readmes_are_understood(command):
-    args = parser_of(VERBS).parse_args(shlex.split(command))
-    if args.command == "run" and args.profile != "imagenet":
-        given = dict(map(parse_parameter, args.parameter))
-        assign_parameters(choose_notebooks(args.names or None), args.profile, None, given)
-    if args.command == "evaluate":
-        assert args.precision in find_engines()[args.engine].precisions
+    args = vars(PARSER.parse_args(shlex.split(command)))
+    if command.startswith("run ") and args.get("profile") != "imagenet":
+        given = dict(map(parse_parameter, args.get("parameters", ())))
+        assign_parameters(choose_notebooks(args.get("names")), args.get("profile", "bundled"), None, given)
+    if command.startswith("evaluate "):
+        assert args.get("precision", "fp32") in find_engines()[args.get("engine", "eager")].precisions
 
 
 @pytest.mark.parametrize(

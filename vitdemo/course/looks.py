@@ -15,9 +15,9 @@ from vitdemo.course.attention import attention_maps, has_attention, mask_patches
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import Preprocessing, crop_picture
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import EngineFailure, VitdemoError
 from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.verification.comparison import ranking

@@ -25,9 +25,9 @@ from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.devkit import DEVKITS, Devkit, devkit_of, read_devkit
 from vitdemo.dataset.imagenet import ImageNetVal, Sample
 from vitdemo.dataset.tars import OFFICIAL_VAL
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, named_errors, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import cores, now
 from vitdemo.models.model import Model

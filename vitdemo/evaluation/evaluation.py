@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
-from vitdemo.engines.contract import Engine, EngineFailure
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import EngineFailure, VitdemoError, named_errors
 from vitdemo.evaluation.metrics import Session, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import BatchTimes, batches_of, merge_ranges, predict

@@ -18,8 +18,8 @@ import psutil
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.contract import Engine, EngineFailure
-from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import EngineFailure, VitdemoError, reason_of
 from vitdemo.inference.actor import Place, Replica, Shard, code_fingerprint
 from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
 from vitdemo.inference.schedule import Schedule

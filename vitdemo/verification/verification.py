@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import CARD, VERIFIED, artifacts_root
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, named_errors, reason_of
 from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import data_root, replacing
