@@ -4,8 +4,8 @@ import base64
 import io
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -22,15 +22,6 @@ HERE = Path(__file__).parent
 THUMBNAIL_PX = (440, 300)  # twice the size shown, for screens with dense pixels
 LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 PANEL = "(controls to move: open the notebook in JupyterLab)\n"
-
-
-@dataclass
-class Figure:
-    """A picture among a notebook's outputs, small, as a data URI, with the anchor of its cell's page."""
-
-    thumbnail: str
-    alt: str
-    anchor: str
 
 
 def write_page(executed: Path, notebooks: Path) -> None:
@@ -75,13 +66,10 @@ def _pictures(content) -> Iterator[tuple[str, str, dict]]:
                 yield said or cell.metadata.get("alt") or above, cell.id, output
 
 
-def find_figures(executed: Path) -> list[Figure]:
-    """The figures of the notebook ``executed``, in order."""
-    content = nbformat.read(executed, as_version=4)
-    return [
-        Figure(_thumbnail(output.data["image/png"]), alt, f"cell-id={cell_id}")
-        for alt, cell_id, output in _pictures(content)
-    ]
+def find_figures(executed: Path) -> list[tuple[str, str, str]]:
+    """Of the figures of the notebook ``executed``, in order: the picture, small, as a data URI; alt text; cell id."""
+    pictures = _pictures(nbformat.read(executed, as_version=4))
+    return [(_thumbnail(output.data["image/png"]), alt, cell_id) for alt, cell_id, output in pictures]
 
 
 def _thumbnail(png: str) -> str:
@@ -117,8 +105,6 @@ def _small_print(text: str) -> Markup:
 
 
 def _outcome(results: Sequence) -> str:
-    counts = {}
-    for result in results:
-        counts[result.status] = counts.get(result.status, 0) + 1
+    counts = Counter(result.status for result in results)
     noun = "notebook" if len(results) == 1 else "notebooks"
     return f"{len(results)} {noun}: " + ", ".join(f"{count} {status}" for status, count in counts.items())
