@@ -167,8 +167,8 @@ def test_a_hostile_upload_is_said_and_the_widget_goes_on(explorer, name):
     content, reason = HOSTILE[name]
     before = explorer.shown.value
     set_(explorer, upload=uploaded(name, content))
-    assert said(explorer).startswith("✗ ") and reason in said(explorer)
-    assert "<b>" not in explorer.status.value
+    assert said(explorer).startswith("✗ ") and reason in said(explorer) and "ordinary size" in said(explorer)
+    assert "<b>" not in explorer.status.value and "\n" not in explorer.status.value
     assert explorer.shown.value == before, "what was drawn last stays"
     set_(explorer, upload=uploaded("mine.png", picture()))
     assert said(explorer).startswith("done in")
