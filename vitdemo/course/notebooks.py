@@ -62,10 +62,14 @@ def heading(cell) -> str | None:
 
 
 def read_notebook(path: Path) -> Notebook:
-    """Read what the runner has to know of the notebook at ``path``.
+    """Read what the runner has to know of a notebook.
 
-    Raises VitdemoError when it cannot be read, or when it has no ``out`` parameter or no artefacts: a
-    notebook that leaves nothing behind could do nothing and still look well.
+    Args:
+        path: of the ``.ipynb``.
+
+    Raises:
+        VitdemoError: when it cannot be read, or when it has no ``out`` parameter or no artefacts: a notebook that
+            leaves nothing behind could do nothing and still look well.
     """
     try:
         content = nbformat.read(path, as_version=4)
@@ -121,9 +125,13 @@ def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NO
 
 
 def parse_parameter(text: str) -> tuple[str, object]:
-    """``"limit=32"`` as ``("limit", 32)``; a value that is no Python literal is taken as the string it is.
+    """``"limit=32"`` as ``("limit", 32)``.
 
-    Raises VitdemoError when it is not NAME=VALUE.
+    Args:
+        text: NAME=VALUE; a value that is no Python literal is taken as the string it is.
+
+    Raises:
+        VitdemoError: for other text.
     """
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():

@@ -25,9 +25,11 @@ PANEL = "(controls to move: open the notebook in JupyterLab)\n"
 
 
 def write_page(executed: Path, notebooks: Path) -> None:
-    """Write the notebook ``executed`` as HTML beside it; needs no network to be read.
+    """Write a notebook as HTML beside it; needs no network to be read.
 
-    ``notebooks``: the folder that the pictures in its text are relative to.
+    Args:
+        executed: the notebook with its outputs.
+        notebooks: the folder that the pictures in its text are relative to.
     """
     content = nbformat.read(executed, as_version=4)
     for alt, _, output in _pictures(content):
@@ -81,7 +83,12 @@ def _thumbnail(png: str) -> str:
 
 
 def write_index(results: Sequence, index: Path) -> None:
-    """Write ``index``: a row for each of ``results`` (runner.Result), then the figures of their notebooks."""
+    """Write a run's first page: one row per notebook, then their figures.
+
+    Args:
+        results: of the notebooks, each a ``runner.Result``.
+        index: the page to write; the executed notebooks lie beside it.
+    """
     sections = []
     for result in results:
         executed = index.with_name(f"{result.name}.ipynb")

@@ -131,7 +131,17 @@ def look_html(name: str, look: PictureResult, file: str, blue: int) -> str:
 
 
 def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
-    """File name, bytes, and what it is, where that is known. Raises VitdemoError where nothing was uploaded yet."""
+    """File name, bytes, and what it is, where that is known.
+
+    Args:
+        images: the data set.
+        picture: DATA or UPLOAD.
+        index: of the image in the data set.
+        upload: the value of the upload's control.
+
+    Raises:
+        VitdemoError: where nothing was uploaded yet, and for an index that is not there.
+    """
     if picture == UPLOAD:
         if not upload:
             raise VitdemoError("upload: no picture yet; press Upload and choose a file")
@@ -193,7 +203,16 @@ def second_look(
 def patches_to_hide(
     model: Model, seen: torch.Tensor | None, hide: str, patches: int, down: tuple[int, int], across: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """The (row, column) of what ``second_look`` hides; arguments as there, and ``seen``, the rollout."""
+    """The (row, column) of what ``second_look`` hides.
+
+    Args:
+        model: whose patches.
+        seen: float32[rows, columns], the rollout; not needed for WINDOW.
+        hide: MOST, LEAST or WINDOW.
+        patches: as in ``second_look``.
+        down: as in ``second_look``.
+        across: as in ``second_look``.
+    """
     rows, columns = patch_grid(model)
     if hide == WINDOW:
         return [(row, column) for row in _share(rows, down) for column in _share(columns, across)]
