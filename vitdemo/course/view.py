@@ -49,15 +49,17 @@ class ImageView:
     def __init__(self, data: ImageNetVal, calibration: Path | str | None = None):
         self._data, self._calibration, self._uploaded = {str(data.path): data}, calibration, ()
         last = lru_cache(maxsize=1)
-        self.model, self.engine, self.apart = (
-            last(self._model),
-            lru_cache(KEPT_ENGINES)(self._engine),
-            last(self._apart),
-        )
+        self.model, self.engine = last(self._model), lru_cache(KEPT_ENGINES)(self._engine)
+        self.apart = last(self._apart)
         self.first_look, self.first_html = last(self._first_look), last(self._first_html)
 
     def draw(self, say: Say, **values: Any) -> str:
-        """HTML of what the controls ask for; their values are the arguments."""
+        """HTML of what the controls ask for.
+
+        Args:
+            say: shows a line while something takes long.
+            values: of the controls in ``image_explorer``, by their names.
+        """
         self._say, asked = say, SimpleNamespace(**values)
         self._uploaded = asked.upload or self._uploaded
         data, model, pair = self._opened(asked.data), self.model(asked.model), Pair(asked.engine, asked.precision)
