@@ -7,10 +7,9 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 
+from vitdemo.bundled import DEVKIT, MODELS, VAL_TAR
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.paths import data_path
-
-BUNDLED = ("shapes20/shapes20_img_val.tar", "shapes20/shapes20_devkit.tar.gz", "shapes20/vit_shapes20")
 
 
 def examine() -> tuple[list[str], bool]:
@@ -99,7 +98,7 @@ def _replicas() -> list[str]:
 
 
 def _data() -> list[str]:
-    return [_line("missing", data_path, name) for name in BUNDLED]
+    return [_line("missing", data_path, name) for name in (VAL_TAR, DEVKIT, *MODELS.values())]
 
 
 def _hub() -> list[str]:

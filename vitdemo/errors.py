@@ -22,6 +22,20 @@ class EngineFailure(RuntimeError):
     """An engine broke while running: the run it was part of is invalid. The command line ends with exit code 1."""
 
 
+def at_least_1(**values: object) -> None:
+    """Refuse what is no whole number from 1 up.
+
+    Args:
+        values: by their options' names; None is an option that was left out.
+
+    Raises:
+        VitdemoError: for the first that is none.
+    """
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+
+
 def reason_of(error: BaseException) -> str:
     """Others' errors in one line: the first one of what they say, or else their kind."""
     kind, said = type(error).__name__, str(error).strip()

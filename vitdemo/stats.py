@@ -1,8 +1,18 @@
-"""What measured numbers say: percentiles, intervals, and McNemar's test."""
+"""Samples, and what measured numbers say: percentiles, intervals, and McNemar's test."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Evenly spread indices.
+
+    Args:
+        length: of what they are indices.
+        count: how many; all where there are fewer.
+    """
+    return [i * length // count for i in range(count)] if count < length else list(range(length))
 
 
 def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from vitdemo.benchmarking.choice import choose_engine
 from vitdemo.benchmarking.others import published_performance
 from vitdemo.benchmarking.pairs import NULL_ENGINE, choose_pairs
 from vitdemo.benchmarking.tables import styled
+from vitdemo.bundled import MODELS
 from vitdemo.course import view
 from vitdemo.course.browsing import browse, pages_of, sample_of
 from vitdemo.course.panel import Panel, html_of, image_html
@@ -19,7 +20,6 @@ from vitdemo.dataset.decoding import CROP_MODES
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import find_engines
 from vitdemo.errors import VitdemoError
-from vitdemo.models.model import BUNDLED
 from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
 from vitdemo.plots.dataset import short_names, thumbnail
 
@@ -97,7 +97,7 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
     beside = next(name for name in others if name != f"{engine}:{precision}")
     return {
         "model": widgets.Combobox(
-            value=model, options=tuple(BUNDLED), continuous_update=False, description="model", layout=WIDE, style=STYLE
+            value=model, options=tuple(MODELS), continuous_update=False, description="model", layout=WIDE, style=STYLE
         ),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),

@@ -22,11 +22,11 @@ from vitdemo.dataset.tars import OFFICIAL_VAL
 from vitdemo.dataset.trees import CLASSES
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import EngineFailure, VitdemoError, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import cores, now
-from vitdemo.models.model import Model
-from vitdemo.stats import mcnemar_p, wilson_interval
+from vitdemo.models.model import Model, check_classes
+from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
 # Class orders that are mistaken for the order of the wnids, and the devkit that tells them apart.
 
@@ -275,8 +275,7 @@ def diagnose(
         EngineFailure: when the engine breaks.
     """
     _check_input(engine, model, data, images, device_batch_size)
-    start, runs, count = now(), planned_variants(engine, model), min(images, len(data))
-    indices = [i * len(data) // count for i in range(count)]
+    start, runs, indices = now(), planned_variants(engine, model), spread(len(data), images)
     answer(runs, Subset(data, indices), device_batch_size, progress)
     labels, files = np.array([data.labels[i] for i in indices]), [data.files[i] for i in indices]
     answers, numbering = np.array(runs[0].answers), read_numbering(data)
@@ -292,16 +291,13 @@ def diagnose(
 
 
 def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
-    for name, value in (("images", images), ("device_batch_size", device_batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    at_least_1(images=images, device_batch_size=device_batch_size)
     if engine.info != model.info:
         raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
     if model.info.weights == "random" or engine.name == "null":
         what = "random weights" if model.info.weights == "random" else "the null engine"
         raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
-    if list(model.info.classes or ()) != list(data.classes):
-        raise VitdemoError(f"{data.path}: its classes are not those of {model.info.tag}; take that model's data set")
+    check_classes(model.info, data)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from functools import cache
 
 from timm.data import ImageNetInfo
 
+from vitdemo.bundled import DEVKIT, SHAPES20
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.imagenet import VAL_NAME
@@ -14,7 +15,6 @@ from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.paths import data_path
 
 TABLE = "published/accuracy.csv"
-SHAPES20_DEVKIT = "shapes20/shapes20_devkit.tar.gz"
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
 
 
 def _are_of(data_set: str, files: Sequence[str], wnids: Sequence[str]) -> bool:
-    if data_set == "shapes20":
-        known = {synset.wnid for synset in read_devkit(data_path(SHAPES20_DEVKIT)).synsets}
+    if data_set == SHAPES20:
+        known = {synset.wnid for synset in read_devkit(data_path(DEVKIT)).synsets}
     else:
         known = set(ImageNetInfo("imagenet-1k").label_names())
     return set(wnids) <= known and all(VAL_NAME.fullmatch(file) for file in files)
