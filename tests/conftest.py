@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vitdemo import ImageNetVal, convert, data_path, load_model
-from vitdemo.course import RunReport, run_notebooks
+from vitdemo.course import run_notebooks
+from vitdemo.course.runner import RunReport
 from vitdemo.paths import REPOSITORY
 
 # What is compared here is what CPUs compute, also where there is a GPU.

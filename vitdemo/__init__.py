@@ -40,7 +40,7 @@ _HOME = {
     "ModelInfo": "models.model",
     "load_model": "models.model",
     "Engine": "engines.contract",
-    "EngineFailure": "engines.contract",
+    "EngineFailure": "errors",
     "find_engines": "engines.contract",
     "CompiledEngine": "engines.contract",
     "precisions_here": "engines.contract",

@@ -7,10 +7,9 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 
+from vitdemo.bundled import DEVKIT, MODELS, VAL_TAR
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.paths import data_path
-
-BUNDLED = ("shapes20/shapes20_img_val.tar", "shapes20/shapes20_devkit.tar.gz", "shapes20/vit_shapes20")
 
 
 def examine() -> tuple[list[str], bool]:
@@ -39,6 +38,14 @@ def _looked(look: Callable[[], list[str]]) -> list[str]:
         return [f"missing  cannot be told without {error.name or error}: install again as the README says"]
     except Exception as error:  # packages that do not fit together fail in a dozen ways while they are imported
         return [f"missing  cannot be told ({reason_of(error)}): install again as the README says"]
+
+
+def _line(otherwise: str, look: Callable[..., object], *arguments: object) -> str:
+    """What ``look`` gives, or why it cannot."""
+    try:
+        return f"ok       {look(*arguments)}"
+    except VitdemoError as error:
+        return f"{otherwise}  {error}"
 
 
 def _machine() -> list[str]:
@@ -71,37 +78,27 @@ def _engines() -> list[str]:
     from vitdemo.engines.contract import find_engines
     from vitdemo.precisions import NATIVE
 
-    lines = []
-    for name, engine in find_engines().items():
-        try:
-            engine.check_requirements()
-            support = engine.answers().items()
-            here = (each if how == NATIVE else f"{each} ({how} here)" for each, how in support)
-            lines.append(f"ok       {name}: {', '.join(here)}")
-        except VitdemoError as error:
-            lines.append(f"skipped  {error}")
-    return lines
+    def usable(name: str, engine: type) -> str:
+        engine.check_requirements()
+        answers = engine.answers().items()
+        return f"{name}: {', '.join(each if how == NATIVE else f'{each} ({how} here)' for each, how in answers)}"
+
+    return [_line("skipped", usable, *each) for each in find_engines().items()]
 
 
 def _replicas() -> list[str]:
     from vitdemo.inference.cluster import check_ray
     from vitdemo.machine import installed_version
 
-    try:
+    def ray() -> str:
         check_ray(None)
-    except VitdemoError as error:
-        return [f"skipped  {error}"]
-    return [f"ok       Ray {installed_version('ray')}"]
+        return f"Ray {installed_version('ray')}"
+
+    return [_line("skipped", ray)]
 
 
 def _data() -> list[str]:
-    lines = []
-    for name in BUNDLED:
-        try:
-            lines.append(f"ok       {data_path(name)}")
-        except VitdemoError as error:
-            lines.append(f"missing  {error}")
-    return lines
+    return [_line("missing", data_path, name) for name in (VAL_TAR, DEVKIT, *MODELS.values())]
 
 
 def _hub() -> list[str]:

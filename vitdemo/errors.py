@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the system's refusals turned into it."""
+"""What a user can put right and what an engine breaks on, as two exceptions; the system's refusals as the first."""
 
 import errno
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 CURES = {
     errno.ENOENT: "no such file or folder; check the path",
     errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
-    errno.ENOSPC: "the disk is full; make room and run again (evaluate and benchmark with --resume)",
+    errno.ENOSPC: "the disk is full; make room and run again (evaluate with --resume)",
 }
 
 
@@ -16,6 +16,24 @@ class VitdemoError(Exception):
 
     The command line prints it as it is and ends with exit code 2.
     """
+
+
+class EngineFailure(RuntimeError):
+    """An engine broke while running: the run it was part of is invalid. The command line ends with exit code 1."""
+
+
+def at_least_1(**values: object) -> None:
+    """Refuse what is no whole number from 1 up.
+
+    Args:
+        values: by their options' names; None is an option that was left out.
+
+    Raises:
+        VitdemoError: for the first that is none.
+    """
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
 
 
 def reason_of(error: BaseException) -> str:

@@ -18,18 +18,7 @@ from vitdemo.paths import REPOSITORY
 
 now = time.perf_counter
 
-PACKAGES = (
-    "vitdemo",
-    "torch",
-    "torchvision",
-    "timm",
-    "pillow",
-    "openvino",
-    "nncf",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "ray",
-)
+PACKAGES = "vitdemo torch torchvision timm pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
 SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -120,7 +109,11 @@ def versions() -> dict[str, str | None]:
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version of a distribution, or None; imports nothing."""
+    """The installed version of a distribution, or None; imports nothing.
+
+    Args:
+        package: its name, as pip has it.
+    """
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -169,7 +162,11 @@ def source_commit() -> str:
 
 
 def describe_machine(record: dict) -> str:
-    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, bf16 native, no GPU, torch 2.15.0``."""
+    """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, bf16 native, no GPU, torch 2.15.0``.
+
+    Args:
+        record: as ``machine_record`` gives it, of this machine or of another.
+    """
     memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
     bf16 = f"bf16 {record['precisions']['bf16']}"
     parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], bf16, record["gpu"] or "no GPU"]

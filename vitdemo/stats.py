@@ -1,14 +1,25 @@
-"""What measured numbers say: percentiles, intervals, and McNemar's test."""
+"""Samples, and what measured numbers say: percentiles, intervals, and McNemar's test."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 
-def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
-    """p50, p90, p99 and mean in milliseconds, and the count they rest on.
+def spread(length: int, count: int) -> list[int]:
+    """Evenly spread indices.
 
-    ``seconds``: durations in seconds. Empty input gives ``{"count": 0}``.
+    Args:
+        length: of what they are indices.
+        count: how many; all where there are fewer.
+    """
+    return [i * length // count for i in range(count)] if count < length else list(range(length))
+
+
+def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
+    """p50, p90, p99 and mean in milliseconds, and the count they rest on; ``{"count": 0}`` for no durations.
+
+    Args:
+        seconds: durations in seconds.
     """
     values = np.asarray(list(seconds), dtype=np.float64) * 1e3
     if not len(values):
@@ -23,6 +34,9 @@ def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
 
     Order statistics by the binomial distribution, which assumes no shape. NaN for both where there are fewer than six
     values, whose whole range holds it less often than that.
+
+    Args:
+        values: independent measurements of one quantity.
     """
     from scipy.stats import binom  # here, as it takes longer to import than what most callers of this file do
 
@@ -33,7 +47,12 @@ def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def wilson_interval(correct: int, images: int) -> list[float]:
-    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions."""
+    """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions.
+
+    Args:
+        correct: images that were right.
+        images: all of them.
+    """
     from scipy.stats import binomtest
 
     interval = binomtest(correct, images).proportion_ci(0.95, method="wilson")
@@ -54,9 +73,12 @@ def mcnemar_p(better: int, worse: int, alternative: str = "two-sided") -> float:
 
 
 def paid_once(seconds: Sequence[float]) -> float:
-    """The share of all ``seconds`` that the first call took beyond the median of the others, 0 for fewer than two.
+    """The share of all the time that the first call took beyond the median of the others, 0 for fewer than two calls.
 
     Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
+
+    Args:
+        seconds: of each call, in the order of the calls.
     """
     if len(seconds) < 2:
         return 0.0
@@ -64,8 +86,10 @@ def paid_once(seconds: Sequence[float]) -> float:
 
 
 def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
-    """The seconds of ``wall_s`` that are in none of ``parts_s``, which follow one another.
+    """What a loop whose parts are timed one by one spent where nobody looked, in seconds.
 
-    Of a loop whose parts are timed one by one: what it spent where nobody looked.
+    Args:
+        wall_s: seconds of the whole loop.
+        parts_s: seconds of its parts, which follow one another.
     """
     return max(0.0, wall_s - sum(parts_s))

@@ -1,6 +1,5 @@
 """A sweep measures what it says, whatever breaks on the way, and goes on where it was stopped."""
 
-import inspect
 import json
 import os
 import re
@@ -22,11 +21,11 @@ from vitdemo import ImageNetVal, VitdemoError, benchmark, convert, data_path, ev
 from vitdemo.benchmarking import sweeps as arms
 from vitdemo.benchmarking.bench import Failed, until_stable
 from vitdemo.benchmarking.files import PATTERN
-from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, WORSE_BY, check_baseline, check_share, compare, passes
+from vitdemo.benchmarking.gate import FINE, GONE, STALE, WORSE, check_baseline, check_share, compare, passes
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
 from vitdemo.benchmarking.processes import Worker
 from vitdemo.benchmarking.rows import COLUMNS, Measured, rows_of
-from vitdemo.cli import VERBS, main, parser_of
+from vitdemo.cli import PARSER, main
 
 SHORT = dict(row_budget_s=0.5, images=8)
 
@@ -147,7 +146,7 @@ def test_random_weights_have_no_accuracy_and_say_how_to_get_one(skipped):
     assert rows["top1"].isna().all()
     said, _, command = rows["accuracy"].iloc[0].partition(": vitdemo ")
     assert said == "not measured (random weights, no images)"
-    asked = parser_of(VERBS).parse_args(command.split())
+    asked = PARSER.parse_args(command.split())
     assert asked.model == "resnet18.a1_in1k" and timm.is_model_pretrained(asked.model)
     (record,) = folder.glob("perf_resnet18_random-*.json")
     assert json.loads(record.read_text())["machine"]["cores"]
@@ -247,15 +246,6 @@ def test_the_gate_refuses_what_it_cannot_compare(rows):
     assert passes(compare(unmeasured, unmeasured)), "what had no ratio before needs none now"
     with pytest.raises(VitdemoError, match="between 0 and 1"):
         check_share(1.5)
-
-
-def test_the_shells_defaults_are_the_functions():
-    asked = parser_of(VERBS).parse_args(["benchmark", "vit_shapes20", "--out", "x"])
-    own = inspect.signature(benchmark).parameters
-    assert list(asked.device_batch_sizes) == list(own["device_batch_sizes"].default)
-    for name in ("engines", "weights", "replicas", "row_budget_s", "data", "images", "calibration"):
-        assert getattr(asked, name) == own[name].default, name
-    assert asked.worse_by == WORSE_BY
 
 
 def test_a_pair_without_room_beside_the_others_runs_alone(tmp_path, monkeypatch):

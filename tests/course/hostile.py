@@ -34,5 +34,5 @@ HOSTILE = {  # name -> bytes, and a part of the reason
     "cut.png": (picture()[:200], "rror"),
     "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not a picture that can be read"),
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is not a picture"),
-    "<b>odd</b>\nname.jpg": (b"\xff\xd8\xff\xe0nothing", "is not a picture that can be read"),
+    "<b>odd</b>.jpg": (b"\xff\xd8\xff\xe0nothing", "is not a picture that can be read"),
 }

@@ -6,7 +6,8 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from vitdemo import Model, Preprocessing, VitdemoError, convert, load_model, reference_crop
-from vitdemo.course import attention_maps, class_attention, look_at, mask_patches, most_looked_at, rollout
+from vitdemo.course import attention_maps, look_at, mask_patches, most_looked_at, rollout
+from vitdemo.course.attention import class_attention
 from vitdemo.engines.graph import Normalised
 
 SMALL = {
@@ -36,12 +37,6 @@ def resnet():
     return load_model("resnet18", weights="random")
 
 
-def test_each_row_is_a_distribution(maps):
-    assert maps.shape == (3, BLOCKS, HEADS, TOKENS, TOKENS) and maps.dtype == torch.float32
-    assert (maps >= 0).all()
-    assert (maps.sum(dim=-1) - 1).abs().max() < 1e-5
-
-
 def test_is_transformers_attention_with_the_same_weights(tmp_path):
     torch.manual_seed(0)
     theirs = ViTForImageClassification(ViTConfig(**SMALL, attn_implementation="eager")).eval()
@@ -58,17 +53,6 @@ def test_is_transformers_attention_with_the_same_weights(tmp_path):
     assert found.shape == (2, 3, 4, 17, 17)
     assert expected.std() > 0.01, "nothing would tell one attention from another"
     assert (found - expected).abs().max() < 1e-5
-
-
-def test_first_block_by_hand(vit_shapes20, pixels, maps):
-    module = vit_shapes20.module
-    with torch.no_grad():
-        x = Normalised(torch.nn.Identity(), vit_shapes20.info.preprocessing)(pixels)
-        tokens = module.norm_pre(module._pos_embed(module.patch_embed(x)))
-        qkv = module.blocks[0].attn.qkv(module.blocks[0].norm1(tokens))
-        q, k, _ = qkv.unflatten(-1, (3, HEADS, -1)).unbind(dim=2)
-        weights = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    assert (weights.softmax(dim=-1) - maps[:, 0]).abs().max() < 1e-5
 
 
 def test_leaves_the_model_as_it_is(vit_shapes20, eager, pixels):

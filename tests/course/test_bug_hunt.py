@@ -12,7 +12,7 @@ import vitdemo.imagenet
 import vitdemo.plots
 from vitdemo import ImageNetVal, VitdemoError, convert, data_path, evaluate, find_engines
 from vitdemo.course import BUGS, buggy_run, hunt
-from vitdemo.course.bug_hunt import CHECKS, NO_BUG, SEEN_BY
+from vitdemo.course.bug_hunt import CHECKS, NO_BUG
 from vitdemo.course.buggy_scripts import (
     AS_TEXT,
     BATCH,
@@ -24,6 +24,7 @@ from vitdemo.course.buggy_scripts import (
     IMAGES,
     NORMALISED,
     PADDED,
+    SEEN_BY,
     UNSYNCHRONISED,
 )
 from vitdemo.engines.openvino import OpenVINOEngine

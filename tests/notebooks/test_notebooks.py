@@ -7,7 +7,6 @@ import re
 import nbformat
 import pytest
 
-from vitdemo import VitdemoError
 from vitdemo.course.notebooks import choose_notebooks, read_notebook
 from vitdemo.paths import REPOSITORY
 
@@ -60,11 +59,3 @@ def test_a_copy_or_a_reader_s_own_notebook_is_no_lesson(tmp_path):
     for name in ("00_tour", "00_tour-Copy1", "Untitled", "Untitled1"):
         (tmp_path / f"{name}.ipynb").write_text((NOTEBOOKS[0]).read_text() if name == "00_tour" else "{}")
     assert [lesson.name for lesson in choose_notebooks(folder=tmp_path)] == ["00_tour"]
-
-
-def test_parameters_that_are_no_python(tmp_path):
-    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
-    next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])).source = "limit = "
-    nbformat.write(notebook, tmp_path / "00_tour.ipynb")
-    with pytest.raises(VitdemoError, match="00_tour.ipynb: not a notebook that can run"):
-        choose_notebooks(folder=tmp_path)

@@ -16,14 +16,15 @@ from vitdemo.benchmarking.files import Sweep, open_sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
 from vitdemo.benchmarking.processes import ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
+from vitdemo.bundled import MODELS, SHAPES20
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
 from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.roof import ROOF_BATCH, SQUARE, linear_shapes
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, at_least_1
 from vitdemo.inference.cluster import check_ray
 from vitdemo.machine import cores, free_memory_bytes, now, source_commit
-from vitdemo.models.model import Model, load_model
+from vitdemo.models.model import Model, check_classes, load_model
 from vitdemo.paths import data_path, user_path
 
 # One model's sweep: one process per pair of engine and precision, all taking turns, in rounds.
@@ -33,7 +34,6 @@ ROUNDS, TURN_S = 9, 0.75
 WARM_UP = 0.25  # of the timed seconds, at most
 PATIENCE_S = 10.0  # a single call up to this long may be the machine's hiccup, and another one is made
 PROCESS_BYTES = 1 << 29  # of a worker before it has a model, beside what it shares
-SHAPES20 = "shapes20"
 
 
 @dataclass
@@ -289,9 +289,7 @@ def benchmark(
     """
     names = [models] if isinstance(models, str) else list(models)
     pairs, sizes = choose_pairs(engines), check_sizes(device_batch_sizes)
-    for name, value in (("replicas", replicas), ("images", images)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    at_least_1(replicas=replicas, images=images)
     if not row_budget_s > 0:
         raise VitdemoError(f"row_budget_s {row_budget_s!r}: must be more than 0 seconds")
     if replicas:
@@ -314,8 +312,7 @@ def check_sizes(sizes: Sequence[int]) -> list[int]:
     """In ascending order, each once. Raises VitdemoError for what is no batch size."""
     sizes = list(sizes)
     for size in sizes:
-        if not isinstance(size, int) or size < 1:
-            raise VitdemoError(f"device_batch_sizes {size!r}: must be a whole number of at least 1")
+        at_least_1(device_batch_sizes=size)
     if not sizes:
         raise VitdemoError("device_batch_sizes: there are none; give some, such as 1,8")
     return sorted(set(sizes))
@@ -327,9 +324,9 @@ def scored_data(model: Model, data: Path | str | None) -> ImageNetVal | None:
         if data:
             raise VitdemoError(f"data {data}: random weights are right by chance alone; leave it out, or give weights")
         return None
-    bundled = data_path(SHAPES20) if model.info.tag == "vit_shapes20" else None
+    bundled = data_path(SHAPES20) if model.info.tag in MODELS else None
     found = data or bundled
     found = ImageNetVal(found) if found else None
-    if found and model.info.classes is not None and list(found.classes) != list(model.info.classes):
-        raise VitdemoError(f"{found.path}: its classes are not those of {model.info.tag}; give the data set it is for")
+    if found and model.info.classes is not None:
+        check_classes(model.info, found)
     return found

@@ -1,7 +1,7 @@
 """Where a Vision Transformer looks: its attention, block by block and rolled out, and patches that are hidden."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.models import VisionTransformer
@@ -16,9 +16,15 @@ GREY = 128  # what a hidden patch is filled with
 def attention_maps(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     """The attention of every block and head: float32[B, blocks, heads, T, T], rows are queries and sum to 1.
 
-    pixels: uint8[B, 3, H, W]. T counts the class token, registers, and the patches. Computed in eager fp32 without
-    fused attention, which never writes the probabilities down; afterwards the model is as it was. Raises VitdemoError
-    for what is no VisionTransformer with a class token.
+    T counts the class token, registers, and the patches. Computed in eager fp32 without fused attention, which never
+    writes the probabilities down; afterwards the model is as it was.
+
+    Args:
+        model: a Vision Transformer.
+        pixels: uint8[B, 3, H, W].
+
+    Raises:
+        VitdemoError: for what is no VisionTransformer with a class token.
     """
     module = _transformer(model)
     maps: list[torch.Tensor] = []
@@ -33,52 +39,61 @@ def _unfused(module: VisionTransformer, maps: list[torch.Tensor]) -> Iterator[No
 
     (timm's AttentionExtract leaves its hooks in the module, and a copy of it takes longer than the model.)
     """
-    attentions = [block.attn for block in module.blocks]
-    fused = [attention.fused_attn for attention in attentions]
-    hooks = [
-        attention.attn_drop.register_forward_hook(lambda _, __, weights: maps.append(weights))
-        for attention in attentions
-    ]
-    try:
-        for attention in attentions:
+    with ExitStack() as stack:
+        for attention in (block.attn for block in module.blocks):
+            stack.enter_context(attention.attn_drop.register_forward_hook(lambda _, __, weights: maps.append(weights)))
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
             attention.fused_attn = False
         yield
-    finally:
-        for attention, hook, before in zip(attentions, hooks, fused, strict=True):
-            attention.fused_attn = before
-            hook.remove()
 
 
 def rollout(model: Model, maps: torch.Tensor) -> torch.Tensor:
     """How much of each patch reaches the class token through all blocks: float32[B, rows, columns], sums to 1.
 
-    maps: as ``attention_maps`` gives them. Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928): the heads'
-    mean, half of it replaced by the identity for the residual connection, multiplied over the blocks. It follows
-    attention alone: what the values hold and what the MLPs do is not in it. All zero where no patch reaches the token.
+    Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928): the heads' mean, half of it replaced by the identity
+    for the residual connection, multiplied over the blocks. It follows attention alone: what the values hold and what
+    the MLPs do is not in it. All zero where no patch reaches the token.
+
+    Args:
+        model: from which the maps are.
+        maps: float32[B, blocks, heads, T, T], as ``attention_maps`` gives them.
     """
-    module = _transformer(model)
     flow = torch.eye(maps.shape[-1])[:1].expand(len(maps), 1, -1)  # the class token's row, from the last block down
     for attention in reversed(maps.mean(dim=2).unbind(dim=1)):
         flow = 0.5 * (flow @ attention + flow)
-    return _on_patches(module, flow[:, 0])
+    return _on_patches(_transformer(model), flow[:, 0])
 
 
 def class_attention(model: Model, maps: torch.Tensor) -> torch.Tensor:
-    """What the class token attends to in each block, the heads' mean: float32[B, blocks, rows, columns], sums to 1."""
-    module = _transformer(model)
-    return _on_patches(module, maps.mean(dim=2)[:, :, 0])
+    """What the class token attends to in each block, the heads' mean: float32[B, blocks, rows, columns], sums to 1.
+
+    Args:
+        model: from which the maps are.
+        maps: float32[B, blocks, heads, T, T], as ``attention_maps`` gives them.
+    """
+    return _on_patches(_transformer(model), maps.mean(dim=2)[:, :, 0])
 
 
 def most_looked_at(flow: torch.Tensor) -> list[tuple[int, int]]:
-    """The (row, column) of every patch of float32[rows, columns], the largest value first."""
+    """The (row, column) of every patch, the largest value first.
+
+    Args:
+        flow: float32[rows, columns], such as one image's rollout.
+    """
     columns = flow.shape[1]
     return [divmod(place, columns) for place in flow.flatten().argsort(descending=True, stable=True).tolist()]
 
 
 def mask_patches(model: Model, pixels: torch.Tensor, patches: Iterable[tuple[int, int]]) -> torch.Tensor:
-    """A copy of uint8[..., 3, H, W] in which the patches at (row, column) are grey.
+    """A copy of ``pixels`` in which some patches are grey.
 
-    Raises VitdemoError for a place that is no patch's.
+    Args:
+        model: whose patches.
+        pixels: uint8[..., 3, H, W].
+        patches: (row, column) of each, counted from 0.
+
+    Raises:
+        VitdemoError: for a place that is no patch's.
     """
     rows, columns = patch_grid(model)
     height, width = pixels.shape[-2] // rows, pixels.shape[-1] // columns  # a hybrid's patch_size counts features

@@ -14,9 +14,19 @@ def pages_of(data: ImageNetVal, label: int | None = None, per_page: int = 12) ->
 
 
 def browse(data: ImageNetVal, label: int | None = None, page: int = 1, per_page: int = 12) -> pd.DataFrame:
-    """Page number ``page``, from 1, of the images of a class, or of all: one row per image, in the data set's order.
+    """A page of the images of a class, or of all.
 
-    index, class (its first name), and the columns of ``image_facts``. Raises VitdemoError for a page that is not there.
+    Args:
+        data: the data set.
+        label: the class's index; None is all of them.
+        page: which one, from 1.
+        per_page: images on a page.
+
+    Returns:
+        One row per image, in the data set's order: index, class (its first name), and the columns of ``image_facts``.
+
+    Raises:
+        VitdemoError: for a page that is not there.
     """
     pages = pages_of(data, label, per_page)
     if not 1 <= page <= pages:

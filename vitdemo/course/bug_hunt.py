@@ -8,21 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from vitdemo.course.buggy_scripts import (
-    AS_TEXT,
-    BUGS,
-    CALIBRATED,
-    COMPILE,
-    DROPPED,
-    ILSVRC,
-    IMAGES,
-    NEEDS_ENGINE,
-    NORMALISED,
-    PADDED,
-    UNSYNCHRONISED,
-    BuggyRun,
-    buggy_run,
-)
+from vitdemo.course.buggy_scripts import BUGS, IMAGES, NEEDS_ENGINE, SEEN_BY, BuggyRun, buggy_run
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.evaluation.diagnosis import diagnose
@@ -67,17 +53,6 @@ CHECKS: dict[str, Callable[[BuggyRun], str]] = {  # the library's function -> wh
     "diagnose": _diagnosis,
 }
 
-SEEN_BY = {  # bug -> the check that sees it
-    DROPPED: "set_faults",
-    PADDED: "set_faults",
-    NORMALISED: "diagnose",
-    ILSVRC: "diagnose",
-    AS_TEXT: "diagnose",
-    UNSYNCHRONISED: "unaccounted_s",
-    COMPILE: "paid_once",
-    CALIBRATED: "calibrated_on_scored",
-}
-
 
 @dataclass(frozen=True)
 class Hunt:
@@ -94,9 +69,14 @@ class Hunt:
         )
 
     def findings(self, *checks: str, runs: Iterable[str] | None = None) -> pd.DataFrame:
-        """What ``checks`` (of CHECKS) say of each run, or of ``runs`` alone; "" where nothing.
+        """What the library's checks say of the runs: one row per run, one column per check, "" where nothing.
 
-        Raises VitdemoError for a check or a run that is not there.
+        Args:
+            checks: names of CHECKS.
+            runs: names of runs; None is all.
+
+        Raises:
+            VitdemoError: for a check or a run that is not there.
         """
         names = list(self.runs if runs is None else runs)
         for given, known in ((checks, CHECKS), (names, self.runs)):
@@ -107,7 +87,11 @@ class Hunt:
         return pd.DataFrame.from_dict(found, orient="index", columns=list(checks))
 
     def hint(self, suspects: dict[str, str | None]) -> str:
-        """Of which run to think again, and which check to ask; "" where each run has its own bug."""
+        """Of which run to think again, and which check to ask; "" where each run has its own bug.
+
+        Args:
+            suspects: name of a run -> name of a bug, or None.
+        """
         for name in suspects:
             if name not in self.bugs:
                 return f"{name!r} is no run of this hunt"
@@ -121,9 +105,15 @@ class Hunt:
 
 
 def hunt(model: Model, data: ImageNetVal, seed: int = 0) -> Hunt:
-    """One careless run without a bug and one with each of BUGS, these in an order that ``seed`` shuffles.
+    """One ``buggy_run`` without a bug and one with each of BUGS.
 
-    A bug whose engine is not installed is left out, and said. Arguments and errors otherwise as in ``buggy_run``.
+    Args:
+        model: as in ``buggy_run``.
+        data: as in ``buggy_run``.
+        seed: shuffles the order of the bugs.
+
+    Raises:
+        VitdemoError: as ``buggy_run`` does; but a bug whose engine is not installed is left out, and said.
     """
     made = {None: buggy_run(model, data)}
     for bug in tqdm(BUGS, desc="hunt", unit="run"):

@@ -23,9 +23,11 @@ HEAT = "inferno"
 
 
 def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figure:
-    """A row a look, by its name: the pixels, the rollout over them, and the top-5 as bars.
+    """One row per look: the pixels, the rollout over them, and the top-5 as bars.
 
-    ``blue``: which class stands out in all of them, by default the answer of the first row.
+    Args:
+        looks: as ``look_at`` gives them, by the name that stands above each.
+        blue: which class (its index) stands out in all of them, by default the answer of the first row.
     """
     figure = plt.figure(figsize=(9, 2.9 * len(looks)))
     blue = next(iter(looks.values())).top5["class"].iloc[0] if blue is None else blue
@@ -36,14 +38,12 @@ def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figu
         pictures = figure.add_axes((0.01, bottom + 0.02 * height, 0.5, 0.87 * height))
         tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
         _show_tiles(pictures, tiles, columns=2, width=34)
-        plot_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), blue)
+        _show_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), blue)
     return figure
 
 
-def plot_top5(top5: pd.DataFrame, ax: Axes | None = None, blue: int | None = None) -> Figure:
-    """The likeliest classes as bars; ``blue``: which class stands out, by default the first."""
-    ax = ax or plt.figure(figsize=(4.5, 2.2)).add_axes((0.03, 0.2, 0.92, 0.78))
-    blue = top5["class"].iloc[0] if blue is None else blue
+def _show_top5(top5: pd.DataFrame, ax: Axes, blue: int) -> None:
+    """The likeliest classes as bars, of which the class ``blue`` stands out."""
     y = range(len(top5))
     ax.barh(y, 100 * top5["probability"], color=[ANSWER if k == blue else OTHER for k in top5["class"]], height=0.75)
     for k, (answer, share) in enumerate(zip(top5["answer"], top5["probability"], strict=True)):
@@ -55,11 +55,18 @@ def plot_top5(top5: pd.DataFrame, ax: Axes | None = None, blue: int | None = Non
     ax.set_xlabel("probability in %", fontsize=8.5)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    return ax.figure
 
 
 def plot_blocks(model: Model, look: PictureResult) -> Figure:
-    """What the class token attends to in each block, from the first to the last, and the rollout of all of them."""
+    """What the class token attends to in each block, from the first to the last, and the rollout of all of them.
+
+    Args:
+        model: a Vision Transformer.
+        look: at one picture, by ``look_at``.
+
+    Raises:
+        VitdemoError: for a look without attention.
+    """
     if look.maps is None:
         raise VitdemoError(f"{model.info.tag}: has no attention to show block by block; take a ViT")
     heats = class_attention(model, look.maps[None])[0]
@@ -77,8 +84,13 @@ def plot_disagreements(
 ) -> Figure:
     """The first ``count`` rows of ``disagreements``: the reference's answer, → the candidate's, and the true class.
 
-    Blue: the candidate is right; orange: the reference is; grey: both, neither, or nobody knows. ``names``: of the
-    answers by class index, as ``names_of`` gives them.
+    Blue: the candidate is right; orange: the reference is; grey: both, neither, or nobody knows.
+
+    Args:
+        table: as ``disagreements`` gives it.
+        data: its data set.
+        names: of the answers by class index, as ``names_of`` gives them.
+        count: how many images to show.
     """
     truths, shown, captions, colors = short_names(data), table.head(count), [], []
     for row in shown.itertuples(index=False):

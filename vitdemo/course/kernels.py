@@ -84,10 +84,16 @@ def execute(
     progress: Progress,
     cell_timeout_s: int | None = None,
 ) -> str:
-    """Run every cell of ``notebook`` into the file ``executed``; "" or, in one line, what went wrong where.
+    """Run every cell of a notebook; "" or, in one line, what went wrong where.
 
-    A cell that takes longer than ``cell_timeout_s`` (None: there is no such limit) went wrong. ``executed`` holds what
-    was done at any time, also after a KeyboardInterrupt. No process that a cell started is left, whatever happens.
+    No process that a cell started is left, whatever happens.
+
+    Args:
+        notebook: what to run.
+        executed: the file that holds what was done at any time, also after a KeyboardInterrupt.
+        parameters: their values by name.
+        progress: says which cell runs.
+        cell_timeout_s: a cell that takes longer went wrong; None is no such limit.
     """
     OwnKernel.environment = {
         MARK: TOKEN,

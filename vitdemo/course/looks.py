@@ -12,12 +12,12 @@ from timm.data import ImageNetInfo
 from tqdm.auto import tqdm
 
 from vitdemo.course.attention import attention_maps, has_attention, mask_patches, rollout
-from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.batches import Batch, prefetched_batches
 from vitdemo.dataset.decoding import Preprocessing, crop_picture
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import EngineFailure, VitdemoError
 from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.verification.comparison import ranking
@@ -39,7 +39,14 @@ class PictureResult(NamedTuple):
 
 
 def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[str] | None = None) -> PictureResult:
-    """What ``engine`` answers to uint8[3, H, W], and where ``model``, from which it was made, looks."""
+    """What an engine answers to one picture, and where its model looks.
+
+    Args:
+        engine: gives the answer.
+        model: from which it was made.
+        pixels: uint8[3, H, W].
+        names: the classes' names by index, as ``names_of`` gives them.
+    """
     answers = top5(engine, pixels, names)
     if not has_attention(model):
         return PictureResult(pixels, answers, None, None)
@@ -48,8 +55,13 @@ def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[
 
 
 def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """The five likeliest classes of uint8[3, H, W], or all where there are fewer: class (its index), answer, logit,
-    probability. ``names``: by class index."""
+    """The five likeliest classes, or all where there are fewer: class (its index), answer, logit, probability.
+
+    Args:
+        engine: gives the answer.
+        pixels: uint8[3, H, W].
+        names: the classes' names by index, as ``names_of`` gives them.
+    """
     logits = _logits(engine, pixels[None])
     probabilities = logits.double().softmax(dim=1)[0]
     best = ranking(logits)[0, :TOP].tolist()
@@ -64,8 +76,12 @@ def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = Non
 
 
 def names_of(info: ModelInfo, data: ImageNetVal | None = None) -> list[str] | None:
-    """A short name for each output: the data set's for its wnids, else ImageNet's, else the wnid; None where nobody
-    knows what the outputs mean."""
+    """A short name for each output, or None where nobody knows what the outputs mean.
+
+    Args:
+        info: a model's.
+        data: names its own wnids; others are ImageNet's, or stay wnids.
+    """
     if info.classes is None:
         return None
     known = dict(_imagenet_names())
@@ -102,10 +118,21 @@ def answers_under(
     names: Sequence[str] | None = None,
     file: str = "the picture",
 ) -> pd.DataFrame:
-    """What ``model`` answers in eager fp32 to one picture under each preprocessing, a row each, by its name.
+    """What ``model`` answers in eager fp32 to one picture under each preprocessing.
 
-    answer, probability: the likeliest class. first: the probability of the class that the first row answers.
-    ``file``: its name, for errors, which are those of ``crop_picture``.
+    Args:
+        model: any.
+        jpeg: the picture's bytes.
+        preprocessings: by a name for each.
+        names: the classes' names by index, as ``names_of`` gives them.
+        file: the picture's name, for errors.
+
+    Returns:
+        One row per preprocessing, by its name. answer, probability: the likeliest class. first: the probability of the
+        class that the first row answers.
+
+    Raises:
+        VitdemoError: as ``crop_picture`` does.
     """
     found = {}
     for name, preprocessing in preprocessings.items():
@@ -122,15 +149,20 @@ def answers_under(
 
 
 def answers_masked(
-    engine: Engine,
-    model: Model,
-    pixels: torch.Tensor,
-    order: Sequence[tuple[int, int]],
-    counts: Iterable[int],
+    engine: Engine, model: Model, pixels: torch.Tensor, order: Sequence[tuple[int, int]], counts: Iterable[int]
 ) -> pd.DataFrame:
-    """What ``engine`` answers to uint8[3, H, W] while the first ``count`` patches of ``order`` are grey.
+    """What an engine answers to one picture while more and more of its patches are grey.
 
-    A row a count: hidden, class (the answer), first (the probability of the class that is answered with none hidden).
+    Args:
+        engine: gives the answers.
+        model: from which it was made.
+        pixels: uint8[3, H, W].
+        order: (row, column) of the patches, those first that are hidden first.
+        counts: how many of them are hidden.
+
+    Returns:
+        One row per count: hidden, class (the answer), first (the probability of the class that is answered with none
+        hidden).
     """
     counts = list(counts)
     batch = torch.stack([pixels, *(mask_patches(model, pixels, order[:count]) for count in counts)])
@@ -150,30 +182,40 @@ def disagreements(
     device_batch_size: int = 8,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The first ``limit`` images of ``data``, a row each, those that two engines see most differently first.
+    """Images in the order of how differently two engines see them, the most different first.
 
-    index, file, label; candidate, reference: their answers, class indices; candidate_probability,
-    reference_probability: of those. distance: half the sum of the differences of their probabilities (the total
-    variation distance), 0 for the same to 1. logits_apart: the largest difference of two logits. An unreadable image
-    is left out. Raises VitdemoError for engines of different outputs or preprocessing.
+    Args:
+        candidate: an engine.
+        reference: another one of the same model.
+        data: the images.
+        limit: only the first so many of them.
+        device_batch_size: images at once.
+        progress: show a bar.
+
+    Returns:
+        One row per image that can be read: index, file, label; candidate, reference: their answers, class indices;
+        candidate_probability, reference_probability: of those. distance: half the sum of the differences of their
+        probabilities (the total variation distance), 0 for the same to 1. logits_apart: the largest difference of two
+        logits.
+
+    Raises:
+        VitdemoError: for engines of different outputs or preprocessing.
     """
     preprocessing = reference.info.preprocessing
     if candidate.info.preprocessing != preprocessing or candidate.info.classes != reference.info.classes:
         raise VitdemoError("disagreements: the engines have other classes or preprocessing; give two of one model")
-    indices, rows = range(min(len(data), len(data) if limit is None else limit)), []
+    indices, tables = range(min(len(data), len(data) if limit is None else limit)), []
     batches = prefetched_batches(data, indices, preprocessing, device_batch_size, input_path="fast", workers=cores())
     with closing(batches), tqdm(total=len(indices), unit="image", disable=not progress) as bar:
         for batch in batches:
-            logits = [_logits(engine, batch.pixels) for engine in (candidate, reference)]
-            for k, row in _compared(*logits).iterrows():
-                if not batch.errors[k]:
-                    rows.append({"index": batch.start + k, "file": batch.files[k], "label": batch.labels[k], **row})
+            table = _compared(batch, *(_logits(engine, batch.pixels) for engine in (candidate, reference)))
+            tables.append(table[[not error for error in batch.errors]])
             bar.update(len(batch.files))
             batch.recycle()
-    if not rows:
+    table = pd.concat(tables) if tables else pd.DataFrame()
+    if table.empty:
         raise VitdemoError("disagreements: not one image could be read; see `vitdemo extract --check-images`")
-    whole = dict.fromkeys(("candidate", "reference"), int)
-    return pd.DataFrame(rows).astype(whole).sort_values("distance", ascending=False, kind="stable", ignore_index=True)
+    return table.sort_values("distance", ascending=False, kind="stable", ignore_index=True)
 
 
 def _logits(engine: Engine, pixels: torch.Tensor) -> torch.Tensor:
@@ -185,10 +227,13 @@ def _logits(engine: Engine, pixels: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _compared(candidate: torch.Tensor, reference: torch.Tensor) -> pd.DataFrame:
+def _compared(batch: Batch, candidate: torch.Tensor, reference: torch.Tensor) -> pd.DataFrame:
     p, q = candidate.double().softmax(dim=1), reference.double().softmax(dim=1)
     return pd.DataFrame(
         {
+            "index": range(batch.start, batch.start + len(batch.files)),
+            "file": batch.files,
+            "label": batch.labels,
             "candidate": ranking(candidate)[:, 0],
             "reference": ranking(reference)[:, 0],
             "candidate_probability": p.max(dim=1).values,

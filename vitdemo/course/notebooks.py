@@ -17,14 +17,9 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 
 # A value goes only to the notebooks that have the parameter. "bundled" is what the notebooks themselves say.
 PROFILES = {
-    "smoke": {
-        "limit": 96,
-        "counts": [1, 2],
-        "device_batch_sizes": [1, 8],
-        "engines": "openvino",
-        "row_budget_s": 1.0,
-        "second_model": "",
-    },
+    "smoke": dict(
+        limit=96, counts=[1, 2], device_batch_sizes=[1, 8], engines="openvino", row_budget_s=1.0, second_model=""
+    ),
     "bundled": {},
     # A CPU needs hours for all 50,000, which `vitdemo evaluate` does, resumably: a lesson is shorter.
     "imagenet": {"model": "vit_base_patch16_224.augreg2_in21k_ft_in1k", "limit": 1000},
@@ -67,10 +62,14 @@ def heading(cell) -> str | None:
 
 
 def read_notebook(path: Path) -> Notebook:
-    """Read what the runner has to know of the notebook at ``path``.
+    """Read what the runner has to know of a notebook.
 
-    Raises VitdemoError when it cannot be read, or when it has no ``out`` parameter or no artefacts: a
-    notebook that leaves nothing behind could do nothing and still look well.
+    Args:
+        path: of the ``.ipynb``.
+
+    Raises:
+        VitdemoError: when it cannot be read, or when it has no ``out`` parameter or no artefacts: a notebook that
+            leaves nothing behind could do nothing and still look well.
     """
     try:
         content = nbformat.read(path, as_version=4)
@@ -101,9 +100,14 @@ def _literals(content) -> dict[str, object]:
 
 
 def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NOTEBOOKS) -> list[Notebook]:
-    """The notebooks of ``folder`` called ``names`` ("01_dataset", "01" or a file name), or all, in order.
+    """Notebooks by their names, in order.
 
-    Raises VitdemoError for a name that there is not, for an empty folder, and as read_notebook does.
+    Args:
+        names: "01_dataset", "01" or a file name each; None is all.
+        folder: where they lie.
+
+    Raises:
+        VitdemoError: for a name that there is not, for an empty folder, and as ``read_notebook`` does.
     """
     # A copy that JupyterLab made, or a reader's own notebook, is no lesson.
     lessons = [path for path in sorted(Path(folder).glob("*.ipynb")) if LESSON.fullmatch(path.stem)]
@@ -121,9 +125,13 @@ def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NO
 
 
 def parse_parameter(text: str) -> tuple[str, object]:
-    """``"limit=32"`` as ``("limit", 32)``; a value that is no Python literal is taken as the string it is.
+    """``"limit=32"`` as ``("limit", 32)``.
 
-    Raises VitdemoError when it is not NAME=VALUE.
+    Args:
+        text: NAME=VALUE; a value that is no Python literal is taken as the string it is.
+
+    Raises:
+        VitdemoError: for other text.
     """
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
@@ -137,10 +145,17 @@ def parse_parameter(text: str) -> tuple[str, object]:
 def assign_parameters(
     notebooks: Sequence[Notebook], profile: str, imagenet: Path | str | None, given: dict[str, object]
 ) -> dict[str, dict[str, object]]:
-    """The values each notebook gets, by its name: the profile's, overridden by ``given``.
+    """The values each notebook gets, by its name.
 
-    Raises VitdemoError for an unknown profile, for ``imagenet`` (the folder of the archives) without its
-    profile or the reverse, and for a given name that no chosen notebook has.
+    Args:
+        notebooks: those that will run.
+        profile: a name of ``PROFILES``.
+        imagenet: the folder of the archives, for the profile "imagenet".
+        given: values over the profile's, by the name of the parameter.
+
+    Raises:
+        VitdemoError: for an unknown profile, for ``imagenet`` without its profile or the reverse, and for a given name
+            that no chosen notebook has.
     """
     if profile not in PROFILES:
         raise VitdemoError(f"--profile {profile}: there are {', '.join(PROFILES)}")

@@ -26,15 +26,18 @@ OWN_KEYS = """setTimeout(() =>  // once the output is on the page
 
 
 class Panel(widgets.VBox):
-    """Controls, and below them what ``draw`` makes of their values; drawn when it is displayed, and anew
-    whenever one of them changes.
+    """Controls, and below them what is drawn of their values: when it is displayed, and anew whenever one changes.
 
-    draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)`` puts a
-    line above it. lines: the controls' names, a sequence a line. What goes wrong is said in that line, and what was
-    drawn last stays. It is drawn in the thread that made the panel, in a kernel the main one, between two cells: what
-    JupyterLab reports of a control may come in a thread beside it (a subshell), while a cell runs. So no thread is left
-    behind, and of all changes that come while something is drawn only the last is. Interrupting the kernel stops what
-    is being drawn.
+    What goes wrong is said in a line above, and what was drawn last stays. It is drawn in the thread that made the
+    panel, in a kernel the main one, between two cells: what JupyterLab reports of a control may come in a thread beside
+    it (a subshell), while a cell runs. So no thread is left behind, and of all changes that come while something is
+    drawn only the last is. Interrupting the kernel stops what is being drawn.
+
+    Args:
+        controls: by their names.
+        draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)``
+            puts a line above it.
+        lines: the controls' names, one sequence per line.
     """
 
     def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str], lines: Sequence[Sequence[str]]):
@@ -135,7 +138,12 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def html_of(figure: Figure, alt: str) -> str:
-    """A figure as an HTML image with its text for those who cannot see it; the figure is closed."""
+    """A figure as an HTML image; the figure is closed.
+
+    Args:
+        figure: matplotlib's.
+        alt: its text for those who cannot see it.
+    """
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
     plt.close(figure)
@@ -143,6 +151,12 @@ def html_of(figure: Figure, alt: str) -> str:
 
 
 def image_html(content: bytes, kind: str, alt: str) -> str:
-    """An image's bytes as HTML; kind: "png" or "jpeg"."""
+    """An image's bytes as HTML.
+
+    Args:
+        content: the file.
+        kind: "png" or "jpeg".
+        alt: its text for those who cannot see it.
+    """
     data = base64.b64encode(content).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" style="max-width: 100%">'

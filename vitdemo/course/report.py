@@ -4,8 +4,8 @@ import base64
 import io
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -24,19 +24,12 @@ LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 PANEL = "(controls to move: open the notebook in JupyterLab)\n"
 
 
-@dataclass
-class Figure:
-    """A picture among a notebook's outputs, small, as a data URI, with the anchor of its cell's page."""
-
-    thumbnail: str
-    alt: str
-    anchor: str
-
-
 def write_page(executed: Path, notebooks: Path) -> None:
-    """Write the notebook ``executed`` as HTML beside it; needs no network to be read.
+    """Write a notebook as HTML beside it; needs no network to be read.
 
-    ``notebooks``: the folder that the pictures in its text are relative to.
+    Args:
+        executed: the notebook with its outputs.
+        notebooks: the folder that the pictures in its text are relative to.
     """
     content = nbformat.read(executed, as_version=4)
     for alt, _, output in _pictures(content):
@@ -75,13 +68,10 @@ def _pictures(content) -> Iterator[tuple[str, str, dict]]:
                 yield said or cell.metadata.get("alt") or above, cell.id, output
 
 
-def find_figures(executed: Path) -> list[Figure]:
-    """The figures of the notebook ``executed``, in order."""
-    content = nbformat.read(executed, as_version=4)
-    return [
-        Figure(_thumbnail(output.data["image/png"]), alt, f"cell-id={cell_id}")
-        for alt, cell_id, output in _pictures(content)
-    ]
+def find_figures(executed: Path) -> list[tuple[str, str, str]]:
+    """Of the figures of the notebook ``executed``, in order: the picture, small, as a data URI; alt text; cell id."""
+    pictures = _pictures(nbformat.read(executed, as_version=4))
+    return [(_thumbnail(output.data["image/png"]), alt, cell_id) for alt, cell_id, output in pictures]
 
 
 def _thumbnail(png: str) -> str:
@@ -93,7 +83,12 @@ def _thumbnail(png: str) -> str:
 
 
 def write_index(results: Sequence, index: Path) -> None:
-    """Write ``index``: a row for each of ``results`` (runner.Result), then the figures of their notebooks."""
+    """Write a run's first page: one row per notebook, then their figures.
+
+    Args:
+        results: of the notebooks, each a ``runner.Result``.
+        index: the page to write; the executed notebooks lie beside it.
+    """
     sections = []
     for result in results:
         executed = index.with_name(f"{result.name}.ipynb")
@@ -117,8 +112,6 @@ def _small_print(text: str) -> Markup:
 
 
 def _outcome(results: Sequence) -> str:
-    counts = {}
-    for result in results:
-        counts[result.status] = counts.get(result.status, 0) + 1
+    counts = Counter(result.status for result in results)
     noun = "notebook" if len(results) == 1 else "notebooks"
     return f"{len(results)} {noun}: " + ", ".join(f"{count} {status}" for status, count in counts.items())

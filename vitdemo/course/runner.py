@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbformat.reader import NotJSONError
@@ -13,8 +13,6 @@ from vitdemo.course.notebooks import NOTEBOOKS, Notebook, assign_parameters, cel
 from vitdemo.course.report import write_index, write_page
 from vitdemo.errors import named_errors, reason_of
 from vitdemo.paths import claim_folder, runs_root, user_path
-
-MEASURED = ("images", "top1", "top1_ci95", "images_per_s", "engine", "precision")
 
 
 @dataclass
@@ -27,26 +25,21 @@ class Result:
     duration_s: float = 0.0
     error: str = ""  # one line; the reason where it was skipped
     images: int | None = None
-    top1: float | None = None  # a fraction
-    top1_ci95: Sequence[float] | None = None  # low and high, fractions
-    images_per_s: float | None = None
-    engine: str = ""
-    precision: str = ""
+    headline: dict = field(default_factory=dict)  # of what it measured, by the names of metrics.json
 
     @property
     def accuracy(self) -> str:
         """``91.2% (95 % CI 88.1% to 93.9%)``; empty where no image was classified."""
-        if self.top1 is None:
-            return "not measured" if self.images_per_s else ""
-        if self.top1_ci95 is None:
-            return f"{self.top1:.1%}"
-        low, high = self.top1_ci95
-        return f"{self.top1:.1%} (95 % CI {low:.1%} to {high:.1%})"
+        top1, interval = self.headline.get("top1"), self.headline.get("top1_ci95")
+        if top1 is None:
+            return "not measured" if self.speed else ""
+        return f"{top1:.1%}" + (" (95 % CI {:.1%} to {:.1%})".format(*interval) if interval else "")
 
     @property
     def speed(self) -> str:
         """``81.2 (eager fp32)``, in images/s; empty where nothing was timed."""
-        return f"{self.images_per_s:.1f} ({self.engine} {self.precision})" if self.images_per_s else ""
+        rate, engine, precision = (self.headline.get(name, "") for name in ("images_per_s", "engine", "precision"))
+        return f"{rate:.1f} ({engine} {precision})" if rate else ""
 
     def __str__(self) -> str:
         line = f"{self.name:<20} {self.status:<11} {self.duration_s:6.1f} s"
@@ -85,11 +78,19 @@ def run_notebooks(
 ) -> RunReport:
     """Run the notebooks called ``names`` (all: None) headlessly and write ``out/index.html``.
 
-    ``out`` (default ``runs/<time>/``) gets NAME.ipynb, NAME.html and the folder NAME for each notebook's
-    artefacts. ``profile`` and ``parameters`` set the notebooks' parameters; a relative path among them is
-    relative to the folder ``notebooks``. A notebook fails when a cell raises or hangs, and when it did
-    nothing; the others still run. Raises VitdemoError for bad input, before anything runs, and
-    KeyboardInterrupt after Ctrl-C or SIGTERM, when the report of what was done is written.
+    A notebook fails when a cell raises or hangs, and when it did nothing; the others still run.
+
+    Args:
+        names: "01_dataset", "01" or a file name each.
+        profile: a name of ``PROFILES``, which sets parameters of the notebooks.
+        imagenet: the folder of the archives, for the profile "imagenet".
+        parameters: parameters over the profile's; a relative path among them is relative to the folder ``notebooks``.
+        out: gets NAME.ipynb, NAME.html and the folder NAME for each notebook's artefacts; by default ``runs/<time>/``.
+        notebooks: the folder where they lie.
+
+    Raises:
+        VitdemoError: for bad input, before anything runs.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the report of what was done is written.
     """
     chosen = choose_notebooks(names, Path(notebooks).resolve())
     values = assign_parameters(chosen, profile, imagenet, parameters or {})
@@ -100,7 +101,7 @@ def run_notebooks(
         try:
             for number, (notebook, result) in enumerate(zip(chosen, report.notebooks, strict=True), 1):
                 progress = Progress(f"[{number}/{len(chosen)}] {notebook.name}", notebook.code_cells)
-                _run_one(notebook, result, values[notebook.name], out, progress, limit_s)
+                _run(notebook, result, values[notebook.name], out, progress, limit_s)
         except KeyboardInterrupt:
             say(f"interrupted; what was done: {report.index}")
             raise
@@ -109,14 +110,7 @@ def run_notebooks(
     return report
 
 
-def _run_one(
-    notebook: Notebook,
-    result: Result,
-    values: dict[str, object],
-    out: Path,
-    progress: Progress,
-    limit_s: int | None,
-) -> None:
+def _run(notebook: Notebook, result: Result, values: dict, out: Path, progress: Progress, limit_s: int | None) -> None:
     if notebook.missing:
         result.status = "skipped"
         result.error = f"needs {', '.join(notebook.missing)}: not installed, see `vitdemo doctor`"
@@ -131,7 +125,7 @@ def _run_one(
         result.error = error or left_undone
         result.status = "failed" if result.error else "ok"
         if result.status == "ok":  # a number from a notebook that failed would only look like one
-            vars(result).update(_headline(records))
+            result.images, result.headline = _most_images(records) or None, _headline(records)
     finally:
         result.duration_s = time.perf_counter() - start
         progress.close(f"{result.status}  {result.duration_s:.1f} s  {result.error}".rstrip())
@@ -150,25 +144,24 @@ def _write_page(executed: Path, notebook: Notebook, result: Result) -> None:
 
 def _judge(notebook: Notebook, folder: Path, limit: object) -> tuple[list[dict], str]:
     """The records in the notebook's JSON artefacts, and "" or why it does not count as done."""
-    records, problem = [], ""
+    records, problems = [], []
     for name in notebook.artefacts:
         path = folder / name
         if not path.is_file() or not path.stat().st_size:
-            problem = problem or f"did nothing: left no {name}"
+            problems.append(f"did nothing: left no {name}")
         elif path.suffix == ".json":
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                problem = problem or f"{name}: not valid JSON"
-            else:
                 records += [r for r in (content if isinstance(content, list) else [content]) if isinstance(r, dict)]
+            except ValueError:
+                problems.append(f"{name}: not valid JSON")
     seen = _most_images(records)
     wanted = min(notebook.min_images, limit) if isinstance(limit, int) else notebook.min_images
     if any(record.get("valid") is False for record in records):
-        problem = problem or "an evaluation it left is not valid"
+        problems.append("an evaluation it left is not valid")
     if seen < wanted:
-        problem = problem or f"did too little: {seen} images, at least {wanted} wanted"
-    return records, problem
+        problems.append(f"did too little: {seen} images, at least {wanted} wanted")
+    return records, next(iter(problems), "")
 
 
 def _most_images(records: list[dict]) -> int:
@@ -178,5 +171,4 @@ def _most_images(records: list[dict]) -> int:
 def _headline(records: list[dict]) -> dict[str, object]:
     """Of the records with an accuracy or a speed, the one of the most images, accuracy first."""
     measured = [record for record in records if record.get("top1") is not None or record.get("images_per_s")]
-    best = max(measured, key=lambda r: (r.get("top1") is not None, r.get("images") or 0), default={})
-    return {"images": _most_images(records) or None} | {name: best[name] for name in MEASURED if name in best}
+    return max(measured, key=lambda r: (r.get("top1") is not None, r.get("images") or 0), default={})

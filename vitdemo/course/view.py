@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from html import escape
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -44,82 +47,81 @@ class ImageView:
     """Holds what took long to get: the data set, the model and its engines, and the last look and comparison."""
 
     def __init__(self, data: ImageNetVal, calibration: Path | str | None = None):
-        self._calibration = calibration
-        self._data = {str(data.path): data}
-        self._models: dict[str, Model] = {}
-        self._engines: dict[Pair, Engine] = {}
-        self._looked: dict[tuple, PictureResult] = {}
-        self._drawn: tuple[str, PictureResult | None, str] = ("", None, "")  # the first look, its file and its HTML
-        self._uploaded: tuple = ()
-        self._compared: dict[tuple, pd.DataFrame] = {}
+        self._data, self._calibration, self._uploaded = {str(data.path): data}, calibration, ()
+        last = lru_cache(maxsize=1)
+        self.model, self.engine = last(self._model), lru_cache(KEPT_ENGINES)(self._engine)
+        self.apart = last(self._apart)
+        self.first_look, self.first_html = last(self._first_look), last(self._first_html)
 
-    def data(self, path: str, say: Say) -> ImageNetVal:
+    def draw(self, say: Say, **values: Any) -> str:
+        """HTML of what the controls ask for.
+
+        Args:
+            say: shows a line while something takes long.
+            values: of the controls in ``image_explorer``, by their names.
+        """
+        self._say, asked = say, SimpleNamespace(**values)
+        self._uploaded = asked.upload or self._uploaded
+        data, model, pair = self._opened(asked.data), self.model(asked.model), Pair(asked.engine, asked.precision)
+        if asked.show == TWO_ENGINES:
+            return self._engines_apart(data, model, pair, Pair(*asked.against.split(":")), asked.among)
+        file, content, truth = picture_of(data, asked.picture, asked.index, self._uploaded)
+        picture = self.engine(model, pair), model, data, file, content
+        first = self.first_look(*picture)
+        wanted = replace(model.info.preprocessing, **SCALINGS[asked.scaling])
+        if asked.crop != AS_TRAINED:
+            wanted = replace(wanted, crop_mode=asked.crop, crop_pct=asked.crop_pct)
+        changed = second_look(first, *picture, wanted, asked.hide, asked.patches, asked.down, asked.across)
+        head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}; attention: {EAGER}.</p>"
+        if asked.show == BLOCKS:
+            how, last = next(iter(changed.items()), (OWN, first))
+            text = f"attention of the class token, block by block: {file}, {how}"
+            return head + f"<p>{escape(how)}</p>" + html_of(plot_blocks(model, last), text)
+        blue = first.top5["class"].iloc[0]
+        # The first is drawn once for all that is changed beside it.
+        looks = (look_html(name, look, file, blue) for name, look in changed.items())
+        return head + self.first_html(*picture) + "".join(looks)
+
+    def _opened(self, path: str) -> ImageNetVal:
         if path not in self._data:
-            say(f"opening {path} …")
+            self._say(f"opening {path} …")
             self._data = {path: ImageNetVal(path, progress=False)}
         return self._data[path]
 
-    def model(self, name: str, say: Say) -> Model:
-        if name not in self._models:
-            say(f"loading {name} …")
-            shapes_of(name)  # a mistyped name says so, and costs nothing of what is loaded
-            self._models, self._engines, self._looked, self._compared = {}, {}, {}, {}  # before the next takes room
-            self._models[name] = load_model(name)
-        return self._models[name]
+    def _model(self, name: str) -> Model:
+        self._say(f"loading {name} …")
+        shapes_of(name)  # a mistyped name says so, and costs nothing of what is loaded
+        for kept in (self.model, self.engine, self.first_look, self.first_html, self.apart):
+            kept.cache_clear()  # before the next takes room
+        return load_model(name)
 
-    def engine(self, model: Model, pair: Pair, say: Say) -> Engine:
-        if pair not in self._engines:
-            say(f"getting {pair} of {model.info.tag} ready; building it takes seconds to minutes, once …")
-            kept = list(self._engines.items())[1 - KEPT_ENGINES :]
-            self._engines = {**dict(kept), pair: convert(model, *pair, calibration=self._calibration)}
-        return self._engines[pair]
+    def _engine(self, model: Model, pair: Pair) -> Engine:
+        self._say(f"getting {pair} of {model.info.tag} ready; building it takes seconds to minutes, once …")
+        return convert(model, *pair, calibration=self._calibration)
 
-    def draw(self, say: Say, *, data: str, model: str, engine: str, precision: str, show: str, **rest) -> str:
-        """HTML of what the controls ask for; their names are the arguments."""
-        self._uploaded = rest["upload"] or self._uploaded
-        images, vit = self.data(data, say), self.model(model, say)
-        pair = Pair(engine, precision)
-        if show == TWO_ENGINES:
-            return self._engines_apart(images, vit, pair, rest["against"], rest["among"], say)
-        file, content, truth = picture_of(images, rest["picture"], rest["index"], self._uploaded)
-        names, ready = names_of(vit.info, images), self.engine(vit, pair, say)
-        first = self._first_look(ready, vit, images, file, content)
-        changed = second_look(first, ready, vit, file, content, names, **_asked(rest))
-        head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}; attention: {EAGER}.</p>"
-        if show == BLOCKS:
-            how, last = next(iter(changed.items()), (OWN, first))
-            text = f"attention of the class token, block by block: {file}, {how}"
-            return head + f"<p>{escape(how)}</p>" + html_of(plot_blocks(vit, last), text)
-        blue = first.top5["class"].iloc[0]
-        drawn_file, drawn, html = self._drawn
-        if drawn is not first or drawn_file != file:  # it is drawn once for all that is changed beside it
-            html = look_html(OWN, first, file, blue)
-            self._drawn = file, first, html
-        return head + html + "".join(look_html(name, look, file, blue) for name, look in changed.items())
+    def _first_look(self, engine: Engine, model: Model, data: ImageNetVal, file: str, content: bytes) -> PictureResult:
+        pixels = crop_picture(file, content, model.info.preprocessing)
+        return look_at(engine, model, pixels, names_of(model.info, data))
 
-    def _first_look(self, engine: Engine, vit: Model, images: ImageNetVal, file: str, content: bytes) -> PictureResult:
-        key = engine, images.path, content  # the classes' names are the data set's
-        if key not in self._looked:
-            pixels = crop_picture(file, content, vit.info.preprocessing)
-            self._looked = {key: look_at(engine, vit, pixels, names_of(vit.info, images))}
-        return self._looked[key]
+    def _first_html(self, *picture: Any) -> str:
+        first = self.first_look(*picture)
+        return look_html(OWN, first, picture[-2], first.top5["class"].iloc[0])
 
-    def _engines_apart(self, images: ImageNetVal, vit: Model, pair: Pair, against: str, among: int, say: Say) -> str:
-        other = Pair(*against.split(":"))
+    def _apart(self, other: Pair, pair: Pair, model: Model, data: ImageNetVal, among: int) -> pd.DataFrame:
+        engines = [self.engine(model, each) for each in (other, pair)]
+        self._say(f"comparing {other} with {pair} on {min(among, len(data))} images …")
+        return disagreements(*engines, data, limit=among, progress=False)
+
+    def _engines_apart(self, data: ImageNetVal, model: Model, pair: Pair, other: Pair, among: int) -> str:
         if other == pair:
             raise VitdemoError(f"two engines: {pair} is the one above; choose another beside it")
-        key = images.path, pair, other, among
-        engines = [self.engine(vit, each, say) for each in (other, pair)]
-        if key not in self._compared:
-            say(f"comparing {other} with {pair} on {min(among, len(images))} images …")
-            self._compared = {key: disagreements(*engines, images, limit=among, progress=False)}
-        table = self._compared[key]
+        table = self.apart(other, pair, model, data, among)
         same = int((table["candidate"] == table["reference"]).sum())
         text = f"{other} gives the answer of {pair} for {same} of {len(table)} images; furthest apart are these."
-        if vit.info.classes == tuple(images.classes):
+        if model.info.classes == tuple(data.classes):
             counts = compare_answers(table)
             text += f" Only {pair} is right {counts['worse']} times, only {other} {counts['better']} times."
-        figure = plot_disagreements(table, images, names_of(vit.info, images))
+        figure = plot_disagreements(table, data, names_of(model.info, data))
         return f"<p>{escape(text)}</p>" + html_of(figure, text)
 
 
@@ -131,7 +133,17 @@ def look_html(name: str, look: PictureResult, file: str, blue: int) -> str:
 
 
 def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
-    """File name, bytes, and what it is, where that is known. Raises VitdemoError where nothing was uploaded yet."""
+    """File name, bytes, and what it is, where that is known.
+
+    Args:
+        images: the data set.
+        picture: DATA or UPLOAD.
+        index: of the image in the data set.
+        upload: the value of the upload's control.
+
+    Raises:
+        VitdemoError: where nothing was uploaded yet, and for an index that is not there.
+    """
     if picture == UPLOAD:
         if not upload:
             raise VitdemoError("upload: no picture yet; press Upload and choose a file")
@@ -146,35 +158,43 @@ def second_look(
     first: PictureResult,
     engine: Engine,
     model: Model,
+    data: ImageNetVal,
     file: str,
     content: bytes,
-    names: list[str] | None,
-    *,
-    preprocessing: dict,
-    hide: str,
-    patches: int,
-    down: tuple[int, int],
-    across: tuple[int, int],
+    wanted: Preprocessing,
+    hide: str = NOTHING,
+    patches: int = 0,
+    down: tuple[int, int] = (0, 0),
+    across: tuple[int, int] = (0, 0),
 ) -> dict[str, PictureResult]:
     """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
-    preprocessing: what to replace in the weights' own. hide: which patches; ``patches`` of them, or those of a window
-    of ``down`` and ``across``, in % of the sides. It is ``engine``'s look, unless mean or std is another: those are
-    part of an engine, so it is eager fp32's.
+    Args:
+        first: what ``engine`` says of the picture as the weights want it.
+        engine: whose look the second one is as well, unless mean or std is another: those are part of an engine, so it
+            is eager fp32's.
+        model: from which the engine was made.
+        data: gives the classes their names.
+        file: the picture's name, for errors.
+        content: its bytes.
+        wanted: the preprocessing.
+        hide: which patches: NOTHING, MOST, LEAST or WINDOW.
+        patches: how many of them for MOST and LEAST.
+        down: from where to where in the height for WINDOW, in %.
+        across: the same in the width.
     """
-    own = model.info.preprocessing
-    changed, pixels, seen = replace(own, **preprocessing), first.pixels, first.rollout
-    if changed == own and hide == NOTHING:
+    own, names = model.info.preprocessing, names_of(model.info, data)
+    if wanted == own and hide == NOTHING:
         return {}
-    said = _said(own, changed)
-    if (changed.mean, changed.std) != (own.mean, own.std):
-        model = with_preprocessing(model, changed)
+    said, pixels, seen = _said(own, wanted), first.pixels, first.rollout
+    if (wanted.mean, wanted.std) != (own.mean, own.std):
+        model = with_preprocessing(model, wanted)
         engine = reference_of(model)
         said.append(f"answered by {EAGER}")
-    if changed != own:
-        pixels = crop_picture(file, content, changed)
+    if wanted != own:
+        pixels = crop_picture(file, content, wanted)
     if hide != NOTHING:
-        if changed != own and hide != WINDOW:
+        if wanted != own and hide != WINDOW:
             seen = rollout(model, attention_maps(model, pixels[None]))[0]
         places = patches_to_hide(model, seen, hide, patches, down, across)
         pixels = mask_patches(model, pixels, places)
@@ -185,7 +205,16 @@ def second_look(
 def patches_to_hide(
     model: Model, seen: torch.Tensor | None, hide: str, patches: int, down: tuple[int, int], across: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """The (row, column) of what ``second_look`` hides; arguments as there, and ``seen``, the rollout."""
+    """The (row, column) of what ``second_look`` hides.
+
+    Args:
+        model: whose patches.
+        seen: float32[rows, columns], the rollout; not needed for WINDOW.
+        hide: MOST, LEAST or WINDOW.
+        patches: as in ``second_look``.
+        down: as in ``second_look``.
+        across: as in ``second_look``.
+    """
     rows, columns = patch_grid(model)
     if hide == WINDOW:
         return [(row, column) for row in _share(rows, down) for column in _share(columns, across)]
@@ -204,11 +233,3 @@ def _said(own: Preprocessing, changed: Preprocessing) -> list[str]:
     if (changed.mean, changed.std) != (own.mean, own.std):
         said.append(f"mean {changed.mean[0]:g} std {changed.std[0]:g}")
     return said
-
-
-def _asked(values: dict) -> dict:
-    """The arguments of ``second_look`` among the controls' values."""
-    preprocessing = dict(SCALINGS[values["scaling"]])
-    if values["crop"] != AS_TRAINED:
-        preprocessing |= {"crop_mode": values["crop"], "crop_pct": values["crop_pct"]}
-    return {"preprocessing": preprocessing} | {name: values[name] for name in ("hide", "patches", "down", "across")}

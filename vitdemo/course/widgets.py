@@ -11,28 +11,15 @@ from vitdemo.benchmarking.choice import choose_engine
 from vitdemo.benchmarking.others import published_performance
 from vitdemo.benchmarking.pairs import NULL_ENGINE, choose_pairs
 from vitdemo.benchmarking.tables import styled
+from vitdemo.bundled import MODELS
+from vitdemo.course import view
 from vitdemo.course.browsing import browse, pages_of, sample_of
 from vitdemo.course.panel import Panel, html_of, image_html
 from vitdemo.course.performance import architecture_of, measured_and_published
-from vitdemo.course.view import (
-    ANSWER,
-    AS_TRAINED,
-    BLOCKS,
-    DATA,
-    LEAST,
-    MOST,
-    NOTHING,
-    SCALINGS,
-    TWO_ENGINES,
-    UPLOAD,
-    WINDOW,
-    ImageView,
-)
 from vitdemo.dataset.decoding import CROP_MODES
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import find_engines
 from vitdemo.errors import VitdemoError
-from vitdemo.models.model import BUNDLED
 from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
 from vitdemo.plots.dataset import short_names, thumbnail
 
@@ -52,11 +39,19 @@ def image_explorer(
 ) -> Panel:
     """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
 
-    calibration: images for int8, as in ``convert``.
-
     Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``second_look``); the
     attention block by block (``plot_blocks``); or the images that two engines see most differently
     (``disagreements``). The first draws within a third of a second for vit_shapes20, once it is loaded.
+
+    Args:
+        data: the data set that it opens with.
+        model: the name that it opens with, as in ``load_model``.
+        engine: the engine that it opens with.
+        precision: the precision that it opens with.
+        calibration: images for int8, as in ``convert``.
+
+    Raises:
+        VitdemoError: for an engine or a precision that there is not.
     """
     controls = _picture_controls(data) | _engine_controls(model, engine, precision) | _change_controls()
 
@@ -65,10 +60,10 @@ def image_explorer(
 
     def show_upload(change) -> None:
         if change["new"]:
-            controls["picture"].value = UPLOAD
+            controls["picture"].value = view.UPLOAD
 
     def show_data(_) -> None:
-        controls["picture"].value = DATA
+        controls["picture"].value = view.DATA
         controls["upload"].value = ()  # else the same file, uploaded once more, would be no change
 
     controls["engine"].observe(keep_precisions, "value")
@@ -81,13 +76,13 @@ def image_explorer(
         ("scaling", "crop", "crop_pct"),
         ("hide", "patches", "down", "across"),
     )
-    return Panel(controls, ImageView(data, calibration).draw, lines)
+    return Panel(controls, view.ImageView(data, calibration).draw, lines)
 
 
 def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
     return {
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
-        "picture": widgets.ToggleButtons(options=(DATA, UPLOAD), description="from", **BUTTONS),
+        "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
         "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
         "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
     }
@@ -98,15 +93,17 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
     if engine not in engines or precision not in engines[engine].precisions:
         raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(map(str, choose_pairs(None)))}")
     choices = engines[engine].precisions
-    others = [str(pair) for pair in choose_pairs(None)]
+    others = list(map(str, choose_pairs(None)))
     beside = next(name for name in others if name != f"{engine}:{precision}")
     return {
         "model": widgets.Combobox(
-            value=model, options=tuple(BUNDLED), continuous_update=False, description="model", layout=WIDE, style=STYLE
+            value=model, options=tuple(MODELS), continuous_update=False, description="model", layout=WIDE, style=STYLE
         ),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
-        "show": widgets.ToggleButtons(options=(ANSWER, BLOCKS, TWO_ENGINES), description="show", **BUTTONS),
+        "show": widgets.ToggleButtons(
+            options=(view.ANSWER, view.BLOCKS, view.TWO_ENGINES), description="show", **BUTTONS
+        ),
         "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
         "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
     }
@@ -114,12 +111,14 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
 
 def _change_controls() -> dict[str, widgets.Widget]:
     slide = dict(continuous_update=False, style=STYLE)
-    crops = AS_TRAINED, *CROP_MODES
+    crops = view.AS_TRAINED, *CROP_MODES
     return {
-        "scaling": widgets.Dropdown(options=tuple(SCALINGS), description="mean and std", style=STYLE),
+        "scaling": widgets.Dropdown(options=tuple(view.SCALINGS), description="mean and std", style=STYLE),
         "crop": widgets.Dropdown(options=crops, description="crop", layout=WIDE),
         "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **slide),
-        "hide": widgets.Dropdown(options=(NOTHING, MOST, LEAST, WINDOW), description="hide", layout=WIDE),
+        "hide": widgets.Dropdown(
+            options=(view.NOTHING, view.MOST, view.LEAST, view.WINDOW), description="hide", layout=WIDE
+        ),
         "patches": widgets.IntSlider(40, 1, 196, description="patches", **slide),
         "down": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="window down, %", **slide),
         "across": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="across, %", **slide),
@@ -129,7 +128,11 @@ def _change_controls() -> dict[str, widgets.Widget]:
 def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Panel:
     """Measured rows, as ``benchmark`` or ``merge`` gives them, beside published ones: a table, or one of two figures.
 
-    Below it the engine that ``choose_engine`` names of the measured rows, for a latency and a loss of accuracy.
+    Above it the engine that ``choose_engine`` names of the measured rows, for a latency and a loss of accuracy.
+
+    Args:
+        rows: as ``benchmark`` or ``merge`` gives them.
+        published: as ``published_performance()`` gives them, which is the default.
     """
     published = published_performance() if published is None else published
     table = measured_and_published(rows, published)
@@ -175,7 +178,12 @@ def _choice(rows: pd.DataFrame, budget_ms: float, loss: float) -> str:
 
 
 def dataset_browser(data: ImageNetVal, per_page: int = 12) -> Panel:
-    """The images of a data set, by class and page by page, with what their files say (``browse``)."""
+    """The images of a data set, by class and page by page, with what their files say (``browse``).
+
+    Args:
+        data: the data set.
+        per_page: images on a page.
+    """
     classes = [(ALL, None), *((name, label) for label, name in enumerate(short_names(data)))]
     controls = {
         "label": widgets.Dropdown(options=classes, description="class", layout=WIDE),

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
+from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 
 from vitdemo.course.notebooks import NOTEBOOKS, choose_notebooks
 from vitdemo.errors import named_errors
@@ -18,9 +19,13 @@ def write_workshop(out: Path | str) -> list[Path]:
     """Write the notebooks without their solutions into ``out``, with their pictures and README; the copies' paths.
 
     A copy keeps each exercise's empty cell and its check, and no output of a session. It runs in any folder, with the
-    library and the data of this clone. ``out`` is new or empty (a stick, say), and gets all of it or nothing; the
-    course's own notebooks are only read. Raises VitdemoError for an ``out`` that holds something, and for what cannot
-    be read or written.
+    library and the data of this clone. The course's own notebooks are only read.
+
+    Args:
+        out: a new or empty folder (a stick, say), which gets all of it or nothing.
+
+    Raises:
+        VitdemoError: for an ``out`` that holds something, and for what cannot be read or written.
     """
     lessons, out = choose_notebooks(), claim_folder(user_path(out).resolve())
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as folder:
@@ -46,9 +51,7 @@ def write_workshop(out: Path | str) -> list[Path]:
 
 def _without_solutions(path: Path):
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    for step in (TagRemovePreprocessor(remove_cell_tags=["solution"], enabled=True), ClearOutputPreprocessor()):
+        notebook, _ = step.preprocess(notebook, {})
     notebook.metadata.pop("widgets", None)
     return notebook

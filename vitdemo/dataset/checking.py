@@ -32,7 +32,7 @@ from vitdemo.dataset.decoding import (
     read_header,
 )
 from vitdemo.dataset.imagenet import ImageNetSplit
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError, at_least_1, named_errors
 from vitdemo.machine import cores, installed_version, machine_record, now
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
@@ -113,9 +113,7 @@ def check_images(
 
     Raises VitdemoError for bad ``workers`` or ``limit`` and for a folder that cannot be written.
     """
-    for name, value in (("workers", workers), ("limit", limit)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    at_least_1(workers=workers, limit=limit)
     out, workers = user_path(out) if out is not None else None, workers or cores()
     images = len(data) if limit is None else min(limit, len(data))
     if out:

@@ -251,7 +251,7 @@ def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> tor
             raise UnreadableImage(reason)
         return reference_crop(content, preprocessing)
     except UnreadableImage as unreadable:
-        raise VitdemoError(f"{_printable(name)}: {unreadable}; give a sound picture of ordinary size") from None
+        raise VitdemoError(f"{name}: {unreadable}; give a sound picture of ordinary size") from None
 
 
 def _why_not_opened(content: bytes) -> str:
@@ -265,7 +265,3 @@ def _why_not_opened(content: bytes) -> str:
     except Exception as error:  # PIL raises a dozen types, and each means: this is no picture
         return f"is not a picture that can be read ({one_line(error)})"
     return not_decoded(header.width, header.height) if is_enormous(header.width, header.height, content) else ""
-
-
-def _printable(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)[:80] or "the picture"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from vitdemo.bundled import CALIBRATIONS
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
 from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal, Sample, UnreadableFile
 from vitdemo.dataset.tars import IMAGE_LIMIT, index_tar
@@ -15,10 +16,9 @@ from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.models.model import Model
 from vitdemo.paths import data_path, user_path
+from vitdemo.stats import spread
 
 IMAGES, RANDOM_IMAGES = 256, 32  # more random ones would only repeat the same ranges
-
-BUNDLED_CALIBRATION = {"vit_shapes20": "shapes20/shapes20_calib.tar"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
     if given is None:
         if info.weights == "random":
             return Calibration(info.random_pixels(RANDOM_IMAGES), "random pixels")
-        if info.tag not in BUNDLED_CALIBRATION or info.weights != "pretrained":
+        if info.tag not in CALIBRATIONS or info.weights != "pretrained":
             raise VitdemoError(
                 f"{info.tag}: int8 needs images for its calibration; give calibration (--calibration PATH in a shell), "
                 "images like those it will see but not those it is scored on (some of ImageNet's train set, say)"
             )
-        given = data_path(BUNDLED_CALIBRATION[info.tag])
+        given = data_path(CALIBRATIONS[info.tag])
     if isinstance(given, torch.Tensor):
         size = info.preprocessing.input_size
         if given.dtype != torch.uint8 or given.ndim != 4 or given.shape[1:] != size or len(given) == 0:
@@ -99,7 +99,7 @@ def _jpegs_at(path: Path) -> Iterator[bytes]:
 def _jpegs_in(tar: Path) -> Iterator[bytes]:
     members = sorted(member for member in index_tar(tar) if member.name.lower().endswith((".jpeg", ".jpg")))
     with named_errors(tar), open(tar, "rb") as file:
-        for i in _evenly(len(members)):
+        for i in spread(len(members), IMAGES):
             if members[i].size > IMAGE_LIMIT:
                 raise VitdemoError(f"{tar}: {members[i].name!r} is larger than {IMAGE_LIMIT >> 20} MiB; take it out")
             file.seek(members[i].offset)
@@ -114,10 +114,6 @@ def _holds_only_train(path: Path) -> bool:
 
 
 def _spread(data: Sequence[Sample]) -> Iterator[bytes]:
-    for i in _evenly(len(data)):
+    for i in spread(len(data), IMAGES):
         with suppress(UnreadableFile):  # one less to calibrate on
             yield data[i].jpeg
-
-
-def _evenly(count: int) -> range | list[int]:
-    return range(count) if count <= IMAGES else [i * count // IMAGES for i in range(IMAGES)]

@@ -17,10 +17,6 @@ from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import NATIVE, Call, Shape
 
 
-class EngineFailure(RuntimeError):
-    """An engine broke while running: the run it was part of is invalid."""
-
-
 class Engine(ABC):
     """A model ready to run: ``engine(x: uint8[B, 3, H, W]) -> float32[B, C]``, both on the CPU, any B >= 1.
 

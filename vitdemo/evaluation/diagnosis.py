@@ -1,43 +1,37 @@
 """diagnose: why is the accuracy off? Hypotheses measured on the spot, and the one that explains the loss."""
 
-import csv
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from timm.data import constants
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.devkit import DEVKITS, Devkit, devkit_of, read_devkit
-from vitdemo.dataset.imagenet import ImageNetVal, Sample
+from vitdemo.dataset.devkit import DEVKITS, devkit_of, read_devkit
+from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.tars import OFFICIAL_VAL
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.dataset.trees import CLASSES
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import cores, now
-from vitdemo.models.model import Model
-from vitdemo.stats import mcnemar_p, wilson_interval
+from vitdemo.models.model import Model, check_classes
+from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
 # Class orders that are mistaken for the order of the wnids, and the devkit that tells them apart.
 
 
-@dataclass(frozen=True)
-class Numbering:
+class Numbering(NamedTuple):
     """The devkit's side of a data set.
 
     ids: int[classes], the ILSVRC2012_ID of each label. truth: file name -> label, by the devkit. ``missing`` says why
@@ -59,24 +53,22 @@ def read_numbering(data: ImageNetVal) -> Numbering:
     ids = _ids({synset.wnid: synset.id for synset in devkit.synsets}, data.classes)
     if ids is None:
         return Numbering(None, None, "it needs the devkit, and the one here is of other classes")
-    return Numbering(ids, _truth(devkit))
+    return Numbering(ids, {f"ILSVRC2012_val_{k:08d}.JPEG": label for k, label in enumerate(devkit.labels, start=1)})
 
 
 def _devkit_in(root: Path) -> Path:
     """The devkit beside ``val/``, of whatever name; ILSVRC2012's before others. Raises VitdemoError without one."""
     with named_errors(root):
         others = sorted(root.glob(DEVKITS))
-    if len(others) != 1:  # none, or several, of which ILSVRC2012's may be one
-        return devkit_of(root / OFFICIAL_VAL)
-    return others[0]
+    # None, or several, of which ILSVRC2012's may be one.
+    return others[0] if len(others) == 1 else devkit_of(root / OFFICIAL_VAL)
 
 
 def _ids_of_extraction(root: Path) -> dict[str, int]:
     """wnid -> ILSVRC2012_ID as ``extract`` wrote it down in ``root``, empty where it did not."""
     try:
-        with open(root / "classes.csv", encoding="utf-8", newline="") as file:
-            return {row["wnid"]: int(row["ilsvrc_id"]) for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, ValueError):
+        return pd.read_csv(root / CLASSES, index_col="wnid")["ilsvrc_id"].to_dict()
+    except (OSError, KeyError, ValueError):
         return {}
 
 
@@ -84,10 +76,6 @@ def _ids(by_wnid: dict[str, int], classes: Sequence[str]) -> np.ndarray | None:
     """The ID of each class, provided that they are 1 to the number of classes."""
     ids = [by_wnid.get(wnid, 0) for wnid in classes]
     return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
-
-
-def _truth(devkit: Devkit) -> dict[str, int]:
-    return {f"ILSVRC2012_val_{number:08d}.JPEG": label for number, label in enumerate(devkit.labels, start=1)}
 
 
 def other_orders(data: ImageNetVal, numbering: Numbering) -> dict[str, np.ndarray | None]:
@@ -107,11 +95,13 @@ def other_orders(data: ImageNetVal, numbering: Numbering) -> dict[str, np.ndarra
 
 
 NORMALISATIONS = {
-    "with ImageNet's mean/std": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "with mean/std 0.5": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-    "with CLIP's mean/std": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "with ImageNet's mean/std": (constants.IMAGENET_DEFAULT_MEAN, constants.IMAGENET_DEFAULT_STD),
+    "with mean/std 0.5": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
+    "with CLIP's mean/std": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
 }
 OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
+AS_IT_IS = "as it is"
+SIGNIFICANCE = 0.05
 EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
 
 
@@ -147,23 +137,6 @@ class Hypothesis:
         return mcnemar_p(self.gained, self.lost, "greater")
 
 
-class Spread:
-    """``images`` samples of ``data`` (all if it has fewer), evenly spread over it."""
-
-    def __init__(self, data: ImageNetVal, images: int):
-        count = min(images, len(data))
-        self._data = data
-        self._indices = [i * len(data) // count for i in range(count)]
-        self.files = [data.files[i] for i in self._indices]
-        self.labels = [data.labels[i] for i in self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, k: int) -> Sample:
-        return self._data[self._indices[k]]
-
-
 @dataclass
 class Variant:
     """An engine and the crops it is given, which is ``crop`` in all but mean and std; those lie in the engine.
@@ -193,40 +166,34 @@ def planned_variants(engine: Engine, model: Model) -> list[Variant]:
     mode, crop_pct = OTHER_CROP[usual.crop_mode]
     cure = "give the model a Preprocessing with {}"
     swap_cure = "the weights expect blue first: swap the channels of the patch embedding's weights"
+    crop_cure = cure.format(f"crop_mode={mode!r}, crop_pct={crop_pct}")
+    scaled = (
+        Variant(name, cure.format(f"mean={mean}, std={std}"), reference(replace(usual, mean=mean, std=std)), usual)
+        for name, (mean, std) in NORMALISATIONS.items()
+        if (usual.mean, usual.std) != (mean, std)
+    )
     return [
-        Variant("as it is", "", engine, usual),
+        Variant(AS_IT_IS, "", engine, usual),
         Variant("on the reference engine", "the conversion loses it: vitdemo verify says where", eager, usual),
-        *(
-            Variant(name, cure.format(f"mean={mean}, std={std}"), reference(replace(usual, mean=mean, std=std)), usual)
-            for name, (mean, std) in NORMALISATIONS.items()
-            if (usual.mean, usual.std) != (mean, std)
-        ),
+        *scaled,
         Variant("with red and blue swapped", swap_cure, eager, usual, swap_channels=True),
-        Variant(
-            f"with crop mode {mode}",
-            cure.format(f"crop_mode={mode!r}, crop_pct={crop_pct}"),
-            eager,
-            replace(usual, crop_mode=mode, crop_pct=crop_pct),
-        ),
+        Variant(f"with crop mode {mode}", crop_cure, eager, replace(usual, crop_mode=mode, crop_pct=crop_pct)),
     ]
 
 
-def answer(runs: list[Variant], sample: Spread, device_batch_size: int, progress: bool) -> int:
-    """Fill in the runs' answers; the number of unreadable images. Crops that runs share are decoded once."""
-    unreadable = 0
+def answer(runs: list[Variant], sample: Subset, device_batch_size: int, progress: bool) -> None:
+    """Fill in the runs' answers. Crops that runs share are decoded once."""
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
         for crop in dict.fromkeys(run.crop for run in runs):
-            sharing, start, unreadable = [run for run in runs if run.crop == crop], now(), 0
+            sharing, start = [run for run in runs if run.crop == crop], now()
             batches = prefetched_batches(sample, range(len(sample)), crop, device_batch_size, workers=cores())
             with closing(batches):
                 for batch in batches:
                     readable = np.array([not error for error in batch.errors])
-                    unreadable += int((~readable).sum())
                     for run in sharing:
                         run.answers += np.where(readable, _answers(run, batch.pixels), -1).tolist()
                         run.took_s, start = run.took_s + now() - start, now()
                         bar.update(len(readable))
-    return unreadable
 
 
 def _answers(run: Variant, pixels: torch.Tensor) -> np.ndarray:
@@ -261,21 +228,19 @@ def order_hypotheses(
     return hypotheses
 
 
-def devkit_hypothesis(answers: np.ndarray, sample: Spread, data: ImageNetVal, numbering: Numbering) -> Hypothesis:
+def devkit_hypothesis(
+    answers: np.ndarray, labels: np.ndarray, files: Sequence[str], numbering: Numbering
+) -> Hypothesis:
     """The labels are not those that the devkit has for these files, for whatever reason."""
     name = "labels read from the devkit"
     if numbering.truth is None:
         return Hypothesis(name, EXTRACT, not_tested=numbering.missing)
-    truth = [numbering.truth.get(file) for file in sample.files]
+    truth = [numbering.truth.get(file) for file in files]
     if None in truth:
         return Hypothesis(name, EXTRACT, not_tested="the devkit here has no label for these files")
-    if truth == sample.labels:
+    if truth == labels.tolist():
         return Hypothesis(name, EXTRACT, not_tested="the labels are the devkit's")
-    return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == np.array(sample.labels))
-
-
-SIGNIFICANCE = 0.05
-AS_IT_IS = "as it is"
+    return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == labels)
 
 
 def diagnose(
@@ -290,41 +255,49 @@ def diagnose(
     """Look for what costs ``engine`` accuracy, on ``images`` of ``data`` (all if fewer), evenly spread over it.
 
     Each hypothesis is one usual mistake put right, measured on the same images: outputs or labels in another order
-    than that of the wnids; labels that are not the devkit's; the other mean and std; red
-    and blue swapped; the other crop mode; a conversion that loses something. Orders and labels need no new answers of
-    the engine, they are counted anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference
-    of ``model`` and held against that reference unchanged, as the engine is too. All images are decoded on the
-    reference path.
+    than that of the wnids; labels that are not the devkit's; the other mean and std; red and blue swapped; the other
+    crop mode; a conversion that loses something. Orders and labels need no new answers of the engine, they are counted
+    anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference of ``model`` and held
+    against that reference unchanged, as the engine is too. All images are decoded on the reference path.
 
-    A loss may have two causes: put right the one that is named, then diagnose again. Raises VitdemoError for bad input
-    and for answers that mean nothing (random weights, the null engine), EngineFailure when the engine breaks.
+    A loss may have two causes: put right the one that is named, then diagnose again.
+
+    Args:
+        engine: whose accuracy is off.
+        model: from which it was made.
+        data: images with labels, of the model's classes.
+        images: how many of them.
+        device_batch_size: images at once.
+        progress: show a bar.
+
+    Raises:
+        VitdemoError: for bad input, and for answers that mean nothing (random weights, the null engine).
+        EngineFailure: when the engine breaks.
     """
     _check_input(engine, model, data, images, device_batch_size)
-    start, sample, runs = now(), Spread(data, images), planned_variants(engine, model)
-    unreadable = answer(runs, sample, device_batch_size, progress)
-    answers, labels, numbering = np.array(runs[0].answers), np.array(sample.labels), read_numbering(data)
+    start, runs, indices = now(), planned_variants(engine, model), spread(len(data), images)
+    answer(runs, Subset(data, indices), device_batch_size, progress)
+    labels, files = np.array([data.labels[i] for i in indices]), [data.files[i] for i in indices]
+    answers, numbering = np.array(runs[0].answers), read_numbering(data)
     hypotheses = [
         *order_hypotheses(answers, labels, data, numbering),
-        devkit_hypothesis(answers, sample, data, numbering),
+        devkit_hypothesis(answers, labels, files, numbering),
         *preprocessing_hypotheses(runs, labels),
     ]
     wnids = [data.classes[label] for label in data.labels]
     published, _ = comparable_published(model.info.tag, data.files, wnids)
     as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
-    return Diagnosis(as_it_is, hypotheses, published, unreadable, now() - start)
+    return Diagnosis(as_it_is, hypotheses, published, int((answers < 0).sum()), now() - start)
 
 
 def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
-    for name, value in (("images", images), ("device_batch_size", device_batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+    at_least_1(images=images, device_batch_size=device_batch_size)
     if engine.info != model.info:
         raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
     if model.info.weights == "random" or engine.name == "null":
         what = "random weights" if model.info.weights == "random" else "the null engine"
         raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
-    if list(model.info.classes or ()) != list(data.classes):
-        raise VitdemoError(f"{data.path}: its classes are not those of {model.info.tag}; take that model's data set")
+    check_classes(model.info, data)
 
 
 @dataclass
@@ -401,11 +374,7 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """One line: what explains the loss, by how much, and what to do; or that nothing tested does."""
-        found = self.explanation
-        if found is None:
-            text = self._unexplained()
-        else:
-            text = self._explained(found)
+        text = self._explained(self.explanation) if self.explanation else self._unexplained()
         if self.unreadable:
             text += f"; {self.unreadable} of the {self.images} images cannot be read and count as wrong"
         return text

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
-from vitdemo.engines.contract import Engine, EngineFailure
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.metrics import Session, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import BatchTimes, batches_of, merge_ranges, predict
@@ -31,6 +31,7 @@ from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.loading import full_tag
+from vitdemo.models.model import check_classes
 from vitdemo.paths import user_path
 from vitdemo.stats import percentiles_ms
 
@@ -200,18 +201,8 @@ def _on_replicas(
 def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
     if input_path not in INPUT_PATHS:
         raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
-    for name, value in (("device_batch_size", device_batch_size), ("limit", limit)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
-    if engine.info.classes is None:
-        raise VitdemoError(
-            f"{engine.info.tag}: nobody said which class each output is; give Model.from_module classes="
-        )
-    if list(engine.info.classes) != list(data.classes):
-        raise VitdemoError(
-            f"{data.path}: its {len(data.classes)} classes are not the {len(engine.info.classes)} that "
-            f"{engine.info.tag} was made for, so no accuracy could be right; take the data set of that model"
-        )
+    at_least_1(device_batch_size=device_batch_size, limit=limit)
+    check_classes(engine.info, data)
 
 
 def _check_replicas(
@@ -224,8 +215,7 @@ def _check_replicas(
         if replicas.engine is not engine or replicas.data.fingerprint != data.fingerprint:
             raise VitdemoError("replicas: were started for another engine or other data")
     elif replicas is not None:
-        if not isinstance(replicas, int) or replicas < 1:
-            raise VitdemoError(f"replicas {replicas!r}: must be a whole number of at least 1")
+        at_least_1(replicas=replicas)
         check_ray(ray_address)
     elif ray_address or schedule != "async":
         raise VitdemoError("schedule and ray_address are for replicas; say how many, or leave them out")

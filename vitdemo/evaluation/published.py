@@ -7,6 +7,7 @@ from functools import cache
 
 from timm.data import ImageNetInfo
 
+from vitdemo.bundled import DEVKIT, SHAPES20
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.imagenet import VAL_NAME
@@ -14,7 +15,6 @@ from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.paths import data_path
 
 TABLE = "published/accuracy.csv"
-SHAPES20_DEVKIT = "shapes20/shapes20_devkit.tar.gz"
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Published:
 
 
 def published_accuracy(tag: str) -> Published | None:
-    """The published accuracy of a weights tag, such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
+    """The published accuracy of some weights, from ``data/published/accuracy.csv``; None for a tag that is not in it.
 
-    From ``data/published/accuracy.csv``; None for a tag that is not in it.
+    Args:
+        tag: such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
     """
     return _table().get(tag)
 
@@ -75,8 +76,13 @@ def _published(row: dict[str, str]) -> Published:
 def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:
     """The published accuracy that images may be held against, or None and the reason.
 
-    files, wnids: names and wnids of the images, which must be of the data set that it was published for: all of it, or
-    a part that is spread over the classes as chance would spread it.
+    The images must be of the data set that it was published for: all of it, or a part that is spread over the classes
+    as chance would spread it.
+
+    Args:
+        tag: of the weights.
+        files: the images' names.
+        wnids: the images' classes.
     """
     published = published_accuracy(tag)
     if published is None:
@@ -92,8 +98,8 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
 
 
 def _are_of(data_set: str, files: Sequence[str], wnids: Sequence[str]) -> bool:
-    if data_set == "shapes20":
-        known = {synset.wnid for synset in read_devkit(data_path(SHAPES20_DEVKIT)).synsets}
+    if data_set == SHAPES20:
+        known = {synset.wnid for synset in read_devkit(data_path(DEVKIT)).synsets}
     else:
         known = set(ImageNetInfo("imagenet-1k").label_names())
     return set(wnids) <= known and all(VAL_NAME.fullmatch(file) for file in files)
@@ -119,7 +125,11 @@ class Comparison:
 
 
 def compare_published(evaluation: Evaluation) -> Comparison:
-    """Hold the top-1 of ``evaluation`` against the published top-1 of its weights tag."""
+    """Hold a measured top-1 against the published one of the same weights.
+
+    Args:
+        evaluation: what ``evaluate`` gave.
+    """
     m, rows = evaluation.metrics, evaluation.rows
     published, reason = comparable_published(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
     if published is None:

@@ -15,7 +15,7 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import convert
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.roof import ROOF_BATCH, Roof, linear_shapes, machine_roof
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.evaluation import Evaluation, evaluate
 from vitdemo.inference.predictions import FLAGPERF
 from vitdemo.machine import memory_bytes
@@ -44,8 +44,7 @@ def evaluate_beside_reference(
     ``skip_validation``, and the first run itself where the engine is the reference. ``options``: as in ``evaluate``.
     Raises VitdemoError for a ``repeat`` below 1, and what ``evaluate`` raises.
     """
-    if not isinstance(repeat, int) or repeat < 1:
-        raise VitdemoError(f"repeat {repeat!r}: must be a whole number of at least 1")
+    at_least_1(repeat=repeat)
     out = user_path(out)
     folders = [out, *(out / f"repeat_{number}" for number in range(2, repeat + 1))]
     runs = [evaluate(engine, data, out=folder, resume=resume, **options) for folder in folders]

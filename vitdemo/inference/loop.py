@@ -10,8 +10,8 @@ import torch
 
 from vitdemo.dataset.batches import Batch, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.engines.contract import Engine, EngineFailure
-from vitdemo.errors import reason_of
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import EngineFailure, reason_of
 from vitdemo.machine import Phases, now
 
 

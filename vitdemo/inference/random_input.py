@@ -6,7 +6,7 @@ from itertools import cycle
 import torch
 
 from vitdemo.engines.contract import Engine
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import at_least_1
 from vitdemo.machine import now, peak_memory_bytes
 from vitdemo.stats import percentiles_ms
 
@@ -28,8 +28,7 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
 
     The accuracy is not measured. Raises VitdemoError for a device_batch_size below 1.
     """
-    if not isinstance(device_batch_size, int) or device_batch_size < 1:
-        raise VitdemoError(f"device_batch_size {device_batch_size!r}: must be a whole number of at least 1")
+    at_least_1(device_batch_size=device_batch_size)
     pixels = engine.info.random_pixels(INPUTS, device_batch_size)
     cold = not engine.has_run
     first_s, second_s = (_call_s(engine, x) for x in pixels[:2])

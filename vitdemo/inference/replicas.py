@@ -18,8 +18,8 @@ import psutil
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.contract import Engine, EngineFailure
-from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.inference.actor import Place, Replica, Shard, code_fingerprint
 from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
 from vitdemo.inference.schedule import Schedule
@@ -143,9 +143,7 @@ class Replicas:
         deadline_s: float = DEADLINE_S,
         share: float = 1.0,
     ):
-        for name, value in (("replicas", count), ("cores_each", cores_each)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+        at_least_1(replicas=count, cores_each=cores_each)
         if engine.recipe is None:
             raise VitdemoError(f"{engine.info.tag}: replicas build an engine anew, so take one that convert made")
         self.engine, self.data, self._cores_each, self._deadline_s = engine, data, cores_each, deadline_s

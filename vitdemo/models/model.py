@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from vitdemo.bundled import MODELS
 from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import free_memory_bytes
 from vitdemo.models import huggingface
@@ -27,8 +29,6 @@ from vitdemo.paths import data_root, user_path
 aten = torch.ops.aten
 ATTENTION = flop_registry[aten._scaled_dot_product_flash_attention]
 FLOP_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION, **flop_registry}
-
-BUNDLED = {"vit_shapes20": "shapes20/vit_shapes20"}  # model name -> folder below the data root
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,25 @@ class ModelInfo:
         """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def check_classes(info: ModelInfo, data: ImageNetSplit) -> None:
+    """Refuse a data set for a model of other classes, where no accuracy could be right.
+
+    Args:
+        info: the model's.
+        data: the data set.
+
+    Raises:
+        VitdemoError: where the classes, or their order, are not the same; and for a model whose classes nobody knows.
+    """
+    if info.classes is None:
+        raise VitdemoError(f"{info.tag}: nobody said which class each output is; give Model.from_module classes=")
+    if list(info.classes) != list(data.classes):
+        raise VitdemoError(
+            f"{data.path}: its {len(data.classes)} classes are not the {len(info.classes)} of {info.tag}; take the "
+            "data set of that model"
+        )
 
 
 class Model:
@@ -233,14 +252,14 @@ def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
     """The full tag of what ``name`` means, and the plan for it."""
     if name.startswith("hf:"):
         return name, _plan_from_files(partial(_in_hub, name.removeprefix("hf:")))
-    if name in BUNDLED:
-        return name, _plan_from_files(partial(_in_folder, data_root() / BUNDLED[name]))
+    if name in MODELS:
+        return name, _plan_from_files(partial(_in_folder, data_root() / MODELS[name]))
     if os.path.exists(name) and not timm_models.is_name(name):  # a path does not hide a name of timm's
         path = Path(name).resolve()
         if not path.is_dir():
             raise VitdemoError(f"{name}: is a file; give the folder that holds it, or a name with this file as weights")
         return path.name, _plan_from_files(partial(_in_folder, path))
-    return name, timm_models.plan_from_name(name, pretrained=pretrained, others=BUNDLED)
+    return name, timm_models.plan_from_name(name, pretrained=pretrained, others=MODELS)
 
 
 def _plan_from_files(find: Callable[..., Path]) -> Plan:

@@ -12,15 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from vitdemo.bundled import SHAPES20
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import CARD, VERIFIED, artifacts_root
-from vitdemo.engines.contract import Engine, EngineFailure
+from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.machine import cores
-from vitdemo.models.model import Model, ModelInfo
+from vitdemo.models.model import Model, ModelInfo, check_classes
 from vitdemo.paths import data_root, replacing
+from vitdemo.stats import spread
 from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
 
@@ -73,8 +75,7 @@ def verify(
 
 def _check_input(engine: Engine, model: Model, images: int) -> None:
     what = f"{engine.name} {engine.precision}"
-    if not isinstance(images, int) or images < 1:
-        raise VitdemoError(f"images {images!r}: must be a whole number of at least 1")
+    at_least_1(images=images)
     if engine.precision not in TOLERANCES:
         raise VitdemoError(f"{what}: there are tolerances for {', '.join(TOLERANCES)} only, so nothing to verify by")
     if engine.info.classes != model.info.classes:
@@ -95,16 +96,13 @@ def _data_for(info: ModelInfo, data: ImageNetVal | Path | str | None) -> ImageNe
         return _bundled_data(info)
     if isinstance(data, (str, Path)):
         data = ImageNetVal(data)
-    if info.classes is not None and list(info.classes) != list(data.classes):
-        raise VitdemoError(
-            f"{data.path}: its {len(data.classes)} classes are not the {len(info.classes)} of {info.tag}; give the "
-            "data set of that model, or none"
-        )
+    if info.classes is not None:
+        check_classes(info, data)
     return data
 
 
 def _bundled_data(info: ModelInfo) -> ImageNetVal | None:
-    path = data_root() / "shapes20"
+    path = data_root() / SHAPES20
     if info.classes is None or not path.exists():
         return None
     shapes20 = ImageNetVal(path)
@@ -113,7 +111,7 @@ def _bundled_data(info: ModelInfo) -> ImageNetVal | None:
 
 def _real_batches(data: ImageNetVal, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
-    indices = [i * len(data) // images for i in range(images)]
+    indices = spread(len(data), images)
     read = 0
     chosen = Subset(data, indices)
     for batch in prefetched_batches(chosen, range(images), info.preprocessing, BATCH, workers=cores()):
