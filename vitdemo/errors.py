@@ -29,6 +29,13 @@ def reason_of(error: BaseException) -> str:
     return said.split("\n")[0] or kind
 
 
+def check_whole(**values: int | None) -> None:
+    """Raise VitdemoError, which names it, for a value that is neither None nor a whole number of at least 1."""
+    for name, value in values.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise VitdemoError(f"{name} {value!r}: must be a whole number of at least 1")
+
+
 @contextmanager
 def named_errors(path: Path | str):
     """Turn the system's refusals inside the block into one line that names the file, ``path`` if none is known."""
