@@ -98,7 +98,7 @@ def whole_way(engine: Engine, samples: list[Sample], input_path: str = "fast") -
     """From files to rows; how many are right."""
     options = dict(device_batch_size=BATCH, input_path=input_path, workers=cores(), phases=Phases(), times=[])
     rows = predict(engine, samples, range(len(samples)), **options)
-    return sum(row["correct"] for batch in rows for row in batch)
+    return sum(row.correct for batch in rows for row in batch)
 
 
 def baseline(model: Model, samples: list[Sample]) -> int:

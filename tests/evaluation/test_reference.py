@@ -1,11 +1,11 @@
 """The engine's run beside the reference's: who is run, what agrees, and FlagPerf's row recomputed from the files."""
 
-import json
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from tests.inference.on_replicas import metrics_of
 from vitdemo import VitdemoError, agreement, convert, evaluate, flagperf_row, roof_of
 from vitdemo.engines.roof import Roof
 from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
@@ -25,10 +25,6 @@ def both(bf16, vit_shapes20, shapes20, tmp_path_factory):
     return evaluate_beside_reference(bf16, vit_shapes20, shapes20, repeat=2, out=out, limit=30, progress=False)
 
 
-def metrics(folder) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def test_engine_and_reference_run_over_the_same_images(both):
     runs, reference = both
     out = runs[0].out
@@ -41,7 +37,7 @@ def test_engine_and_reference_run_over_the_same_images(both):
 def test_the_row_is_what_the_files_say(both, tmp_path):
     runs, reference = both
     out = runs[0].out
-    first, second, val = (metrics(folder) for folder in (out, out / "repeat_2", out / "validation"))
+    first, second, val = (metrics_of(folder) for folder in (out, out / "repeat_2", out / "validation"))
     row = flagperf_row(runs, reference, e2e_s=12.5, roof=ROOF)
     assert (row["engine"], row["precision"], row["bs"], row["e2e_time"]) == ("eager", "bf16", 8, 12.5)
     assert row["p_val_whole"] == pytest.approx(30 / val["wall_s"])
@@ -77,7 +73,7 @@ def test_validation_can_be_left_out_and_done_later(bf16, vit_shapes20, shapes20,
     runs, reference = evaluate_beside_reference(bf16, vit_shapes20, shapes20, skip_validation=True, **options)
     assert len(runs) == 1 and reference is None and not (tmp_path / "out" / "validation").exists()
     again, reference = evaluate_beside_reference(bf16, vit_shapes20, shapes20, resume=True, **options)
-    assert again[0].metrics == metrics(runs[0].out) and reference.metrics["images"] == 9
+    assert again[0].metrics == metrics_of(runs[0].out) and reference.metrics["images"] == 9
 
 
 def test_agreement_counts_answers_and_luck(both, shapes20):

@@ -1,12 +1,23 @@
-"""What the tests of replicas share."""
+"""What the tests of runs share, with and without replicas."""
 
+import json
 import threading
+from pathlib import Path
 
 from vitdemo import evaluate
 
 
 def predictions(run) -> bytes:
     return (run.out / "predictions.csv").read_bytes()
+
+
+def metrics_of(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def as_json(metrics: dict) -> dict:
+    """As a file gives them back."""
+    return json.loads(json.dumps(metrics))
 
 
 def assert_same_predictions(run, alone):

@@ -1,6 +1,5 @@
 """evaluate: exact once, honest counts, resume, invalid runs; the oracles are torchmetrics and a plain timm loop."""
 
-import csv
 import io
 import json
 import random
@@ -10,22 +9,15 @@ import threading
 import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torchmetrics.classification import MulticlassAccuracy
 
-from vitdemo import (
-    EngineFailure,
-    ImageNetVal,
-    Model,
-    VitdemoError,
-    convert,
-    evaluate,
-    extract,
-    wilson_interval,
-)
+from tests.inference.on_replicas import as_json, metrics_of, predictions
+from vitdemo import EngineFailure, ImageNetVal, Model, VitdemoError, convert, evaluate, extract, wilson_interval
 from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.eager import EagerEngine
@@ -104,14 +96,13 @@ def test_every_image_is_counted_once_the_partial_batch_too(evaluation, shapes20)
     assert (m["images"], m["session_images"], m["errors"], m["valid"]) == (101, 101, 0, True)
     assert m["correct"] == evaluation.rows["correct"].sum() and m["top1"] == m["correct"] / 101
     assert m["latency_ms"]["count"] == 12  # 13 batches, the first one apart
+    assert f"top-1 {m['top1']:.1%}" in str(evaluation) and "95 % interval" in str(evaluation)
 
 
 def test_files_say_what_the_result_says(evaluation):
-    with open(evaluation.out / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["file"] for row in rows] == evaluation.rows["file"].tolist()
-    assert [int(row["predicted_1"]) for row in rows] == evaluation.rows["predicted_1"].tolist()
-    assert json.loads((evaluation.out / "metrics.json").read_text()) == json.loads(json.dumps(evaluation.metrics))
+    rows = pd.read_csv(evaluation.out / "predictions.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(rows, evaluation.rows, check_dtype=False)
+    assert metrics_of(evaluation.out) == as_json(evaluation.metrics)
     run = json.loads((evaluation.out / "run.json").read_text())
     assert run["machine"]["cores"] and run["settings"]["model"]["weights_sha256"]
 
@@ -129,23 +120,12 @@ def test_overlapping_time_is_covered_once():
     assert covered_s([(0.0, 2.0), (1.0, 1.5), (1.0, 3.0), (5.0, 6.0)]) == 4.0
 
 
-def test_summary_line_has_accuracy_beside_speed(evaluation, vit_shapes20, shapes20):
-    assert "top-1" in str(evaluation) and "images/s" in str(evaluation) and "95 % interval" in str(evaluation)
-
-
 @pytest.mark.parametrize("engine, precision, weights", [("eager", "fp32", "random"), ("null", "none", "pretrained")])
 def test_answers_that_mean_nothing_have_no_accuracy(vit_shapes20, shapes20, engine, precision, weights):
     model = Model(vit_shapes20.module, replace(vit_shapes20.info, weights=weights))
     run = evaluate(convert(model, engine, precision), shapes20, limit=3, progress=False)
     assert run.metrics["top1"] is run.metrics["top5"] is run.metrics["top1_ci95"] is None
     assert "accuracy: not measured" in str(run) and "vitdemo evaluate vit_shapes20 --weights pretrained" in str(run)
-
-
-def test_tar_and_extracted_folder_give_the_same_bytes(evaluation, eager, tmp_path):
-    folder = extract(data_path("shapes20"), tmp_path / "extracted", progress=False)
-    other = evaluate(eager, folder, limit=101, out=tmp_path / "out", progress=False)
-    ours, theirs = ((e.out / "predictions.csv").read_bytes() for e in (evaluation, other))
-    assert ours == theirs
 
 
 def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
@@ -165,7 +145,7 @@ def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
 
 
 def test_resume_gives_the_same_file_and_counts_this_session_only(evaluation, eager, shapes20, tmp_path):
-    whole = (evaluation.out / "predictions.csv").read_bytes()
+    whole = predictions(evaluation)
     for cut in (0, 10, 500, 3333, len(whole) - 1):  # within the header, within rows, a torn last line
         out = tmp_path / str(cut)
         out.mkdir()
@@ -173,7 +153,7 @@ def test_resume_gives_the_same_file_and_counts_this_session_only(evaluation, eag
         (out / "predictions.csv").write_bytes(whole[:cut])
         kept = max(0, whole[:cut].count(b"\n") - 1) // 8 * 8
         resumed = evaluate(eager, shapes20, limit=101, out=out, resume=True, progress=False)
-        assert (out / "predictions.csv").read_bytes() == whole
+        assert predictions(resumed) == whole
         assert resumed.metrics["images"] == 101 and resumed.metrics["session_images"] == 101 - kept
         assert resumed.rows.equals(evaluation.rows)
 
@@ -182,7 +162,7 @@ def test_resume_of_a_finished_run_changes_nothing(eager, shapes20, tmp_path):
     out = tmp_path / "out"
     run = evaluate(eager, shapes20, limit=20, out=out, progress=False)
     again = evaluate(eager, shapes20, limit=20, out=out, resume=True, progress=False)
-    assert again.metrics == json.loads(json.dumps(run.metrics)) and again.rows.equals(run.rows)
+    assert again.metrics == as_json(run.metrics) and again.rows.equals(run.rows)
     (out / "metrics.json").unlink()  # killed between the last row and the metrics
     again = evaluate(eager, shapes20, limit=20, out=out, resume=True, progress=False)
     assert again.metrics["images_per_s"] is None and "no image run in this session" in str(again)
@@ -212,31 +192,23 @@ def test_resume_refuses_what_it_did_not_write(eager, shapes20, tmp_path, file, c
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_output_that_is_a_file(eager, shapes20, tmp_path, resume):
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(VitdemoError, match="out"):
-        evaluate(eager, shapes20, limit=8, out=tmp_path / "out", resume=resume, progress=False)
-    assert (tmp_path / "out").read_text() == "mine"
-
-
 def test_resume_needs_the_same_settings(eager, shapes20, tmp_path):
     out = tmp_path / "out"
-    evaluate(eager, shapes20, limit=8, out=out, progress=False)
-    before = (out / "predictions.csv").read_bytes()
-    with pytest.raises(VitdemoError, match="another device_batch_size"):
-        evaluate(eager, shapes20, limit=8, device_batch_size=4, out=out, resume=True, progress=False)
-    with pytest.raises(VitdemoError, match="another images"):
-        evaluate(eager, shapes20, limit=9, out=out, resume=True, progress=False)
-    assert (out / "predictions.csv").read_bytes() == before
+    run = evaluate(eager, shapes20, limit=8, out=out, progress=False)
+    before = predictions(run)
+    for name, change in (("device_batch_size", dict(limit=8, device_batch_size=4)), ("images", dict(limit=9))):
+        with pytest.raises(VitdemoError, match=f"another {name}"):
+            evaluate(eager, shapes20, **change, out=out, resume=True, progress=False)
+    assert predictions(run) == before
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_busy_folder_is_left_as_it_is(eager, shapes20, tmp_path, resume):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(VitdemoError, match="another output folder|already holds"):
-        evaluate(eager, shapes20, limit=8, out=tmp_path, resume=resume, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+def test_busy_folder_or_file_is_left_as_it_is(eager, shapes20, tmp_path, resume):
+    (thesis := tmp_path / "thesis.txt").write_text("mine")
+    for out, message in ((tmp_path, "another output folder|already holds"), (thesis, "thesis.txt")):
+        with pytest.raises(VitdemoError, match=message):
+            evaluate(eager, shapes20, limit=8, out=out, resume=resume, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"] and thesis.read_text() == "mine"
 
 
 class Failing(EagerEngine):
@@ -262,7 +234,7 @@ def test_engine_that_fails_makes_the_run_invalid(vit_shapes20, shapes20, tmp_pat
     engine.fault = fault
     with pytest.raises(EngineFailure, match="eager engine"):
         evaluate(engine, shapes20, limit=64, out=tmp_path / "out", progress=False)
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = metrics_of(tmp_path / "out")
     assert metrics["valid"] is False and "eager engine" in metrics["error"] and "top1" not in metrics
     assert not [t for t in threading.enumerate() if t.name.startswith(("decode", "engine"))]
 
@@ -292,10 +264,10 @@ def test_other_classes_are_refused(eager, shapes20, vit_shapes20):
         evaluate(convert(nameless), shapes20, progress=False)
 
 
-@pytest.mark.parametrize("options", [{"device_batch_size": 0}, {"limit": 0}, {"limit": -3}, {"limit": "8"}])
-def test_numbers_below_one_are_refused(eager, shapes20, options):
-    with pytest.raises(VitdemoError, match="at least 1"):
-        evaluate(eager, shapes20, progress=False, **options)
+@pytest.mark.parametrize("name, value", [("device_batch_size", 0), ("limit", 0), ("limit", -3), ("limit", "8")])
+def test_numbers_below_one_are_refused(eager, shapes20, name, value):
+    with pytest.raises(VitdemoError, match=f"{name} {value!r}: must be a whole number of at least 1"):
+        evaluate(eager, shapes20, progress=False, **{name: value})
 
 
 def test_an_unknown_input_path_is_refused(eager, shapes20):
@@ -351,14 +323,10 @@ def kill_and_resume(tmp_path, evaluation, kills: int, seed: int) -> None:
             time.sleep(moments.uniform(0, 0.3) if moments.random() < 0.5 else moments.uniform(5, 9))
             process.kill()
     subprocess.run(command, check=True, capture_output=True)
-    assert (out / "predictions.csv").read_bytes() == (evaluation.out / "predictions.csv").read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == [
-        "flagperf.csv",
-        "metrics.json",
-        "predictions.csv",
-        "run.json",
-    ]
-    metrics = json.loads((out / "metrics.json").read_text())
+    assert (out / "predictions.csv").read_bytes() == predictions(evaluation)
+    files = ["flagperf.csv", "metrics.json", "predictions.csv", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    metrics = metrics_of(out)
     assert metrics["valid"] and metrics["correct"] == evaluation.metrics["correct"]
 
 
@@ -378,6 +346,6 @@ def test_whole_set_from_the_tar_and_extracted_is_the_same(vit_shapes20, shapes20
     engine = convert(vit_shapes20, "eager", precision)
     folder = extract(data_path("shapes20"), tmp_path / "extracted", progress=False)
     runs = [evaluate(engine, data, out=tmp_path / data.source, progress=False) for data in (shapes20, folder)]
-    assert len({(run.out / "predictions.csv").read_bytes() for run in runs}) == 1
+    assert predictions(runs[0]) == predictions(runs[1])
     assert [run.metrics["images"] for run in runs] == [1000, 1000]
     assert 0.85 <= runs[0].metrics["top1"] <= 0.97

@@ -1,6 +1,5 @@
 """Replicas: the same rows as on one device, exactly once, also when some are killed."""
 
-import json
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 import psutil
 import pytest
 
-from tests.inference.on_replicas import evaluate_while, predictions
+from tests.inference.on_replicas import as_json, evaluate_while, metrics_of, predictions
 from vitdemo import Replicas, VitdemoError, evaluate
 from vitdemo.machine import cores
 
@@ -40,7 +39,7 @@ def test_two_replicas_give_the_file_of_one_device(pool, alone, one_thread, shape
     assert m["images_per_s"] == pytest.approx(203 / m["wall_s"]) and m["threads"] == 1
     assert sorted(set(run.times["replica"])) == [0, 1] and len(run.times) == 26
     assert run.times["decode_began"].min() >= 0 and run.times["finished"].max() <= m["wall_s"]
-    assert json.loads((run.out / "metrics.json").read_text()) == json.loads(json.dumps(m))
+    assert metrics_of(run.out) == as_json(m)
 
 
 def test_each_replica_is_bound_to_its_cores(pool):
@@ -88,16 +87,12 @@ def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_p
     assert predictions(run) == predictions(alone)
 
 
-def test_another_vitdemo_on_a_node_is_said(pool):
+@pytest.mark.parametrize("package", ["vitdemo", "torch"])
+def test_another_installation_on_a_node_is_said(pool, package):
     slot = pool.slots[0]
-    with pytest.raises(VitdemoError, match="replica on far: has another vitdemo"):
-        pool._place(slot, slot.place._replace(host="far", code="0" * 16))
-
-
-def test_another_torch_on_a_node_is_said(pool):
-    slot = pool.slots[0]
-    with pytest.raises(VitdemoError, match="replica on far: has another torch; install the same"):
-        pool._place(slot, slot.place._replace(host="far", versions=slot.place.versions | {"torch": "1.0"}))
+    there = slot.place.installed | {package: "0.0"}
+    with pytest.raises(VitdemoError, match=f"^replica on far: has another {package}; install the same$"):
+        pool._place(slot, slot.place._replace(host="far", installed=there))
 
 
 def test_another_cluster_than_the_one_in_use_is_refused(pool, one_thread, shapes20):

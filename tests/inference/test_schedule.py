@@ -4,14 +4,9 @@ import random
 
 import pytest
 
-from vitdemo.inference.actor import Shard
 from vitdemo.inference.cluster import share_cores
 from vitdemo.inference.loop import batches_of, merge_ranges
 from vitdemo.inference.schedule import SCHEDULES
-
-
-def shard(indices: range) -> Shard:
-    return Shard(indices, [], [], {}, 0.0, 0.0, 0)
 
 
 def play(kind: str, todo: list[range], replicas: int, seed: int) -> list[range]:
@@ -30,7 +25,7 @@ def play(kind: str, todo: list[range], replicas: int, seed: int) -> list[range]:
             held[k] = []
         else:
             done.append(held[k].pop(0))
-            schedule.done(shard(done[-1]))
+            schedule.done(done[-1])
     assert not any(held.values()) and schedule.take(0, 1.0) is None
     return done
 
@@ -59,13 +54,13 @@ def test_sync_cuts_each_global_batch_into_contiguous_shards():
     assert [schedule.take(k, 0.0) for k in range(3)] == [range(0, 8), range(8, 16), range(16, 24)]
     assert schedule.take(0, 0.0) is None  # nobody begins the next one
     for indices in (range(8, 16), range(0, 8)):
-        schedule.done(shard(indices))
+        schedule.done(indices)
     assert schedule.take(1, 0.0) is None and schedule.step_s == []
-    schedule.done(shard(range(16, 24)))
+    schedule.done(range(16, 24))
     assert len(schedule.step_s) == 1
     assert [schedule.take(k, 0.0) for k in range(3)] == [range(24, 32), range(32, 40), range(40, 48)]
     for start in (24, 32, 40):
-        schedule.done(shard(range(start, start + 8)))
+        schedule.done(range(start, start + 8))
     assert [schedule.take(k, 0.0) for k in range(3)] == [range(48, 50), None, None]  # neither padded nor dropped
 
 

@@ -11,7 +11,6 @@ import torch
 
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, fast_crop, reference_crop
 from vitdemo.dataset.imagenet import Sample, UnreadableFile
-from vitdemo.machine import now
 
 
 @dataclass
@@ -20,8 +19,8 @@ class Batch:
 
     pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason. Once nobody
     needs them any more, ``recycle()`` gives their memory to a batch to come.
-    fallbacks: how many images of the fast path the reference path had to decode. began, ended: ``now()`` seconds, from
-    the first image's first byte to the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
+    fallbacks: how many images of the fast path the reference path had to decode. began, ended: seconds since 1970, of
+    the first image's first byte and the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
     """
 
     start: int
@@ -53,7 +52,7 @@ class Loaded(NamedTuple):
 def _load_into(
     pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
 ) -> Loaded:
-    began, cpu = now(), time.thread_time()
+    began, cpu = time.time(), time.thread_time()
     try:
         sample = data[index]
     except UnreadableFile as unreadable:
@@ -62,7 +61,7 @@ def _load_into(
     else:
         error, fell_back = _crop_into(pixels, sample.jpeg, preprocessing, input_path)
     cpu_s = time.thread_time() - cpu
-    return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, now(), cpu_s)
+    return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, time.time(), cpu_s)
 
 
 def _crop_into(pixels: torch.Tensor, jpeg: bytes, preprocessing: Preprocessing, input_path: str) -> tuple[str, bool]:

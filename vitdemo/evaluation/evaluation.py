@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import process_time
+from time import process_time, time
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -16,20 +16,11 @@ from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.metrics import Session, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
-from vitdemo.inference.loop import BatchTimes, batches_of, merge_ranges, predict
-from vitdemo.inference.predictions import (
-    METRICS,
-    appending,
-    csv_lines,
-    finished_metrics,
-    open_run_folder,
-    rows_frame,
-    write_json,
-    write_predictions,
-)
+from vitdemo.inference.loop import Row, batches_of, merge_ranges, predict
+from vitdemo.inference.predictions import appending, finish_run, open_run_folder, rows_frame, write_rows
 from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
-from vitdemo.machine import cores, machine_record, now
+from vitdemo.machine import cores, machine_record
 from vitdemo.models.loading import full_tag
 from vitdemo.models.model import check_classes
 from vitdemo.paths import user_path
@@ -121,11 +112,10 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
     with named_errors(out or data.path):
-        lines = open_run_folder(out, settings, data, resume) if out else [""] * images
-        finished = finished_metrics(out) if out and all(lines) else None
+        rows, finished = open_run_folder(out, settings, data, resume) if out else ([None] * images, None)
     if finished:
-        return Evaluation(rows_frame("".join(lines).encode()), finished, out, _times_frame([], 0.0))
-    todo = [batch for batch in batches_of(range(images), device_batch_size) if not lines[batch.start]]
+        return Evaluation(rows_frame(rows), finished, out, Session(0, 0).table())
+    todo = [batch for batch in batches_of(range(images), device_batch_size) if not rows[batch.start]]
     options = dict(device_batch_size=device_batch_size, input_path=input_path)
     with ExitStack() as stack:
         if isinstance(replicas, int):
@@ -143,59 +133,51 @@ def evaluate(
             with named_errors(out or data.path), appending(out) as file, bar:
                 for first, brought in source:
                     with session.phases("postprocess"):
-                        lines[first : first + len(brought)] = brought
-                        if file:
-                            file.writelines(brought)
-                            file.flush()
+                        rows[first : first + len(brought)] = brought
+                        write_rows(file, brought)
+                        file.flush()
                     bar.update(len(brought))
         except EngineFailure as failure:
-            if out:
-                with named_errors(out):
-                    write_json(out / METRICS, {"valid": False, "error": str(failure), "images": sum(map(bool, lines))})
+            finish_run(out, rows, {"valid": False, "error": str(failure), "images": sum(map(bool, rows))})
             raise
         session.end()
-    rows = rows_frame("".join(lines).encode())
-    if faults := set_faults(rows["file"].tolist(), data.files[:images]):
+    table = rows_frame(filter(None, rows))
+    if faults := set_faults(table["file"].tolist(), data.files[:images]):
         raise AssertionError(
             f"the rows are not the data set's images, each exactly once ({faults}): a fault in vitdemo"
         )
-    metrics = summarise(rows, settings, engine, session)
+    metrics = summarise(table, settings, engine, session)
     metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
-    if out:
-        with named_errors(out):
-            write_predictions(out, lines)  # replicas brought them in any order
-            write_json(out / METRICS, metrics)
-    return Evaluation(rows, metrics, out, _times_frame(session.times, session.began))
+    finish_run(out, rows, metrics)
+    return Evaluation(table, metrics, out, session.table())
 
 
 def _here(
     engine: Engine, data: ImageNetVal, todo: Sequence[range], session: Session, **options
-) -> Iterator[tuple[int, list[str]]]:
-    """The first image's number and the lines of predictions.csv of each batch, from this process."""
+) -> Iterator[tuple[int, list[Row]]]:
+    """The first image's number and the rows of each batch, from this process."""
     cpu = process_time()
     options |= dict(workers=cores(), phases=session.phases, times=session.times)
     for span in merge_ranges(todo):
         first = span.start
         with closing(predict(engine, data, span, **options)) as batches:
             for rows in batches:
-                with session.phases("postprocess"):
-                    lines = csv_lines(rows)
-                yield first, lines
+                yield first, rows
                 first += len(rows)
     session.cpu_s = process_time() - cpu
 
 
 def _on_replicas(
     replicas: Replicas, schedule: str, todo: Sequence[range], session: Session, **options
-) -> Iterator[tuple[int, list[str]]]:
-    """The first image's number and the lines of predictions.csv of each range, as they come back."""
+) -> Iterator[tuple[int, list[Row]]]:
+    """The first image's number and the rows of each range, as they come back."""
     plan = SCHEDULES[schedule](todo, len(replicas.slots))
     session.threads, session.cores = replicas.threads, replicas.cores
     with closing(replicas.run(sum(map(len, todo)), plan, **options)) as shards:
         for shard in shards:
             session.add(shard, len(replicas.slots))
-            yield shard.indices.start, shard.lines
-    session.replicas = replicas.summary(schedule, now() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
+            yield shard.indices.start, shard.rows
+    session.replicas = replicas.summary(schedule, time() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
 
 
 def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
@@ -239,9 +221,15 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_p
 
 
 def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
-    """How many of the first ``images`` of ``data`` the engine was calibrated on, told by their bytes.
+    """How many of the scored images the engine was calibrated on, told by their bytes.
 
-    None where it was not calibrated, or nobody knows the files.
+    Args:
+        engine: whose card names the files that it was calibrated on.
+        data: the scored images.
+        images: how many of them were scored, from the first.
+
+    Returns:
+        None where it was not calibrated, or nobody knows the files.
     """
     files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
     if not files:
@@ -251,9 +239,3 @@ def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int 
         with suppress(UnreadableFile):  # then it was not calibrated on either, as far as anybody can tell
             found += (data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files
     return found
-
-
-def _times_frame(times: list[BatchTimes], start: float) -> pd.DataFrame:
-    frame = pd.DataFrame(times, columns=BatchTimes._fields)
-    moments = ["decode_began", "decode_ended", "submitted", "finished"]
-    return frame.assign(**(frame[moments] - start))

@@ -11,7 +11,7 @@ import pandas as pd
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import PREDICTED, BatchTimes
-from vitdemo.machine import Phases, now, peak_memory_bytes
+from vitdemo.machine import Phases, peak_memory_bytes
 from vitdemo.stats import paid_once, percentiles_ms, wilson_interval
 
 PHASES = ("decode_wait", "compute_wait", "postprocess")
@@ -21,13 +21,14 @@ PHASES = ("decode_wait", "compute_wait", "postprocess")
 class Session:
     """What was measured while images were run, here or on replicas.
 
-    threads: CPU threads a call of the engine uses. cores: all that were given to the run. began: in ``now()`` seconds.
-    times: one row per batch. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those, if any.
+    threads: CPU threads a call of the engine uses. cores: all that were given to the run. began: in seconds since 1970,
+    as the moments of the batches are. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those,
+    if any.
     """
 
     threads: int
     cores: int
-    began: float = field(default_factory=now)
+    began: float = field(default_factory=time.time)
     times: list[BatchTimes] = field(default_factory=list)
     phases: Phases = field(default_factory=Phases)
     wall_s: float = 0.0
@@ -36,37 +37,32 @@ class Session:
 
     def add(self, shard: Shard, replicas: int) -> None:
         """A range that a replica did; its phases count as an average over the replicas."""
-        offset = now() - time.time()  # its moments are seconds since 1970, which machines share
-        moments = ("decode_began", "decode_ended", "submitted", "finished")
-        for batch in shard.times:
-            self.times.append(batch._replace(**{name: getattr(batch, name) + offset for name in moments}))
+        self.times += shard.times
         for name, seconds in shard.phases.items():
             self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds / replicas
         self.cpu_s += shard.cpu_s
 
     def end(self) -> None:
-        self.wall_s = now() - self.began
+        self.wall_s = time.time() - self.began
 
-    @property
-    def inference_s(self) -> float:
-        """Of the replica that computed longest."""
-        spans = self._by_replica().values()
-        return max((covered_s((b.submitted, b.finished) for b in span) for span in spans), default=0.0)
-
-    def latencies_s(self) -> tuple[list[float], list[float]]:
-        """From submission to logits: of the first batch of each replica, and of all others."""
-        spans = [[batch.finished - batch.submitted for batch in span] for span in self._by_replica().values()]
-        return [span[0] for span in spans], [latency for span in spans for latency in span[1:]]
-
-    def _by_replica(self) -> dict[int, list[BatchTimes]]:
-        spans: dict[int, list[BatchTimes]] = {}
-        for batch in sorted(self.times, key=lambda batch: batch.submitted):
-            spans.setdefault(batch.replica, []).append(batch)
-        return spans
+    def table(self) -> pd.DataFrame:
+        """One row per batch, the columns of ``BatchTimes``, whose moments are seconds since the session began."""
+        times = pd.DataFrame(self.times, columns=BatchTimes._fields)
+        moments = ["decode_began", "decode_ended", "submitted", "finished"]
+        return times.assign(**(times[moments] - self.began))
 
 
 def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Session) -> dict:
     """The metrics of a run.
+
+    Args:
+        rows: one per image, the columns of predictions.csv.
+        settings: of the run, as in run.json.
+        engine: that ran.
+        session: what was measured meanwhile.
+
+    Returns:
+        What metrics.json holds:
 
     - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
       an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
@@ -96,19 +92,21 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
     ``evaluate`` adds ``calibrated_on_scored``: how many of these very images the engine was calibrated on, None where
     it was not calibrated or nobody knows the files.
     """
-    images = len(rows)
-    correct = int(rows["correct"].sum())
-    correct_top5 = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
-    first_s, latencies_s = session.latencies_s()
-    decode_cpu_s = sum(batch.decode_cpu_s for batch in session.times)
+    images, times = len(rows), session.table()
+    counts = {"top1": int(rows["correct"].sum())}
+    counts["top5"] = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
+    accuracy = {}
+    for name, count in counts.items():
+        accuracy |= {name: count / images, f"{name}_ci95": wilson_interval(count, images)}
+    if engine.info.weights == "random" or engine.name == "null":
+        accuracy = dict.fromkeys(accuracy)
+    spans = [span for _, span in times.sort_values("submitted").groupby("replica")]
+    latencies_s = [(span["finished"] - span["submitted"]).tolist() for span in spans]
+    first_s = max((first for first, *_ in latencies_s), default=None)
+    others_s = [seconds for _, *others in latencies_s for seconds in others]
+    computing_s = [covered_s(zip(span["submitted"], span["finished"], strict=True)) for span in spans]
+    session_images, decode_cpu_s = int(times["images"].sum()), float(times["decode_cpu_s"].sum())
     wall_s, core_s = session.wall_s, session.wall_s * session.cores
-    means_something = engine.info.weights != "random" and engine.name != "null"
-    accuracy = {
-        "top1": correct / images,
-        "top1_ci95": wilson_interval(correct, images),
-        "top5": correct_top5 / images,
-        "top5_ci95": wilson_interval(correct_top5, images),
-    }
     return {
         "valid": True,
         "model": engine.info.tag,
@@ -117,33 +115,38 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "threads": session.threads,
         "precision_ran": engine.precision_ran,
         "images": images,
-        "correct": correct,
-        "correct_top5": correct_top5,
+        "correct": counts["top1"],
+        "correct_top5": counts["top5"],
         "errors": int(rows["error"].ne("").sum()),
-        **(accuracy if means_something else dict.fromkeys(accuracy)),
-        "session_images": (session_images := sum(batch.images for batch in session.times)),
+        **accuracy,
+        "session_images": session_images,
         "wall_s": wall_s,
         "images_per_s": session_images / wall_s if session_images else None,
         **{f"{name}_s": session.phases.seconds.get(name, 0.0) for name in PHASES},
         "flops_per_image": engine.info.flops_per_image,
-        "inference_s": session.inference_s,
+        "inference_s": max(computing_s, default=0.0),
         "build_s": engine.card.get("build_s"),
         "load_s": engine.load_s,
         "decode_share": decode_cpu_s / core_s,
         "compute_share": (session.cpu_s - decode_cpu_s) / core_s,
-        "fallbacks": sum(batch.fallbacks for batch in session.times),
-        "first_batch_ms": round(max(first_s) * 1e3, 3) if first_s else None,
-        "first_batch_share": paid_once([max(first_s), *latencies_s]) if first_s else None,
-        "latency_ms": percentiles_ms(latencies_s),
+        "fallbacks": int(times["fallbacks"].sum()),
+        "first_batch_ms": first_s and round(first_s * 1e3, 3),
+        "first_batch_share": first_s and paid_once([first_s, *others_s]),
+        "latency_ms": percentiles_ms(others_s),
         "peak_memory_bytes": peak_memory_bytes(),
         "replicas": session.replicas,
     }
 
 
 def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
-    """What keeps ``files`` from being the ``expected`` images, each exactly once and in order; "" where nothing does.
+    """Whether every image is there exactly once and in order.
 
-    Such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)".
+    Args:
+        files: the names that are there.
+        expected: those that should be.
+
+    Returns:
+        What is wrong, such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)"; "" where nothing is.
     """
     found, wanted = Counter(files), Counter(expected)
     counted = {"missing": wanted - found, "too many": found - wanted}
@@ -154,7 +157,11 @@ def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds that at least one interval covers; ``intervals``: (begin, end) in seconds, by ascending begin."""
+    """Seconds that at least one interval covers.
+
+    Args:
+        intervals: (begin, end) in seconds, by ascending begin.
+    """
     covered, reached = 0.0, -math.inf
     for begin, end in intervals:
         covered += max(0.0, end - max(begin, reached))

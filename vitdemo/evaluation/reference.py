@@ -38,11 +38,25 @@ def evaluate_beside_reference(
     resume: bool = False,
     **options: Any,
 ) -> tuple[list[Evaluation], Evaluation | None]:
-    """``evaluate`` of the engine, ``repeat`` times, then of ``model`` in eager fp32; the runs, and the reference's.
+    """``evaluate`` of the engine, then of its model in eager fp32, the reference.
 
-    The first run is in ``out``, the others in ``out/repeat_2`` …, the reference's in ``out/validation``; None with
-    ``skip_validation``, and the first run itself where the engine is the reference. ``options``: as in ``evaluate``.
-    Raises VitdemoError for a ``repeat`` below 1, and what ``evaluate`` raises.
+    Args:
+        engine: what ``convert`` made.
+        model: of which it was made.
+        data: the labelled images.
+        repeat: runs of the engine.
+        skip_validation: whether to leave out the reference.
+        out: a new folder: of the first run; the others are in ``repeat_2`` …, the reference in ``validation`` there.
+        resume: go on where interrupted runs stopped.
+        options: others of ``evaluate``.
+
+    Returns:
+        The engine's runs; and the reference's, which is None with ``skip_validation``, and the first run itself where
+        the engine is the reference.
+
+    Raises:
+        VitdemoError: for a ``repeat`` below 1, and as ``evaluate``.
+        EngineFailure: as ``evaluate``.
     """
     at_least_1(repeat=repeat)
     out = user_path(out)
@@ -58,16 +72,22 @@ def evaluate_beside_reference(
 
 
 def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
-    """How many images got the same answer, and whether the difference in accuracy is more than luck (McNemar)."""
+    """How many images got the same answer, and whether the difference in accuracy is more than luck.
+
+    Args:
+        evaluation: of an engine.
+        reference: the reference's of the same images.
+
+    Returns:
+        A line for people, with the p of McNemar's exact test.
+
+    Raises:
+        VitdemoError: where they are not of the same images.
+    """
     _check_same_images([evaluation, reference])
-    answers = pd.DataFrame(
-        {
-            "label": reference.rows["label"],
-            "reference": reference.rows["predicted_1"].fillna(-1),
-            "candidate": evaluation.rows["predicted_1"].fillna(-1),
-        }
-    )
-    answers = answers[(answers["reference"] >= 0) | (answers["candidate"] >= 0)]  # both fail to read the same files
+    sides = {"reference": reference.rows["predicted_1"], "candidate": evaluation.rows["predicted_1"]}
+    answers = pd.DataFrame(sides | {"label": reference.rows["label"]})
+    answers = answers.dropna(subset=[*sides], how="all").fillna(-1)  # both fail to read the same files
     m, same = evaluation.metrics, int((answers["reference"] == answers["candidate"]).sum())
     line = f"{m['engine']} {m['precision']} gives eager fp32's answer for {same} of {len(answers)} images"
     if answers.empty:
@@ -88,13 +108,19 @@ def flagperf_row(
     e2e_s: float | None = None,
     roof: Roof | None = None,
 ) -> dict:
-    """One row of FlagPerf's table, by its column names; None where nothing was measured.
+    """One row of FlagPerf's table. Rates are of the images that were run in this session.
 
-    runs: the engine's over the same images, one a repeat. reference: the reference's run over them.
+    Args:
+        runs: the engine's over the same images, one a repeat.
+        reference: the reference's run over them.
+        e2e_s: seconds of everything, from loading the weights to the last row, where it was done in one go.
+        roof: what the machine reaches in the precision that most of the engine ran in.
+
+    Returns:
+        The row by FlagPerf's column names; None where nothing was measured:
 
     - ``precision``, ``bs``: what the engine was asked for; images a batch.
-    - ``e2e_time``: ``e2e_s``, seconds of everything, from loading the weights to the last row, where it was done in one
-      go.
+    - ``e2e_time``: ``e2e_s``.
     - ``p_val_whole`` (the reference), ``p_infer_whole`` (the engine, all repeats together): images/s of the whole loop,
       images / ``wall_s``.
     - ``p_val_core``, ``p_infer_core``: images/s from "batch available" to "logits there", images / ``inference_s``.
@@ -104,8 +130,8 @@ def flagperf_row(
     - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak/the machine's memory in GiB, where FlagPerf
       has a GPU's. MFU and mem are None with replicas.
 
-    Rates are of the images that were run in this session. Raises VitdemoError where the runs are not of the same
-    images.
+    Raises:
+        VitdemoError: where the runs are not of the same images.
     """
     _check_same_images([*runs, *([reference] if reference else [])])
     first, p_infer_core = runs[0].metrics, _rate(runs, "inference_s")
@@ -145,8 +171,13 @@ def write_row(row: dict, out: Path) -> None:
 def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None:
     """The machine's roof in the precision that most of the engine ran in, the model's own products among those tried.
 
-    Those of ROOF_BATCH images at most: more take memory, and are no faster. None where nothing here measures one: on a
-    GPU, or in a precision without matrix products.
+    Args:
+        engine: whose precision counts.
+        model: of which it was made.
+        device_batch_size: images of its products; ROOF_BATCH at most, as more take memory and are no faster.
+
+    Returns:
+        None where nothing here measures one: on a GPU, or in a precision without matrix products.
     """
     if engine.device != "cpu":
         return None

@@ -9,10 +9,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import pairwise
 from types import ModuleType
-
-import numpy as np
-import psutil
+from typing import NamedTuple
 
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import cores, now
@@ -20,16 +19,44 @@ from vitdemo.machine import cores, now
 CONNECT_S, FREE_S = 5.0, 10.0
 
 
+class Share(NamedTuple):
+    """What a replica gets: Ray's node, a part of the node's Ray CPUs, GPUs; it is the ``number``-th of ``count`` there,
+    from 0."""
+
+    node: str
+    cpus: float
+    gpus: int
+    number: int
+    count: int
+
+
 def share_cores(cores: list[int], count: int, each: int | None = None) -> list[list[int]]:
-    """The cores of each of ``count`` replicas: equal shares, or ``each``; by turns where there are too few."""
+    """Who gets which cores.
+
+    Args:
+        cores: the machine's, by number.
+        count: of replicas on it.
+        each: cores of each replica; None is an equal share.
+
+    Returns:
+        The cores of each replica; by turns where there are too few.
+    """
     if each is None and count <= len(cores):
-        return [part.tolist() for part in np.array_split(cores, count)]
+        starts = [-(-k * len(cores) // count) for k in range(count + 1)]
+        return [cores[start:stop] for start, stop in pairwise(starts)]
     each = min(each or 1, len(cores))
     return [sorted({cores[(k * each + i) % len(cores)] for i in range(each)}) for k in range(count)]
 
 
 def check_ray(address: str | None) -> None:
-    """Raise VitdemoError where Ray is not installed, or nothing answers at ``address``, in a few seconds at most."""
+    """Look whether replicas can be started, in a few seconds at most.
+
+    Args:
+        address: of a cluster, "host:port" or "auto"; None for one on this machine.
+
+    Raises:
+        VitdemoError: where Ray is not installed, or nothing answers at ``address``.
+    """
     if find_spec("ray") is None:
         raise VitdemoError("replicas: need Ray; run pip install ray")
     if address and address != "auto":  # Ray itself would try for a minute
@@ -43,45 +70,50 @@ def check_ray(address: str | None) -> None:
             ) from None
 
 
-def connect(address: str | None) -> ModuleType:
-    """Ray, connected: to the cluster at ``address``; by default the one this process has, or one started here."""
+def connect(address: str | None, again: bool = True) -> ModuleType:
+    """Ray, connected: to the cluster at ``address``; by default the one this process has, or one started here.
+
+    Args:
+        address: as in ``check_ray``.
+        again: whether to try once more where it does not start.
+
+    Returns:
+        The module ``ray``.
+
+    Raises:
+        VitdemoError: as ``check_ray``, and where this process has another Ray, or none starts.
+    """
     check_ray(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     import ray
 
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if address and address != "auto" and not _same_place(address, here):
+        if address and address != "auto" and _resolved(address) != _resolved(here):
             raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
+    own = {} if address else dict(include_dashboard=False, num_cpus=cores())
     try:
-        _start(ray, address)
-    except Exception:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except Exception as error:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
+        if not again:
+            raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason_of(error)}") from None
         print("Ray did not start; trying once more", file=sys.stderr)
         ray.shutdown()
-        try:
-            _start(ray, address)
-        except Exception as error:
-            raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason_of(error)}") from None
-    if hasattr(ray._private.worker, "print_to_stdstream"):  # where Ray tells of a lost worker in fifteen lines
-        ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
+        return connect(address, again=False)
+    # It tells of a lost worker in fifteen lines, whatever log_to_driver says.
+    ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray
 
 
-def _start(ray: ModuleType, address: str | None) -> None:
-    own = {} if address else dict(include_dashboard=False, num_cpus=cores())
-    ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+def _resolved(address: str) -> tuple[str, str]:
+    """Host and port by which Ray calls an address: a number, and this machine's own one for localhost."""
+    from ray.util import get_node_ip_address
 
-
-def _same_place(address: str, here: str) -> bool:
-    """Whether both are one socket: Ray turns localhost, and names, into a number of its own."""
-    (host, port), (own, own_port) = (_host_and_port(each) for each in (address, here))
-    if port != own_port:
-        return False
-    numbers = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    host, port = _host_and_port(address)
     with suppress(OSError):
-        host, own = socket.gethostbyname(host), socket.gethostbyname(own)
-    return host == own or {host, own} <= numbers
+        host = socket.gethostbyname(host)
+    return get_node_ip_address() if host.startswith("127.") else host, port
 
 
 def _host_and_port(address: str) -> tuple[str, str]:
@@ -102,35 +134,42 @@ def loss_of(error: Exception) -> str:
     return reason_of(MemoryError() if "low on memory" in str(error) else error)
 
 
-def place_replicas(ray: ModuleType, count: int, device: str, share: float) -> list[tuple[str, float, int]]:
-    """For each replica its node, its part of that ``share`` of the node's Ray CPUs, and its GPUs.
+def place_replicas(ray: ModuleType, count: int, device: str, part: float) -> list[Share]:
+    """What of Ray's nodes each replica gets, once it is free.
 
-    Raises VitdemoError where there are too few GPUs, or others hold them or the CPUs: Ray itself would wait for ever.
+    Args:
+        ray: connected.
+        count: how many replicas; each goes to where a replica's share is the largest.
+        device: of the engine: on "cuda" a replica gets a GPU, else an equal share of its node's CPUs.
+        part: of the CPUs that all of them may have.
+
+    Raises:
+        VitdemoError: where there are too few GPUs, or others hold them or the CPUs: Ray itself would wait for ever.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    cuda = device == "cuda"
-    size = {node["NodeID"]: node["Resources"].get("GPU" if cuda else "CPU", 0.0) for node in nodes}
-    cpus = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in nodes}
-    if cuda and sum(size.values()) < count:
+    kind = "GPU" if device == "cuda" else "CPU"
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    size = {node: resources.get(kind, 0.0) for node, resources in nodes.items()}
+    if kind == "GPU" and sum(size.values()) < count:
         there = f"{sum(size.values()):.0f} GPUs"
         raise VitdemoError(f"replicas {count}: there are {there}; take at most so many, or an engine on the CPU")
     placed: Counter[str] = Counter()
-    for _ in range(count):  # each to where a replica's share is the largest
+    for _ in range(count):
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1
-    each = {node: int(1e4 * share * cpus[node] / number) / 1e4 for node, number in placed.items()}  # Ray counts in 1e-4
-    needed = {"CPU": sum(each[node] * number for node, number in placed.items()), "GPU": count if cuda else 0}
-    _wait_until_free(ray, needed)
-    return [(node, each[node], int(cuda)) for node in sorted(placed) for _ in range(placed[node])]
+    shares = []
+    for node, number in sorted(placed.items()):
+        cpus = int(1e4 * part * nodes[node].get("CPU", 0.0) / number) / 1e4  # Ray counts in 1e-4
+        shares += [Share(node, cpus, int(kind == "GPU"), k, number) for k in range(number)]
+    _wait_until_free(ray, kind, count if kind == "GPU" else sum(share.cpus for share in shares))
+    return shares
 
 
-def _wait_until_free(ray: ModuleType, needed: dict[str, float]) -> None:
+def _wait_until_free(ray: ModuleType, kind: str, needed: float) -> None:
     """Those that were just ended free theirs in a moment. Ray tells of the cluster only, not of its machines."""
     begin = now()
-    while lacking := {k: free for k, n in needed.items() if (free := ray.available_resources().get(k, 0.0)) < 0.99 * n}:
+    while (free := ray.available_resources().get(kind, 0.0)) < 0.99 * needed:
         if now() - begin > FREE_S:
-            kind, free = next(iter(lacking.items()))
             raise VitdemoError(
-                f"replicas: Ray has {free:.1f} of the {needed[kind]:.1f} {kind}s that they need free; close other "
+                f"replicas: Ray has {free:.1f} of the {needed:.1f} {kind}s that they need free; close other "
                 "Replicas, or wait for the others on that cluster"
             )
         time.sleep(0.1)

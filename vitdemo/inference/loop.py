@@ -1,6 +1,7 @@
 """One engine over a range of samples: one row per image, in order, decoding and computing overlapped."""
 
-from collections import deque
+import time
+from collections import deque, namedtuple
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ from vitdemo.dataset.batches import Batch, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, reason_of
-from vitdemo.machine import Phases, now
+from vitdemo.machine import Phases
 
 
 def batches_of(images: range, device_batch_size: int) -> list[range]:
-    """The batches of ``images``, the last one as long as what is left."""
+    """The batches of ``images``.
+
+    Args:
+        images: their indices, without a step.
+        device_batch_size: images in a batch; the last one is as long as what is left.
+    """
     starts = range(images.start, images.stop, device_batch_size)
     return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
 
@@ -35,11 +41,13 @@ def merge_ranges(batches: Iterable[range]) -> list[range]:
 TOP = 5
 PREDICTED = [f"predicted_{k}" for k in range(1, TOP + 1)]
 PROBABILITY = [f"probability_{k}" for k in range(1, TOP + 1)]
-COLUMNS = ["file", "label", "wnid", *PREDICTED, *PROBABILITY, "correct", "error"]
+GUESSES = dict.fromkeys(PREDICTED, int) | dict.fromkeys(PROBABILITY, float)  # None where there is none
+COLUMNS = {"file": str, "label": int, "wnid": str, **GUESSES, "correct": int, "error": str}
+Row = namedtuple("Row", COLUMNS)  # of one image; probabilities have the six digits that predictions.csv has
 
 
 class BatchTimes(NamedTuple):
-    """What became of one batch when, in ``now()`` seconds.
+    """What became of one batch when, in seconds since 1970, which machines share.
 
     decode_began, decode_ended: its first image's first byte and its last one's last pixel; others are decoded between.
     submitted, finished: when the engine was given it and had its logits; others may be before it in the queue.
@@ -59,7 +67,7 @@ class BatchTimes(NamedTuple):
 
 @dataclass
 class InFlight:
-    """A batch that the engine has been given, and when it was given and finished (``now()`` seconds)."""
+    """A batch that the engine has been given, and when it was given and finished."""
 
     batch: Batch
     future: Future
@@ -67,13 +75,13 @@ class InFlight:
     finished: float | None = None
 
     def __post_init__(self):
-        self.future.add_done_callback(lambda _: setattr(self, "finished", now()))
+        self.future.add_done_callback(lambda _: setattr(self, "finished", time.time()))
 
     def times(self) -> BatchTimes:
         """Once the future is done. result() may return just before the done-callback ran: then it is this moment."""
         batch = self.batch
         decoding = batch.began, batch.ended
-        finished = self.finished or now()
+        finished = self.finished or time.time()
         return BatchTimes(len(batch.files), *decoding, self.submitted, finished, batch.decode_cpu_s, batch.fallbacks)
 
 
@@ -87,14 +95,22 @@ def predict(
     workers: int,
     phases: Phases,
     times: list[BatchTimes],
-) -> Iterator[list[dict]]:
-    """Rows (dicts with the keys COLUMNS) of ``data`` over ``indices``, one list per batch, in order.
+) -> Iterator[list[Row]]:
+    """Rows of ``data`` over ``indices``, one list per batch, in order.
 
-    Batches start at ``indices.start`` and are ``device_batch_size`` long, the last one as long as what is
-    left. ``input_path`` and ``workers``, threads that decode, as in ``prefetched_batches``. Adds to ``phases`` the
-    seconds this thread waited for decoded batches ("decode_wait") and for the engine ("compute_wait") and made rows
-    ("postprocess"), and one row per batch to ``times``.
-    Raises EngineFailure when the engine raises or its logits are not finite float32[B, C].
+    Args:
+        engine: what answers.
+        data: the samples.
+        indices: which of them, without a step.
+        device_batch_size: images in a batch, from ``indices.start``; the last one is as long as what is left.
+        input_path: as in ``prefetched_batches``.
+        workers: threads that decode.
+        phases: gets the seconds that this thread waited for decoded batches ("decode_wait") and for the engine
+            ("compute_wait") and made rows ("postprocess").
+        times: gets one ``BatchTimes`` per batch.
+
+    Raises:
+        EngineFailure: when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
     batches = prefetched_batches(
@@ -116,7 +132,7 @@ def predict(
             # The engine gets its next batch before the last one's rows are made: it never waits for Python.
             done = finish() if in_flight and (batch is None or len(in_flight) == engine.depth) else None
             if batch is not None:
-                submitted = now()
+                submitted = time.time()
                 in_flight.append(InFlight(batch, engine.submit(batch.pixels), submitted))
             if done:
                 with phases("postprocess"):
@@ -142,18 +158,15 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
     return logits
 
 
-def _rows(batch: Batch, logits: torch.Tensor) -> list[dict]:
-    """One row per image. Equal logits rank by class index, so that a tie is broken the same way everywhere."""
+def _rows(batch: Batch, logits: torch.Tensor) -> list[Row]:
+    """Equal logits rank by class index, so that a tie is broken the same way everywhere."""
     classes = logits.sort(dim=1, descending=True, stable=True).indices  # small probabilities tie at 0
     probabilities = logits.softmax(dim=1).gather(1, classes)
     rows = []
-    for k, (file, wnid, label, error) in enumerate(
-        zip(batch.files, batch.wnids, batch.labels, batch.errors, strict=True)
-    ):
-        row = {"file": file, "label": label, "wnid": wnid, "correct": 0, "error": error}
-        if not error:
-            row |= dict(zip(PREDICTED, classes[k, :TOP].tolist(), strict=False))
-            row |= {name: f"{p:.6f}" for name, p in zip(PROBABILITY, probabilities[k, :TOP].tolist(), strict=False)}
-            row["correct"] = int(row["predicted_1"] == label)
-        rows.append(row)
+    samples = zip(batch.files, batch.labels, batch.wnids, batch.errors, strict=True)
+    for k, (file, label, wnid, error) in enumerate(samples):
+        top = [] if error else classes[k, :TOP].tolist()
+        odds = [round(p, 6) for p in probabilities[k, : len(top)].tolist()]
+        none = [None] * (TOP - len(top))
+        rows.append(Row(file, label, wnid, *top, *none, *odds, *none, int(label in top[:1]), error))
     return rows

@@ -3,64 +3,86 @@
 import csv
 import io
 import json
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 import pandas as pd
 
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.errors import VitdemoError
-from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, batches_of
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, Row, batches_of
 from vitdemo.machine import machine_record
 from vitdemo.paths import claim_folder, remove_leftovers, replacing
 
 PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 FLAGPERF = "flagperf.csv"
-HEADER = ",".join(COLUMNS) + "\n"
 
 
-def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> list[str]:
-    """Take ``out`` for a run of ``settings``; one line per image, as an interrupted run left it, or "".
+def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> tuple[list, dict | None]:
+    """Take ``out`` for a run.
 
     What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
 
-    Raises VitdemoError, and leaves ``out`` as it is, when it holds anything but such a run to resume.
+    Args:
+        out: the run's folder.
+        settings: all that shapes its predictions.
+        data: the labelled images.
+        resume: whether to go on with a run of the same settings that is there.
+
+    Returns:
+        A row for each image, as an interrupted run left it, or None; and the metrics of a run that was finished, so
+        that resuming it keeps its rates.
+
+    Raises:
+        VitdemoError: when ``out`` holds anything but such a run to resume; it is left as it is.
     """
     settings = json.loads(json.dumps(settings))
+    rows: list[Row | None] = [None] * settings["images"]
     if out.is_dir():
         remove_leftovers(out, RUN, PREDICTIONS, METRICS, FLAGPERF)
     if not resume or not out.is_dir() or not any(out.iterdir()):
         claim_folder(out)
-        lines = [""] * settings["images"]
     else:
         try:
             before = dict(json.loads((out / RUN).read_text(encoding="utf-8"))["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             raise VitdemoError(f"{out / RUN}: no run to resume here; give another output folder") from None
-        different = [key for key in settings if before.get(key) != settings[key]]
-        if different:
-            what = ", ".join(different)
-            raise VitdemoError(f"{out}: was run with another {what}; give the same, or another output folder")
-        lines = _read_lines(out / PREDICTIONS, data, settings["images"])
-    if not all(lines):
-        for batch in batches_of(range(len(lines)), settings["device_batch_size"]):
-            if not all(lines[batch.start : batch.stop]):
-                lines[batch.start : batch.stop] = [""] * len(batch)
-        (out / METRICS).unlink(missing_ok=True)  # of a run that broke
-        write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-        write_predictions(out, lines)
-    return lines
+        if different := ", ".join(key for key in settings if before.get(key) != settings[key]):
+            raise VitdemoError(f"{out}: was run with another {different}; give the same, or another output folder")
+        rows = _read_rows(out / PREDICTIONS, data, len(rows))
+    if all(rows):
+        return rows, _finished_metrics(out)
+    for batch in batches_of(range(len(rows)), settings["device_batch_size"]):
+        if not all(rows[batch.start : batch.stop]):
+            rows[batch.start : batch.stop] = [None] * len(batch)
+    (out / METRICS).unlink(missing_ok=True)  # of a run that broke
+    write_json(out / RUN, {"settings": settings, "machine": machine_record()})
+    _write_predictions(out, rows)
+    return rows, None
 
 
-def write_predictions(out: Path, lines: list[str]) -> None:
-    """The whole file, in order."""
+def finish_run(out: Path | None, rows: list[Row | None], metrics: dict) -> None:
+    """All rows in file order, as replicas brought them in any, and metrics.json; nothing where a run has no folder."""
+    if out:
+        with named_errors(out):
+            _write_predictions(out, rows)
+            write_json(out / METRICS, metrics)
+
+
+def _write_predictions(out: Path, rows: list[Row | None]) -> None:
     with replacing(out / PREDICTIONS) as file:
-        file.write(HEADER + "".join(lines))
+        write_rows(file, [COLUMNS, *filter(None, rows)])
 
 
-def finished_metrics(out: Path) -> dict | None:
-    """The metrics of a run that was finished before, so that resuming it keeps its rates."""
+def write_rows(file: TextIO, rows: Iterable[Iterable]) -> None:
+    """Add rows as predictions.csv has them."""
+    cells = ([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    csv.writer(file, lineterminator="\n").writerows(cells)
+
+
+def _finished_metrics(out: Path) -> dict | None:
     try:
         metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -68,53 +90,43 @@ def finished_metrics(out: Path) -> dict | None:
     return metrics if metrics.get("valid") else None
 
 
-def _read_lines(path: Path, data: ImageNetVal, images: int) -> list[str]:
-    """The whole lines of an interrupted run, which replicas left in any order, by image; "" where there is none.
+def _read_rows(path: Path, data: ImageNetVal, images: int) -> list[Row | None]:
+    """The whole rows of an interrupted run, which replicas left in any order, by image; None where there is none.
 
     Raises VitdemoError when they are not rows of these images, at most one each.
     """
+    numbers = {file: number for number, file in enumerate(data.files[:images])}
+    rows: list[Row | None] = [None] * images
     try:
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1].decode()  # the last line may be torn, within a character too
-        header, *lines = io.StringIO(whole).readlines() or [HEADER]
-        rows = rows_frame("".join(lines).encode())
-        numbers = {file: number for number, file in enumerate(data.files[:images])}
-        order = [numbers.pop(file) for file in rows["file"]]  # each image at most once
-        ours = header == HEADER and rows["label"].tolist() == [data.labels[number] for number in order]
-    except (ValueError, KeyError):  # no UTF-8, no table of these columns, or an image that is not there
+        header, *lines = [*csv.reader(io.StringIO(whole, newline=""))] or [[*COLUMNS]]
+        ours = header == [*COLUMNS]
+        for line in lines:
+            row = Row(*(_read(kind, cell) for kind, cell in zip(COLUMNS.values(), line, strict=True)))
+            number = numbers.pop(row.file)  # each image at most once
+            rows[number], correct = row, row.predicted_1 == row.label
+            ours = ours and (row.label, row.correct) == (data.labels[number], correct)
+    except (ValueError, KeyError, csv.Error):  # no UTF-8, no table of these columns, or an image that is not there
         ours = False
     if not ours:
         raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
-    by_image = dict(zip(order, lines, strict=True))
-    return [by_image.get(number, "") for number in range(images)]
+    return rows
 
 
-def appending(out: Path | None) -> AbstractContextManager[TextIO | None]:
-    """predictions.csv, open for further rows; None where a run has no folder."""
-    return open(out / PREDICTIONS, "a", encoding="utf-8", newline="") if out else nullcontext()
+def _read(kind: type, cell: str) -> str | int | float | None:
+    return kind(cell) if cell or kind is str else None
 
 
-def csv_lines(rows: list[dict]) -> list[str]:
-    """The rows as predictions.csv has them, a line each."""
-    text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(rows)
-    text.seek(0)
-    return text.readlines()  # not splitlines, which knows more ends of lines than this file has
+def appending(out: Path | None) -> TextIO:
+    """predictions.csv, open for further rows; where a run has no folder they go nowhere."""
+    return open(out / PREDICTIONS if out else os.devnull, "a", encoding="utf-8", newline="")
 
 
-def rows_frame(text: bytes) -> pd.DataFrame:
-    """The lines of predictions.csv, without its header, as a table, one row per image. Raises ValueError."""
+def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """The rows as a table; an unreadable image has no numbers."""
     types = {"label": "int64", "correct": "int64"} | dict.fromkeys(PREDICTED, "Int64")
-    types |= dict.fromkeys(PROBABILITY, "float64") | dict.fromkeys(("file", "wnid", "error"), "object")
-    numbers = [*PREDICTED, *PROBABILITY]  # an unreadable image has none
-    return pd.read_csv(
-        io.BytesIO(text),
-        names=COLUMNS,
-        dtype=types,
-        na_values=dict.fromkeys(numbers, [""]),
-        keep_default_na=False,
-        index_col=False,
-    )
+    return pd.DataFrame(rows, columns=[*COLUMNS], dtype=object).astype(types | dict.fromkeys(PROBABILITY, "float64"))
 
 
 def write_json(path: Path, content: dict) -> None:

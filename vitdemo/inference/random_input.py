@@ -15,7 +15,15 @@ WARM_UP = 0.2  # of the timed seconds
 
 
 def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: float = 5.0) -> dict:
-    """Time ``engine`` on random pixels that lie in memory, in batches of ``device_batch_size``.
+    """Time ``engine`` on random pixels that lie in memory. The accuracy is not measured.
+
+    Args:
+        engine: what ``convert`` made.
+        device_batch_size: images of a call.
+        seconds: how long to measure.
+
+    Returns:
+        The following, in seconds, images, images/s, milliseconds and bytes as the names say.
 
     - ``first_run_s``: ``load_s``, the seconds in which the engine was made ready, and its first call. None for an
       engine that has run before, whose first call is past.
@@ -26,7 +34,8 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
     - ``latency_ms``: single calls, one at a time, in the other half; 10 at least.
     - ``peak_memory_bytes``: this process's largest resident size so far.
 
-    The accuracy is not measured. Raises VitdemoError for a device_batch_size below 1.
+    Raises:
+        VitdemoError: for a device_batch_size below 1.
     """
     at_least_1(device_batch_size=device_batch_size)
     pixels = engine.info.random_pixels(INPUTS, device_batch_size)

@@ -2,17 +2,21 @@
 
 The driver carries only ranges of indices there and rows back; each replica opens the data set and the artifact itself.
 A range that a replica did not bring back, because it died or hangs, is done again by its successor or by another one.
+
+Ray restarts actors and retries their calls too (``max_restarts``, ``max_task_retries``), but tells nobody: a loss could
+be neither counted nor reported, a replica that is being restarted not told from one that hangs, and a retried range
+waits for the successor while others are free. Without retries the calls of an actor that is to be restarted fail 1.3 to
+2 s after its death, those of another one at once (Ray 2.60). So here a successor is a new actor, and what a replica had
+in hand goes to whoever is free.
 """
 
 import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 from tqdm.auto import tqdm
@@ -20,12 +24,10 @@ from tqdm.auto import tqdm
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
-from vitdemo.inference.actor import Place, Replica, Shard, code_fingerprint
-from vitdemo.inference.cluster import connect, loss_of, place_replicas, share_cores
+from vitdemo.inference.actor import Place, Replica, Shard, installed
+from vitdemo.inference.cluster import Share, connect, loss_of, place_replicas
 from vitdemo.inference.schedule import Schedule
-from vitdemo.machine import now, versions
-
-# A replica's place in a run: who works there, on what, and what was done so far.
+from vitdemo.machine import now
 
 
 @dataclass
@@ -34,20 +36,19 @@ class Task:
 
     reference: object
     indices: range | None
-    began: float
+    began: float = field(default_factory=now)
 
 
 @dataclass
 class ReplicaState:
     """A replica's place in the run, which its successors take over, and what was done there.
 
-    cpus: its share of Ray's CPUs on its node. busy_s: seconds it worked on ranges that it brought back.
+    place: where its process is, None while there is none. process: that one, if it is on this machine. busy_s: seconds
+    it worked on ranges that it brought back.
     """
 
     number: int
-    node: str
-    cpus: float
-    gpus: int
+    share: Share
     actor: object = None
     place: Place | None = None
     process: psutil.Process | None = None
@@ -58,7 +59,6 @@ class ReplicaState:
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
     lost: int = 0
-    lost_in_a_row: int = 0
     images: int = 0
     ranges: int = 0
     busy_s: float = 0.0
@@ -78,30 +78,19 @@ class ReplicaState:
         self.images += len(shard.indices)
         self.ranges += 1
         self.busy_s += shard.wall_s
-        self.lost_in_a_row = 0
         self.peak_memory_bytes = shard.peak_memory_bytes
 
     def forget_run(self) -> None:
         """Begin to count anew."""
-        self.images, self.ranges, self.busy_s, self.lost, self.lost_in_a_row = 0, 0, 0.0, 0, 0
+        self.images, self.ranges, self.busy_s, self.lost = 0, 0, 0.0, 0
 
     def record(self, wall_s: float) -> dict:
         """Of a run that took ``wall_s``: its machine and cores, images and ranges that it brought back, ``busy_s``
         (working on those), ``idle_s`` (the rest of ``wall_s``: waiting, being replaced, or working on what was lost),
         ``images_per_s`` (over ``busy_s``), the precision that ran there, its process's peak memory."""
-        return {
-            "replica": self.number,
-            "host": self.host,
-            "cores": self.cores,
-            "images": self.images,
-            "ranges": self.ranges,
-            "busy_s": self.busy_s,
-            "idle_s": wall_s - self.busy_s,
-            "images_per_s": self.images_per_s,
-            "precision_ran": self.precision_ran,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "lost": self.lost,
-        }
+        own = ("host", "cores", "images", "ranges", "busy_s", "idle_s", "images_per_s", "precision_ran")
+        found = vars(self) | {"images_per_s": self.images_per_s, "idle_s": wall_s - self.busy_s}
+        return {"replica": self.number} | {name: found[name] for name in (*own, "peak_memory_bytes", "lost")}
 
 
 ATTEMPTS = 3  # of one range, or of starting one replica; then something is wrong that a restart does not cure
@@ -112,7 +101,7 @@ GOING_S = 3.0
 PREPARING = 6  # deadlines that a replica may take to be ready: it may have to build the engine
 
 
-class Replicas:
+class Replicas(AbstractContextManager):
     """``count`` replicas of an engine, started once, for any number of runs over ``data``.
 
     ::
@@ -120,16 +109,29 @@ class Replicas:
         with Replicas(engine, data, 2) as replicas:
             evaluation = evaluate(engine, data, replicas=replicas)
 
-    One replica a device: a GPU each for an engine on CUDA; otherwise an equal share of each machine's cores, or
-    ``cores_each`` of them, to which its process is bound before a runtime is loaded. More replicas than cores share
-    cores. ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines
-    are used; by default the Ray that this process has, or one of its own on this machine. deadline_s: how long a range
-    of images may take (one batch at first, then about 5 s each) before its replica is given up for hung, unless it is
-    so slow that ten times what its rate says is more; give more for a model whose single batch takes minutes. share: of
-    Ray's CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1 at most.
+    One replica a device: a GPU each for an engine on CUDA; otherwise a share of each machine's cores, to which its
+    process is bound before a runtime is loaded. More replicas than cores share cores.
 
-    ray_start_s: starting or finding Ray. start_s: from then until every replica was ready. slots: the replicas.
-    Raises VitdemoError where Ray is not installed or does not answer, and for what a replica lacks.
+    Args:
+        engine: what ``convert`` made.
+        data: the labelled images; on other machines under the same path.
+        count: how many.
+        cores_each: of each replica; None is an equal share of its machine's.
+        ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines are
+            used; None is the Ray that this process has, or one of its own on this machine.
+        deadline_s: how long a range of images may take (one batch at first, then about 5 s each) before its replica is
+            given up for hung, unless it is so slow that ten times what its rate says is more; give more for a model
+            whose single batch takes minutes.
+        share: of Ray's CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1
+            at most.
+
+    Attributes:
+        ray_start_s: seconds that starting or finding Ray took.
+        start_s: from then until every replica was ready.
+        slots: the replicas.
+
+    Raises:
+        VitdemoError: where Ray is not installed or does not answer, and for what a replica lacks.
     """
 
     def __init__(
@@ -157,10 +159,8 @@ class Replicas:
         except self._ray.exceptions.RayError as error:
             raise VitdemoError(f"replicas: Ray has no room for the model ({reason_of(error)})") from None
         self._recipe = [recipe]  # Ray fetches an argument, but not what lies in a list: only who must build does
-        self.slots = [
-            ReplicaState(k, *share) for k, share in enumerate(place_replicas(self._ray, count, engine.device, share))
-        ]
-        self._failed: Counter[range | None] = Counter()
+        self.slots = [ReplicaState(*each) for each in enumerate(place_replicas(self._ray, count, engine.device, share))]
+        self._failed: Counter[range | int] = Counter()  # attempts of a range, or in a row by a replica's number
         try:
             for slot in self.slots:
                 self._start(slot)
@@ -171,10 +171,7 @@ class Replicas:
             raise
         self.start_s = now() - begin
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -203,20 +200,33 @@ class Replicas:
         return f"replicas: {len(self.slots)} on {self.cores} cores of {where}{shared}"
 
     def summary(self, schedule: str, wall_s: float) -> dict:
-        """Of the last run, which took ``wall_s``: who did how much.
+        """Who did how much in the last run.
 
-        ``lost``: replicas that died or hung and were replaced. ``each``: by replica, see ``ReplicaState.record``.
-        ``ray_start_s``, ``start_s``: starting Ray, and the replicas; in no rate.
+        Args:
+            schedule: its name.
+            wall_s: seconds that the run took.
+
+        Returns:
+            ``count``, ``schedule``; ``lost``: replicas that died or hung and were replaced; ``ray_start_s``,
+            ``start_s``: starting Ray, and the replicas, in no rate; ``each``: by replica, see ``ReplicaState.record``.
         """
-        each = [slot.record(wall_s) for slot in self.slots]
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
         lost = sum(slot.lost for slot in self.slots)
+        each = [slot.record(wall_s) for slot in self.slots]
         return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
 
     def run(self, images: int, schedule: Schedule, device_batch_size: int, input_path: str) -> Iterator[Shard]:
-        """The rows of the ``images`` that ``schedule`` holds, a shard a range, as they come back; each exactly once.
+        """The rows of every image exactly once, a shard for each range, as they come back.
 
-        Raises EngineFailure when an engine breaks, and VitdemoError when replicas are lost again and again.
+        Args:
+            images: how many ``schedule`` holds.
+            schedule: who does which when.
+            device_batch_size: images that the device gets at once.
+            input_path: as in ``evaluate``.
+
+        Raises:
+            EngineFailure: when an engine breaks.
+            VitdemoError: when replicas are lost again and again.
         """
         self._check_ray()
         self._failed.clear()
@@ -230,7 +240,7 @@ class Replicas:
                 for slot in filter(lambda slot: slot.ready, self.slots):
                     self._hand_out(slot, schedule, device_batch_size, input_path)
                 for shard in self._attend(schedule):
-                    schedule.done(shard)
+                    schedule.done(shard.indices)
                     left -= len(shard.indices)
                     yield shard
         finally:
@@ -243,10 +253,16 @@ class Replicas:
             raise VitdemoError("replicas: the Ray that they were started on was stopped; start others")
 
     def step(self, device_batch_size: int) -> float:
-        """Seconds of one batch of random pixels on every replica, handed out one right after the other, until the last
-        one is done.
+        """Time one batch of random pixels on every replica, handed out one right after the other.
 
-        Raises VitdemoError when a replica is lost.
+        Args:
+            device_batch_size: images of each.
+
+        Returns:
+            Seconds until the last one is done.
+
+        Raises:
+            VitdemoError: when a replica is lost.
         """
         self._check_ray()
         begin = now()
@@ -261,19 +277,14 @@ class Replicas:
 
     def _hand_out(self, slot: ReplicaState, schedule: Schedule, device_batch_size: int, input_path: str) -> None:
         while len(slot.tasks) < schedule.ahead and (indices := schedule.take(slot.number, slot.images_per_s)):
-            reference = slot.actor.run.remote(slot.number, indices, device_batch_size, input_path)
-            slot.tasks.append(Task(reference, indices, now()))
+            slot.tasks.append(Task(slot.actor.run.remote(slot.number, indices, device_batch_size, input_path), indices))
 
     def _attend(self, schedule: Schedule | None) -> list[Shard]:
         """Wait until something happened, and do what it asks for; the ranges that were brought back."""
         heads = {slot.tasks[0].reference: slot for slot in self.slots if slot.tasks}
-        happened, _ = self._ray.wait(list(heads), num_returns=1, timeout=min(1.0, self._deadline_s / 4))
-        if len(heads) > 1 and happened:
-            happened, _ = self._ray.wait(list(heads), num_returns=len(heads), timeout=0)
-        shards = []
-        for reference in happened:
-            if (shard := self._collect(heads[reference], schedule)) is not None:
-                shards.append(shard)
+        self._ray.wait(list(heads), timeout=min(1.0, self._deadline_s / 4))  # for one, then all that are there
+        happened, _ = self._ray.wait(list(heads), num_returns=len(heads), timeout=0)
+        shards = [shard for reference in happened if (shard := self._collect(heads[reference], schedule))]
         for slot in filter(lambda slot: slot.tasks, self.slots):
             if now() - slot.tasks[0].began > (patience := self._patience_s(slot)):
                 if slot.place is None:
@@ -294,9 +305,8 @@ class Replicas:
 
     def _collect(self, slot: ReplicaState, schedule: Schedule | None) -> Shard | None:
         """Take what a slot's first task gave."""
-        task = slot.tasks[0]
         try:
-            answer = self._ray.get(task.reference)
+            answer = self._ray.get(slot.tasks[0].reference)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, VitdemoError | EngineFailure):
                 raise error.cause from None
@@ -307,67 +317,41 @@ class Replicas:
         slot.tasks.popleft()
         if slot.tasks:
             slot.tasks[0].began = now()
+        if isinstance(answer, Shard):
+            slot.brought_back(answer)
+            self._failed[slot.number] = 0
+            return answer
         if isinstance(answer, Place):
             self._place(slot, answer)
-        elif isinstance(answer, Shard):
-            slot.brought_back(answer)
-            return answer
         else:
-            slot.threads, slot.precision_ran, slot.ready = answer["threads"], answer["precision_ran"], True
+            (slot.threads, slot.precision_ran), slot.ready = answer, True
         return None
 
     def _start(self, slot: ReplicaState) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        options = dict(num_cpus=slot.cpus, num_gpus=slot.gpus, max_restarts=0)
-        where = NodeAffinitySchedulingStrategy(slot.node, soft=True)  # another one where that is gone
-        slot.actor = self._ray.remote(Replica).options(**options, scheduling_strategy=where).remote()
-        slot.tasks.append(Task(slot.actor.place.remote(), None, now()))
+        share, data = slot.share, (str(Path(self.data.path).absolute()), self.data.fingerprint)
+        where = NodeAffinitySchedulingStrategy(share.node, soft=True)  # another one where that is gone
+        options = dict(num_cpus=share.cpus, num_gpus=share.gpus, scheduling_strategy=where)
+        slot.actor = self._ray.remote(Replica).options(**options).remote(share.number, share.count, self._cores_each)
+        calls = slot.actor.place.remote(), slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
+        slot.tasks.extend(Task(call, None) for call in calls)
 
     def _place(self, slot: ReplicaState, place: Place) -> None:
-        """Give a replica its cores, those of its predecessor if it has one, and have it made ready.
-
-        The first ones wait for each other, as a machine's cores are shared out among all that are there.
-        """
-        if place.code != code_fingerprint():
-            raise VitdemoError(f"replica on {place.host}: has another vitdemo than this process; install the same")
-        if different := [name for name, version in versions().items() if place.versions[name] != version]:
+        """A replica has got its process."""
+        if different := [name for name, version in installed().items() if place.installed.get(name) != version]:
             raise VitdemoError(f"replica on {place.host}: has another {', '.join(different)}; install the same")
-        moved, slot.place, slot.host = slot.host not in ("", place.host), place, place.host
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(place.pid) if place.host == socket.gethostname() else None
-            ours = process and abs(process.create_time() - place.created) < 2  # containers may share a name
-            slot.process = process if ours else None
-        if moved:
-            self._share_cores(place, only=slot)
-        if slot.cores:
-            self._prepare(slot)
-        elif all(other.host for other in self.slots):
-            for host in {other.host for other in self.slots}:
-                self._share_cores(next(other.place for other in self.slots if other.host == host and other.place))
-            for other in self.slots:
-                if other.place:
-                    self._prepare(other)
-
-    def _share_cores(self, place: Place, only: ReplicaState | None = None) -> None:
-        there = [slot for slot in self.slots if slot.host == place.host]
-        for slot, share in zip(there, share_cores(place.cores, len(there), self._cores_each), strict=True):
-            if only in (None, slot):
-                slot.cores = share
-
-    def _prepare(self, slot: ReplicaState) -> None:
-        data = str(Path(self.data.path).absolute()), self.data.fingerprint
-        slot.actor.bind.remote(slot.cores)  # done first: an actor takes its calls in order
-        reference = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
-        slot.tasks.append(Task(reference, None, now()))
+        slot.place, slot.host, slot.cores = place, place.host, place.cores
+        if place.node == self._ray.get_runtime_context().get_node_id():
+            with suppress(psutil.NoSuchProcess):
+                slot.process = psutil.Process(place.pid)
 
     def _replace(self, slot: ReplicaState, schedule: Schedule | None, reason: str) -> None:
         """End a slot's replica, hand its ranges to others, and start a successor."""
         first = slot.tasks[0].indices
-        self._failed[first] += 1
+        self._failed.update({first or slot.number, slot.number})
         slot.lost += 1
-        slot.lost_in_a_row += 1
-        if max(self._failed[first] if first else 0, slot.lost_in_a_row) >= ATTEMPTS:
+        if max(self._failed[first], self._failed[slot.number]) >= ATTEMPTS:
             what = f"doing images {first.start} to {first.stop - 1}" if first else "starting"
             raise VitdemoError(f"replica {slot.number} was lost {ATTEMPTS} times, last while {what}: {reason}")
         for task in slot.tasks:

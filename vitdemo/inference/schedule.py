@@ -1,28 +1,16 @@
-"""Who does which range of images when: two ways to share a data set among replicas."""
+"""Who does which range of images when: two ways to share a data set among replicas.
+
+A schedule is made of the batches to do, by ascending index, and knows replicas by their numbers. ``ahead``: how many
+ranges a replica may have at once. ``step_s``: seconds of each global batch, where there are such.
+"""
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
-from vitdemo.inference.actor import Shard
 from vitdemo.machine import now
 
 RANGE_S = 5.0  # about how long a range of the asynchronous schedule takes
 LONGEST_BATCHES = 64
-
-
-class Schedule(Protocol):
-    """Who does which range when, by the replicas' numbers; made of the batches to do, by ascending index.
-
-    ahead: how many ranges a replica may have at once. step_s: seconds of each global batch, where there are such.
-    """
-
-    ahead: int
-    step_s: list[float]
-
-    def take(self, replica: int, images_per_s: float) -> range | None: ...
-    def give_back(self, indices: range, replica: int) -> None: ...
-    def done(self, shard: Shard) -> None: ...
 
 
 class AsyncSchedule:
@@ -56,7 +44,7 @@ class AsyncSchedule:
     def give_back(self, indices: range, replica: int) -> None:
         self._again.append(indices)
 
-    def done(self, shard: Shard) -> None:
+    def done(self, indices: range) -> None:
         pass
 
 
@@ -88,11 +76,12 @@ class SyncSchedule:
     def give_back(self, indices: range, replica: int) -> None:
         self._shards[replica] = indices
 
-    def done(self, shard: Shard) -> None:
-        self._open.discard(shard.indices)
+    def done(self, indices: range) -> None:
+        self._open.discard(indices)
         if not self._open:
             self.step_s.append(now() - self._began)
             self._step()
 
 
+Schedule = AsyncSchedule | SyncSchedule
 SCHEDULES: dict[str, type[Schedule]] = {"async": AsyncSchedule, "sync": SyncSchedule}

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
-from vitdemo.inference.actor import Shard
 from vitdemo.inference.loop import batches_of
 from vitdemo.inference.schedule import SyncSchedule
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
@@ -20,7 +19,14 @@ PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#9
 
 
 def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
-    """The images at ``indices``, each with its prediction, its probability and, where wrong, the true class."""
+    """Images, each with its prediction, its probability and, where wrong, the true class.
+
+    Args:
+        evaluation: of ``data``.
+        data: the labelled images.
+        indices: which to show.
+        columns: of the grid.
+    """
     names, captions, colors = short_names(data), [], []
     for _, row in evaluation.rows.iloc[list(indices)].iterrows():
         truth = names[row["label"]]
@@ -31,7 +37,13 @@ def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequenc
 
 
 def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) -> Figure:
-    """The ``count`` wrong answers given with the highest probability."""
+    """The wrong answers given with the highest probability.
+
+    Args:
+        evaluation: of ``data``.
+        data: the labelled images.
+        count: how many to show at most.
+    """
     rows = evaluation.rows
     wrong = rows[(rows["correct"] == 0) & (rows["error"] == "")].nlargest(count, "probability_1")
     if wrong.empty:
@@ -42,7 +54,12 @@ def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) ->
 
 
 def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
-    """Top-1 of every class that has images, with 95 % Wilson intervals, the worst first (at most 40)."""
+    """Top-1 of every class that has images, with 95 % Wilson intervals, the worst first (at most 40).
+
+    Args:
+        evaluation: of ``data``.
+        data: the labelled images.
+    """
     by_class = evaluation.rows.groupby("label")["correct"].agg(["sum", "count"])
     by_class["top1"] = by_class["sum"] / by_class["count"]
     worst = by_class.sort_values(["top1", "count"])[:40]
@@ -63,8 +80,13 @@ def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
 
 
 def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
-    """When each of some consecutive batches, from the middle of the run, was decoded and computed: where both bars of
-    a moment are filled, they overlap."""
+    """When each of some consecutive batches was decoded and computed: where both bars of a moment are filled, they
+    overlap.
+
+    Args:
+        evaluation: of this session.
+        batches: how many to show, from the middle of the run.
+    """
     times = evaluation.times
     middle = max(len(times) // 2 - batches // 2, 0)
     shown = times.iloc[middle : middle + batches]
@@ -86,7 +108,13 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
 
 
 def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
-    """Which images each replica gets in each step of the synchronous schedule."""
+    """Which images each replica gets in each step of the synchronous schedule.
+
+    Args:
+        images: how many there are.
+        device_batch_size: images that a replica gets at once.
+        replicas: how many.
+    """
     schedule, step = SyncSchedule(batches_of(range(images), device_batch_size), replicas), 0
     figure, ax = plt.subplots(figsize=(9, 0.9 + 0.45 * replicas), layout="constrained")
     while shards := {k: indices for k in range(replicas) if (indices := schedule.take(k, 0.0))}:
@@ -95,7 +123,7 @@ def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
             ax.barh(k, 0.94 * share, left=step - 0.47, height=0.8, color=PALETTE[k % len(PALETTE)], edgecolor="black")
             label = f"{indices.start}–{indices.stop - 1}" if len(indices) > 1 else f"{indices.start}"
             ax.text(step - 0.47 + 0.47 * share, k, label, ha="center", va="center", fontsize=8)
-            schedule.done(Shard(indices, [], [], {}, 0.0, 0.0, 0))
+            schedule.done(indices)
         step += 1
     ax.set_yticks(range(replicas), [f"replica {k}" for k in range(replicas)])
     ax.invert_yaxis()
@@ -105,7 +133,11 @@ def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
 
 
 def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
-    """When each replica's engine was at work, one panel per run; what is white is waiting."""
+    """When each replica's engine was at work, one panel per run; what is white is waiting.
+
+    Args:
+        evaluations: runs with replicas, by the title of their panel.
+    """
     figure, axes = plt.subplots(
         len(evaluations), figsize=(9, 1.6 * len(evaluations) + 0.5), layout="constrained", sharex=True, squeeze=False
     )
@@ -124,8 +156,10 @@ def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
 def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Figure:
     """Images/s over the number of replicas: measured, and what the cores allow.
 
-    table: columns replicas, cores, images_per_s. one_process: images/s of one process with all cores. one_core: of one
-    replica on one core; the ideal is that times the cores in use.
+    Args:
+        table: columns replicas, cores, images_per_s.
+        one_process: images/s of one process with all cores.
+        one_core: images/s of one replica on one core; the ideal is that times the cores in use.
     """
     figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     x = table["replicas"]
@@ -143,7 +177,11 @@ def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Fi
 
 
 def plot_time(evaluation: Evaluation) -> Figure:
-    """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest."""
+    """Where the loop's wall time went: waiting for decoded images, waiting for the engine, writing, the rest.
+
+    Args:
+        evaluation: of this session.
+    """
     m = evaluation.metrics
     names = {"decode_wait_s": "waiting for images", "compute_wait_s": "waiting for the engine"}
     names["postprocess_s"] = "making and writing rows"
@@ -161,7 +199,11 @@ def plot_time(evaluation: Evaluation) -> Figure:
 
 
 def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
-    """Top-1 as it is and with each mistake put right, with 95 % Wilson intervals; the explanation stands out."""
+    """Top-1 as it is and with each mistake put right, with 95 % Wilson intervals; the explanation stands out.
+
+    Args:
+        diagnosis: what ``diagnose`` found.
+    """
     table, published = diagnosis.table, diagnosis.published
     colors = [RIGHT if name == diagnosis.named else GREY for name in table["hypothesis"]]
     colors[0] = WRONG
