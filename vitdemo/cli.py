@@ -292,7 +292,7 @@ def _benchmark(out: Path, against: Path | None = None, **options) -> int:
 
 @verb(
     option("folders", "DIR", "folders, or files, of `vitdemo benchmark`", user_path, nargs="+"),
-    option("--layout", "L", "as other projects have it: ttmetal, aitemplate or flagperf"),
+    option("--layout", "L", "as other projects have it: ttmetal or aitemplate"),
     option("--out", "FILE", "a .csv, .md or .html", user_path, required=True),
 )
 def _merge(folders: Sequence[Path], out: Path, layout: str | None = None) -> None:

@@ -12,7 +12,6 @@ from vitdemo import VitdemoError, merge
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.tables import (
     aitemplate_table,
-    flagperf_table,
     laid_out,
     markdown,
     page,
@@ -130,15 +129,7 @@ def test_aitemplates_table(rows):
         assert line["Speedup"] == rows.loc[same, ratio].item()
 
 
-def test_flagperfs_row(rows):
-    table = flagperf_table(rows)
-    assert np.allclose(table["MFU_flagperf"] * 2, table["MFU"])
-    assert set(table["p_val_core"]) == {"/"} and set(table["bs"]) == {1, 3}
-    top1 = f"{rows['top1'].iloc[0]:.1%}"
-    assert table["acc"].iloc[0] == f"{top1} / {top1}"
-
-
-@pytest.mark.parametrize("layout", [[], ["--layout", "ttmetal"], ["--layout", "aitemplate"], ["--layout", "flagperf"]])
+@pytest.mark.parametrize("layout", [[], ["--layout", "ttmetal"], ["--layout", "aitemplate"]])
 @pytest.mark.parametrize("ending", ["csv", "md", "html"])
 def test_each_layout_in_each_form(layout, ending, sweep_folder, tmp_path):
     out = tmp_path / f"perf.{ending}"

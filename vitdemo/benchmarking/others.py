@@ -1,4 +1,4 @@
-"""Performance as other projects published it."""
+"""Performance as other projects published it: reads ``data/published/performance.csv``."""
 
 from collections import defaultdict
 

@@ -11,10 +11,9 @@ from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import replacing
 
-GIB = 2**30
 SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
 SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
-RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)", "p_infer_core")
+RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)")
 # Columns by which a row finds the eager row to compare with; `file` is there after merge only.
 SAME_RUN = ["model", "weights", "replicas", "device_batch_size", "machine", "file"]
 
@@ -79,39 +78,7 @@ def aitemplate_table(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)[rows["engine"] != EAGER.engine]
 
 
-def flagperf_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as FlagPerf has them; "/", as there, for what calls on random pixels do not measure.
-
-    p_infer_core in images/s; MFU with a multiply-accumulate counted as two operations, and as one, FlagPerf's own way;
-    acc: top-1 in %, engine/eager fp32; mem: the process's peak in GiB.
-
-    Args:
-        rows: of ``benchmark`` or ``merge``.
-
-    Raises:
-        VitdemoError: where no row holds a measurement.
-    """
-    rows = _measured(rows)
-    eager = _eager_beside(rows, EAGER.precision)
-    unmeasured = dict.fromkeys(("e2e_time", "p_val_whole", "p_val_core", "p_infer_whole"), "/")
-    percent = [top1.map(lambda x: "/" if pd.isna(x) else f"{x:.1%}") for top1 in (rows["top1"], eager["top1"])]
-    columns = {
-        "model": rows["model"],
-        "engine": rows["engine"],
-        "precision": rows["precision"],
-        "bs": rows["batch"],
-        **unmeasured,
-        "p_infer_core": rows["images_per_s"],
-        "MFU": rows["mfu"],
-        "MFU_flagperf": rows["mfu"] / 2,
-        "acc": percent[0] + " / " + percent[1],
-        "mem": rows["peak_memory_bytes"] / GIB,
-        "machine": rows["machine"],
-    }
-    return pd.DataFrame(columns)
-
-
-LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table, "flagperf": flagperf_table}
+LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The bug hunt: runs with one mistake each under names that say nothing, and the library's checks that see them."""
+"""The bug hunt: runs with one planted bug each, under names that say nothing, and which check must find which bug."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A short script as people write it, with one usual mistake switched on: for teaching, and to prove the checks.
+"""The planted bugs: a short evaluation script as people write it, with one common mistake of ``BUGS`` switched on.
 
 The verbs of the library have no such switch. The checks that see the mistakes are in ``bug_hunt.py``.
 """

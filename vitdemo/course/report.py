@@ -1,4 +1,4 @@
-"""The HTML of a run: a page for each notebook, and an index with what came out and the figures."""
+"""The HTML report of ``vitdemo run``: a page for each notebook, and an index with what came out and the figures."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A tar as something hostile: an index of offsets, and checksums."""
+"""Reads tar archives without trusting them: where each image lies, and checksums."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The images from which int8 engines learn the ranges of their activations."""
+"""Chooses the images that int8 engines are calibrated on; their runtimes' own tools find the ranges."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

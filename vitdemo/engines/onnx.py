@@ -1,4 +1,4 @@
-"""ONNX Runtime: the graph as torch's exporter writes it, in float32 or quantised to int8 by the runtime's own tool."""
+"""ONNX Runtime: the graph as torch's exporter writes it, in float32, or in int8 with ranges found by its own tool."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Published accuracies, and how a measured one stands beside its own."""
+"""Published accuracies (``data/published/accuracy.csv``), and how a measured one compares with its own."""
 
 import csv
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One engine over a range of samples: one row per image, in order, decoding and computing overlapped."""
+"""Runs an engine over samples and makes its logits rows, one per image, in order; decoding and computing overlap."""
 
 import time
 from collections import deque, namedtuple

@@ -1,4 +1,4 @@
-"""The files in a run's folder, written so that a killed run can be resumed."""
+"""Reads and writes the files of a run, ``predictions.csv`` above all, so that a killed run can be resumed."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""One engine on many devices or machines: replicas as Ray actors, every image exactly once.
+"""Starts replicas, hands out ranges of images, and replaces a replica that dies or hangs; every image exactly once.
 
 The driver carries only ranges of indices there and rows back; each replica opens the data set and the artifact itself.
 A range that a replica did not bring back, because it died or hangs, is done again by its successor or by another one.
