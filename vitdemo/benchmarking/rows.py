@@ -1,4 +1,4 @@
-"""From the seconds of calls to the rows of a sweep's table: rates, latencies, speedups over eager with their intervals."""
+"""From the seconds of calls to the rows of a sweep's table: rates, latencies, speedups with their intervals."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""OpenVINO, Intel's runtime for CPUs: torch's exported graph in float32 or bfloat16, or in int8 with ranges found by NNCF."""
+"""OpenVINO, Intel's runtime for CPUs: the exported graph in float32, bfloat16, or int8 with ranges found by NNCF."""
 
 import importlib
 import json
