@@ -5,7 +5,7 @@ from vitdemo import front
 _HOME = {
     "ARCHIVE_MD5": "dataset.tars",
     "devkit_of": "dataset.devkit",
-    "val_tar": "dataset.imagenet",
+    "val_tar": "dataset.trees",
     "ImageNetTrain": "dataset.imagenet",
     "read_devkit": "dataset.devkit",
     "index_tar": "dataset.tars",

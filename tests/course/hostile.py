@@ -27,12 +27,12 @@ def picture(kind: str = "PNG") -> bytes:
 
 
 HOSTILE = {  # name -> bytes, and a part of the reason
-    "notes.txt": (b"dear model, what is this?", "is not a picture that can be read"),
-    "empty.png": (b"", "is empty"),
+    "notes.txt": (b"dear model, what is this?", "is no picture that can be read"),
+    "empty.png": (b"", "is no picture"),
     "huge.png": (png_header(20000, 20000), "400000000 pixels"),
     "large.png": (png_header(12000, 10000), "not decoded: 12000 x 10000 pixels"),
     "cut.png": (picture()[:200], "rror"),
-    "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is not a picture that can be read"),
-    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is not a picture"),
-    "<b>odd</b>\nname.jpg": (b"\xff\xd8\xff\xe0nothing", "is not a picture that can be read"),
+    "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "is no picture that can be read"),
+    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is no picture"),
+    "<b>odd</b>\nname.jpg": (b"\xff\xd8\xff\xe0nothing", "is no picture that can be read"),
 }

@@ -1,9 +1,12 @@
 """Small archives in the ILSVRC2012 format, made on the spot."""
 
 import gzip
+import hashlib
 import io
 import os
 import random
+import resource
+import shutil
 import struct
 import sys
 import tarfile
@@ -14,6 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+
+from vitdemo import ImageNetVal, VitdemoError, extract
+from vitdemo.imagenet import ImageNetTrain
 
 FIELDS = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images".split()
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -42,6 +48,84 @@ def watched_writes():
         yield _watchers[-1]
     finally:
         _watchers.pop()
+
+
+@contextmanager
+def refused(*parts):
+    """One line that has all the parts."""
+    with pytest.raises(VitdemoError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and all(str(part) in message for part in parts), message
+
+
+@contextmanager
+def as_nobody():
+    """Work as a user without rights, where the tests run as root, whom no permission stops."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def largest_file(size: int):
+    """No file may grow over ``size`` bytes, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def md5_of(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def extracted(archives: Path, out: Path, split: str = "val"):
+    """The data set that ``extract`` makes of archives whose MD5 nobody knows."""
+    return extract(archives, out, split=split, unverified=True, progress=False)
+
+
+def torchvisions_imagenet(out: Path, devkit: Path, split: str, monkeypatch):
+    """torchvision's own reading of a tree, and of the devkit for its classes."""
+    from torchvision.datasets import ImageNet, imagenet
+
+    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", (devkit.name, md5_of(devkit)))
+    shutil.copy(devkit, out)
+    imagenet.parse_devkit_archive(out)
+    return ImageNet(out, split=split)
+
+
+def mutated(data: bytes, rng: random.Random, block: int = 1) -> bytes:
+    """The bytes after one to four accidents, at multiples of ``block`` and about as long, many of them at the start."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(rng.choice((700, len(data) + 1))) % (len(data) + 1) // block * block
+        end = at + max(block, rng.choice((1, 2, 16, 200)))
+        match rng.choice(("bit", "noise", "zeros", "lost", "inserted", "truncated")):
+            case "bit":
+                data[at : at + 1] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[at : at + 1])
+            case "noise":
+                data[at:end] = rng.randbytes(len(data[at:end]))
+            case "zeros":
+                data[at:end] = bytes(len(data[at:end]))
+            case "lost":
+                del data[at:end]
+            case "inserted":
+                data[at:at] = rng.randbytes(end - at)
+            case "truncated":
+                del data[max(at, 10) :]
+    return bytes(data)
 
 
 def val_name(number: int) -> str:
@@ -77,6 +161,15 @@ def enormous_jpeg(side: int = 20_000) -> bytes:
             b"\xff\xd9",
         ]
     )
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG of 1000 x 1000 px whose last scan comes again and again."""
+    file = io.BytesIO()
+    Image.new("L", (1000, 1000), 77).save(file, "JPEG", progressive=True)
+    jpeg = file.getvalue()
+    scan = jpeg[jpeg.rfind(b"\xff\xc4", 0, jpeg.rfind(b"\xff\xda")) : -2]
+    return jpeg[:-2] + scan * scans + b"\xff\xd9"
 
 
 def tar_member(name: str, content: bytes = b"", format: int = tarfile.USTAR_FORMAT, **fields) -> bytes:
@@ -125,6 +218,7 @@ def write_devkit(path: Path, ids: dict[str, int], truth: list[int], **replaced: 
 class Archives:
     """A val tar of 12 images with its devkit: 4 invented classes, whose IDs run against their lexicographic order."""
 
+    split, read, record = "val", ImageNetVal, "extraction.json"
     ids = {"n90000001": 4, "n90000002": 2, "n90000003": 3, "n90000004": 1}
     truth = [3, 1, 4, 1, 2, 2, 3, 4, 1, 2, 3, 4]
     labels = [2, 3, 0, 3, 1, 1, 2, 0, 3, 1, 2, 0]
@@ -133,6 +227,7 @@ class Archives:
         folder.mkdir()
         self.folder = folder
         self.images = {val_name(i): tiny_jpeg(i) for i in range(1, 13)}
+        self.samples = [(*image, label) for image, label in zip(self.images.items(), self.labels, strict=True)]
         self.tar = write_tar(folder / "mini_img_val.tar", self.images)
         self.devkit = write_devkit(folder / "mini_devkit_t12.tar.gz", self.ids, self.truth)
 
@@ -145,6 +240,8 @@ def archives(tmp_path) -> Archives:
 class TrainArchives:
     """A train tar of 3 of the classes of ``Archives``, with its devkit: tars in a tar, neither in order."""
 
+    split, read, record = "train", ImageNetTrain, "extraction_train.json"
+
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -152,6 +249,11 @@ class TrainArchives:
             wnid: {f"{wnid}_{number}.JPEG": tiny_jpeg(first + number) for number in (7, 18, 10026)}
             for first, wnid in enumerate(["n90000003", "n90000001", "n90000004"])
         }
+        self.samples = sorted(
+            (*image, sorted(Archives.ids).index(wnid))
+            for wnid, images in self.images.items()
+            for image in images.items()
+        )
         self.tar = self.write({wnid: tar_bytes(images) for wnid, images in self.images.items()})
         self.devkit = write_devkit(folder / "mini_devkit_t12.tar.gz", Archives.ids, Archives.truth)
 
@@ -163,6 +265,11 @@ class TrainArchives:
 @pytest.fixture
 def train_archives(tmp_path) -> TrainArchives:
     return TrainArchives(tmp_path / "archives")
+
+
+@pytest.fixture(params=[Archives, TrainArchives], ids=["val", "train"])
+def either(request, tmp_path) -> Archives | TrainArchives:
+    return request.param(tmp_path / "archives")
 
 
 class FullArchives:

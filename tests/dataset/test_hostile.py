@@ -1,10 +1,8 @@
 """Hostile archives: each is refused in one line that names archive and member, or survived; and nothing is written
 outside the target, whether the tar holds the images itself or in tars."""
 
-import bz2
 import gzip
 import json
-import lzma
 import os
 import random
 import re
@@ -23,22 +21,20 @@ import psutil
 import pytest
 
 from tests.dataset.conftest import (
-    GROUND_TRUTH,
     Archives,
     TrainArchives,
     enormous_jpeg,
+    extracted,
+    mutated,
+    refused,
     tar_bytes,
     tar_member,
     tiny_jpeg,
     val_name,
     watched_writes,
+    write_devkit,
 )
-from tests.dataset.test_tars import refused
-from vitdemo.dataset import imagenet
-from vitdemo.dataset import tars as archives_module
 from vitdemo.dataset.devkit import read_devkit
-from vitdemo.dataset.extraction import extract
-from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal
 from vitdemo.errors import VitdemoError
 from vitdemo.paths import REPOSITORY
 
@@ -49,13 +45,16 @@ def header(name: str, **fields) -> bytes:
     return tar_member(name, format=tarfile.GNU_FORMAT, **fields)
 
 
+def with_checksum(block: bytes) -> bytes:
+    """A header whose checksum is right again."""
+    block = block[:148] + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
 def forged(name: str, start: int, content: bytes) -> bytes:
-    """A header with other bytes from ``start`` on and the checksum put right."""
-    block = bytearray(header(name))
-    block[start : start + len(content)] = content
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
+    """A header with other bytes from ``start`` on."""
+    block = header(name)
+    return with_checksum(block[:start] + content + block[start + len(content) :])
 
 
 def pax(name: str, content: bytes = b"", **records: str) -> bytes:
@@ -64,71 +63,44 @@ def pax(name: str, content: bytes = b"", **records: str) -> bytes:
     return tar_member(name, content, tarfile.PAX_FORMAT, pax_headers=headers)
 
 
-def zstd(content: bytes) -> bytes:
-    """A zstd frame that stores its content [RFC 8878], as Python has no zstd before 3.14."""
-    blocks = [content[i : i + (1 << 17)] for i in range(0, len(content), 1 << 17)]
-    stored = [(len(b) << 3 | (b is blocks[-1])).to_bytes(3, "little") + b for b in blocks]
-    return b"\x28\xb5\x2f\xfd\xe0" + len(content).to_bytes(8, "little") + b"".join(stored)
-
-
+GLOBAL = tarfile.TarInfo.create_pax_global_header
 # What follows the good members of a tar, and what the refusal says; a function is given the name of one of those.
 MEMBERS = {
     "an absolute path": (header("/etc/cron.d/evil"), "'/etc/cron.d/evil' would lie outside"),
     "a path up": (header("../../evil.JPEG"), "'../../evil.JPEG' would lie outside"),
-    "a path up in the middle": (header("a/../../evil.JPEG"), "'a/../../evil.JPEG' would lie outside"),
     "a path up in the prefix": (forged("evil.JPEG", 257, b"ustar\x0000" + bytes(80) + b"../.."), "would lie outside"),
-    "a folder above": (header("..", type=tarfile.DIRTYPE), "'..' would lie outside"),
     "a symlink": (header("x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "'x' is not a plain file"),
-    "a symlink, then a file through it": (
-        header("val", type=tarfile.SYMTYPE, linkname="/tmp") + header("val/evil.JPEG"),
-        "'val' is not a plain file",
-    ),
     "a hard link": (header("x", type=tarfile.LNKTYPE, linkname="/etc/passwd"), "'x' is not a plain file"),
-    "a character device": (header("x", type=tarfile.CHRTYPE, devmajor=1, devminor=5), "'x' is not a plain file"),
-    "a block device": (header("x", type=tarfile.BLKTYPE, devmajor=8), "'x' is not a plain file"),
+    "a device": (header("x", type=tarfile.CHRTYPE, devmajor=1, devminor=5), "'x' is not a plain file"),
     "a FIFO": (header("x", type=tarfile.FIFOTYPE), "'x' is not a plain file"),
-    "a contiguous file": (header("x", type=tarfile.CONTTYPE), "'x' is not a plain file"),
     "a type that nobody knows": (forged("x", 156, b"?"), "'x' is not a plain file"),
-    "part of a file on several tapes": (forged("x", 156, b"M"), "'x' is not a plain file"),
     "GNU sparse": (header("x", type=tarfile.GNUTYPE_SPARSE), "'x' is not a plain file"),
-    "PAX sparse 0.1": (pax("x", GNU__sparse__map="0,1", GNU__sparse__size="9999999"), "'x' is not a plain file"),
-    "PAX sparse 1.0": (pax("x", GNU__sparse__major="1", GNU__sparse__realsize="9999999"), "'x' is not a plain file"),
+    "PAX sparse": (pax("x", GNU__sparse__major="1", GNU__sparse__realsize="9999999"), "'x' is not a plain file"),
     "a PAX path": (pax("x", path="../evil.JPEG"), "'../evil.JPEG' would lie outside"),
+    "a PAX path for all": (GLOBAL({"path": "../evil.JPEG"}) + header("x"), "'../evil.JPEG' would lie outside"),
     "a PAX size": (pax("x", b"x", size="0"), "damaged after"),
-    "a PAX link": (pax("x", linkpath="/etc/passwd"), "'x' is not named like"),
-    "a PAX path for all": (
-        tarfile.TarInfo.create_pax_global_header({"path": "../evil.JPEG"}) + header("x"),
-        "'../evil.JPEG' would lie outside",
-    ),
-    "a PAX header without end": (pax("x", comment="c" * 100_000), "'x' is not named like"),
-    "a GNU long name": (header("long/" * 40 + "x"), "'x' is not named like"),
-    "a GNU long link": (header("x", type=tarfile.SYMTYPE, linkname="y" * 200), "is not a plain file"),
-    "a name in the wrong case": (lambda good: header(good.swapcase()), "is not named like"),
-    "a name twice": (header, "two members are named"),
+    "a long PAX header": (pax("x", comment="c" * 100_000), "named 'x', not"),
+    "a GNU long name": (header("long/" * 40 + "x"), "named 'x', not"),
+    "a name in the wrong case": (lambda good: header(good.swapcase()), "named '"),
     "a name twice, in another folder": (lambda good: header(f"other/{good}"), "two members are named"),
     "no name": (header(""), "'' is not a plain file"),
-    "a name with a line break": (header("x\ny.JPEG"), r"'x\ny.JPEG' is not named like"),
-    "a name that moves the cursor": (header("\x1b[2Kx.JPEG"), r"'\x1b[2Kx.JPEG' is not named like"),
-    "a name that is not UTF-8": (forged("x", 0, b"caf\xe9.JPEG"), r"'caf\udce9.JPEG' is not named like"),
+    "a name with a line break": (header("x\ny.JPEG"), r"named 'x\ny.JPEG', not"),
+    "a name that is not UTF-8": (forged("x", 0, b"caf\xe9.JPEG"), r"named 'caf\udce9.JPEG', not"),
     "a size of 8 GB": (forged("x", 124, b"77777777777\0"), "truncated within 'x'"),
     "a size of 2 to the 80": (forged("x", 124, b"\x80" + bytes(1) + b"\x01" + bytes(9)), "truncated within 'x'"),
-    "a negative size": (forged("x", 124, b"-0000000777\0"), "damaged after"),
-    "a negative size in binary": (forged("x", 124, b"\xff" * 12), "damaged after"),
+    "a negative size": (forged("x", 124, b"\xff" * 12), "'x' is not a plain file"),
     "a size that is no number": (forged("x", 124, b"777777z7777\0"), "damaged after"),
     "a wrong checksum": (header("x").replace(b"x", b"y"), "damaged after"),
-    "another tar after the end": (END + tar_bytes({"x.JPEG": b"x"}), "data follow the end"),
+    "another tar after the end": (END + tar_bytes({"x.JPEG": b"x"}), "neither a member nor the archive's end"),
+    "a tar": (header("n90000001.tar"), "named 'n90000001.tar', not"),
 }
 WHOLE = {
     "gzip": (gzip.compress, "compressed (gzip)"),
-    "bzip2": (bz2.compress, "compressed (bzip2)"),
-    "xz": (lzma.compress, "compressed (xz)"),
-    "zstd": (zstd, "compressed (zstd)"),
+    "zstd": (lambda content: b"\x28\xb5\x2f\xfd" + content, "compressed (zstd)"),
     "zlib": (zlib.compress, "not a tar archive"),
-    "nothing but zeros": (lambda content: bytes(1 << 20), "holds"),
+    "nothing but zeros": (lambda content: bytes(1 << 20), "holds no files"),
     "cut in two": (lambda content: content[: len(content) // 2 + 1], "truncated"),
 }
-
-
 GOOD = {
     "val": {val_name(i): tiny_jpeg(i) for i in range(1, 13)},
     "train": {f"n90000001_{i}.JPEG": tiny_jpeg(i) for i in range(1, 4)},
@@ -144,42 +116,20 @@ def write_archive(split: str, folder: Path, tar: bytes) -> Path:
     return TrainArchives(folder).write({"n90000001": tar})
 
 
-def refuse(split: str, sandbox: Path, tar: bytes, line: str) -> None:
-    path = write_archive(split, sandbox / "archives", tar)
+@pytest.mark.parametrize("split", GOOD)
+@pytest.mark.parametrize("case", [*MEMBERS, *WHOLE])
+def test_a_hostile_archive_is_refused(tmp_path, split, case):
+    good = tar_bytes(GOOD[split])
+    if case in WHOLE:
+        change, line = WHOLE[case]
+        tar = change(good)
+    else:
+        content, line = MEMBERS[case]
+        tar = good.removesuffix(END) + (content(next(iter(GOOD[split]))) if callable(content) else content) + END
+    path = write_archive(split, tmp_path / "archives", tar)
     with watched_writes() as written, refused(path, *["n90000001.tar"] * (split == "train"), line):
-        extract(path, sandbox / "out", split=split, unverified=True, progress=False)
+        extracted(path, tmp_path / "out", split)
     assert not written
-
-
-@pytest.mark.parametrize("split", GOOD)
-@pytest.mark.parametrize("case", MEMBERS)
-def test_a_hostile_member_is_refused(tmp_path, split, case):
-    content, line = MEMBERS[case]
-    if callable(content):
-        content = content(next(iter(GOOD[split])))
-    refuse(split, tmp_path, tar_bytes(GOOD[split]).removesuffix(END) + content + END, line)
-
-
-@pytest.mark.parametrize("split", GOOD)
-@pytest.mark.parametrize("case", WHOLE)
-def test_what_is_no_plain_tar_is_refused(tmp_path, split, case):
-    change, line = WHOLE[case]
-    refuse(split, tmp_path, change(tar_bytes(GOOD[split])), line)
-
-
-@pytest.mark.parametrize("split", GOOD)
-def test_a_tar_among_the_images_is_refused(tmp_path, split):
-    files = GOOD[split] | {"n90000001.tar": tar_bytes(GOOD["train"])}
-    refuse(split, tmp_path, tar_bytes(files), "'n90000001.tar' is not named like")
-
-
-def test_more_files_than_any_data_set_has_are_refused(archives, train_archives, monkeypatch):
-    monkeypatch.setattr(archives_module, "MEMBER_LIMIT", 5)
-    with refused(archives.tar, f"more than 5 files, from {val_name(6)!r} on"):
-        ImageNetVal(archives.tar)
-    monkeypatch.setattr(imagenet, "MEMBER_LIMIT", 5)  # no tar in the train tar has more than three
-    with refused(train_archives.tar, "more than 5 images, from 'n90000003_7.JPEG' on"):
-        ImageNetTrain(train_archives.tar)
 
 
 @pytest.mark.parametrize("split", GOOD)
@@ -187,24 +137,21 @@ def test_what_is_odd_but_harmless_is_survived(tmp_path, split):
     files = GOOD[split]
     first, *others = files
     harmless = [
-        tarfile.TarInfo.create_pax_global_header({"comment": "what git archive writes"}),
+        GLOBAL({"comment": "what git archive writes"}),
         header("images", type=tarfile.DIRTYPE),
         header("images/", size=0),  # a folder in the oldest format
         pax(f"./images/{first}", files[first], mtime="1340000000.25"),
         *(tar_member(name, files[name]) for name in reversed(others)),
     ]
     path = write_archive(split, tmp_path / "archives", b"".join(harmless) + END)
-    data = extract(path, tmp_path / "out", split=split, unverified=True, progress=False)
+    data = extracted(path, tmp_path / "out", split)
     assert {s.file: s.jpeg for s in data if s.file in files} == files
 
 
-@pytest.mark.parametrize("split", GOOD)
-def test_an_enormous_image_is_extracted_without_being_decoded(tmp_path, split):
-    files = dict(GOOD[split])
-    files[next(iter(files))] = enormous_jpeg()
-    path = write_archive(split, tmp_path / "archives", tar_bytes(files))
+def test_an_enormous_image_is_extracted_without_being_decoded(tmp_path):
+    path = write_archive("val", tmp_path / "archives", tar_bytes(GOOD["val"] | {val_name(1): enormous_jpeg()}))
     tracemalloc.start()
-    data = extract(path, tmp_path / "out", split=split, unverified=True, progress=False)
+    data = extracted(path, tmp_path / "out")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100 << 20  # bytes; its pixels would be 400 MB
@@ -214,87 +161,55 @@ def test_an_enormous_image_is_extracted_without_being_decoded(tmp_path, split):
 # ---- random mutations
 
 
-def mutated(tar: bytes, random: random.Random) -> bytes:
-    """A tar with one to four damages of any kind; half of them keep a header's checksum right."""
-    data = bytearray(tar)
-    for _ in range(random.randint(1, 4)):
-        blocks = max(1, len(data) // 512)
-        here, there = (512 * random.randrange(blocks) for _ in range(2))
-        junk = random.choice([bytes(512), b"\xff" * 512, random.randbytes(512), bytes(data[there : there + 512])])
-        match random.choice(["bits", "cut", "overwrite", "insert", "delete", "append", *["header"] * 6]):
-            case "bits":
-                for at in random.choices(range(len(data)), k=random.randint(1, 20)) if data else ():
-                    data[at] ^= 1 << random.randrange(8)
-            case "cut":
-                del data[random.randrange(len(data) + 1) :]
-            case "overwrite":
-                data[here : here + 512] = junk
-            case "insert":
-                data[here:here] = junk
-            case "delete":
-                del data[here : here + 512]
-            case "append":
-                data += junk
-            case "header" if headers := [
-                i for i in range(0, len(data) - 511, 512) if data[i + 257 : i + 262] == b"ustar"
-            ]:
-                at = random.choice(headers)
-                start, length = random.choice([(0, 100), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155)])
-                content = random.choice(
-                    [
-                        random.randbytes(length),
-                        b"../../../tmp/evil",
-                        b"/etc/x",
-                        b"77777777777",
-                        b"\x80" + bytes(10) + b"\1",
-                    ]
-                )
-                if length == 1:
-                    content = random.choice(b"01234567ABDKLMNSVXgx\0").to_bytes()
-                data[at + start : at + start + length] = content[:length].ljust(length, b"\0")
-                data[at + 148 : at + 156] = b" " * 8
-                data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
-    return bytes(data)
+def mutated_tar(tar: bytes, rng: random.Random) -> bytes:
+    """A tar after accidents of any kind; in half of them a header says something else and its checksum is right."""
+    headers = [i for i in range(0, len(tar) - 511, 512) if tar[i + 257 : i + 262] == b"ustar"]
+    if not headers or rng.random() < 0.5:
+        return mutated(tar, rng, block=rng.choice((1, 512)))
+    at = rng.choice(headers)
+    start, length = rng.choice([(0, 100), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155)])
+    evil = [rng.randbytes(length), b"../../../tmp/evil", b"/etc/x", b"77777777777", b"\x80" + bytes(10) + b"\1"]
+    content = rng.choice(b"01234567ABDKLMNSVXgx\0").to_bytes() if length == 1 else rng.choice(evil)
+    block = tar[at : at + start] + content[:length].ljust(length, b"\0") + tar[at + start + length : at + 512]
+    return tar[:at] + with_checksum(block) + tar[at + 512 :]
 
 
-def write_mutated(kind: str, folder: Path, random: random.Random) -> Path:
+def write_mutated(kind: str, folder: Path, rng: random.Random) -> Path:
     """Good archives, of which the tar named by ``kind`` is mutated."""
     if kind == "train":
         archives = TrainArchives(folder)
-        if random.random() < 0.5:
-            archives.tar.write_bytes(mutated(archives.tar.read_bytes(), random))
+        if rng.random() < 0.5:
+            archives.tar.write_bytes(mutated_tar(archives.tar.read_bytes(), rng))
         else:
             nested = {wnid: tar_bytes(images) for wnid, images in archives.images.items()}
-            archives.write(nested | {"n90000003": mutated(nested["n90000003"], random)})
+            archives.write(nested | {"n90000003": mutated_tar(nested["n90000003"], rng)})
         return archives.tar
     archives = Archives(folder)
     if kind == "val":
-        archives.tar.write_bytes(mutated(archives.tar.read_bytes(), random))
+        archives.tar.write_bytes(mutated_tar(archives.tar.read_bytes(), rng))
     else:
-        archives.devkit.write_bytes(gzip.compress(mutated(gzip.decompress(archives.devkit.read_bytes()), random)))
+        archives.devkit.write_bytes(gzip.compress(mutated_tar(gzip.decompress(archives.devkit.read_bytes()), rng)))
     return archives.tar
 
 
 def extract_mutated(kind: str, folder: Path, seeds: range) -> dict:
-    """Extract an archive a seed. What must not happen is an AssertionError; returns what happened, and at what cost."""
-    split, outcomes, seconds = "train" if kind == "train" else "val", Counter(), []
+    """Extract an archive for each seed: what happened, at what cost. What must not happen is an AssertionError."""
+    outcomes, seconds = Counter(), []
     for seed in seeds:
         sandbox = folder / str(seed)
         sandbox.mkdir()
         tar = write_mutated(kind, sandbox / "archives", random.Random(f"{kind} {seed}"))
-        start = time.perf_counter()
+        start, out = time.perf_counter(), sandbox / "out"
         with watched_writes() as written:
             try:
-                data = extract(tar, sandbox / "out", split=split, unverified=True, progress=False)
+                data = extracted(tar, out, "train" if kind == "train" else "val")
                 outcomes["survived"] += 1
                 assert all(len(sample.jpeg) < 1 << 20 for sample in data)
             except VitdemoError as error:
                 assert "\n" not in str(error) and str(sandbox) in str(error), (seed, str(error))
                 outcomes[re.sub(r"'.*?'|\d+|\S*/\S*", "…", str(error))] += 1
         seconds.append(time.perf_counter() - start)
-        out = (
-            sandbox / "out"
-        )  # a relative path is one in out/val.part/, or else in the working folder, which stays empty
+        # a relative path is one in out/val.part/, or else in the working folder, which stays empty
         assert all((out / os.fsdecode(path)).is_relative_to(out) and ".." not in str(path) for path in written), written
         shutil.rmtree(sandbox)
         if seed == seeds[0]:  # all is imported now: from here on there is little more memory to be had
@@ -331,12 +246,8 @@ def test_random_mutations_are_refused_or_survived(tmp_path, kind, count):
 # ---- the devkit
 
 
-@pytest.mark.parametrize("name", ["meta.mat", GROUND_TRUTH])
+@pytest.mark.parametrize("name", ["meta_mat", "ground_truth"])
 def test_a_file_of_the_devkit_that_is_too_large_is_refused_unread(archives, name):
-    archives.devkit.write_bytes(gzip.compress(tar_bytes({f"data/{name}": b"1\n" * (5 << 20)})))
-    tracemalloc.start()
-    with refused(archives.devkit, f"'data/{name}' is larger than 8 MiB"):
+    write_devkit(archives.devkit, archives.ids, archives.truth, **{name: b"1\n" * (5 << 20)})
+    with refused(archives.devkit, name.split("_")[0], "is larger than 8 MiB"):
         read_devkit(archives.devkit)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 100 << 20

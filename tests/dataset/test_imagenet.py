@@ -1,43 +1,41 @@
+"""Both splits from tars and trees: the traps of ID, wnid and index; what does not fit; torchvision's reading."""
+
 import csv
 import errno
 import gzip
-import hashlib
-import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
-import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.dataset.conftest import GROUND_TRUTH, Archives, val_name, write_devkit, write_tar
-from tests.dataset.test_tars import as_nobody, refused, tree
+from tests.dataset.conftest import (
+    GROUND_TRUTH,
+    Archives,
+    as_nobody,
+    extracted,
+    refused,
+    torchvisions_imagenet,
+    val_name,
+    watched_writes,
+    write_devkit,
+    write_tar,
+)
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import INPUT_PATHS, Preprocessing
 from vitdemo.dataset.devkit import read_devkit
-from vitdemo.dataset.extraction import _check_official, extract
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.tars import ARCHIVE_MD5
 
 CROP = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def md5_of(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def extract_unverified(archives: Path, out: Path) -> ImageNetVal:
-    return extract(archives, out, unverified=True, progress=False)
-
-
 def build_tree(folder: Path, wnids: list[str]) -> Path:
-    """A tree as torchvision or timm users have it: an image a class, and no classes.csv."""
+    """A tree as torchvision or timm users have it: one image per class, and no classes.csv."""
     for i, wnid in enumerate(wnids):
         (folder / wnid).mkdir(parents=True)
         (folder / wnid / val_name(i + 1)).write_bytes(b"jpeg %d" % i)
@@ -52,34 +50,9 @@ def from_tar(thin_archives):
     return ImageNetVal(thin_archives.folder)
 
 
-KILLED_EXTRACTION = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from vitdemo import extract
-
-def kill_soon():
-    while len(list((out / "val.part").glob("*/*.JPEG"))) < 100:
-        if (out / "val").exists():
-            return
-        time.sleep(0.002)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-archives, out = map(Path, sys.argv[1:])
-threading.Thread(target=kill_soon, daemon=True).start()
-extract(archives, out, unverified=True, progress=False)
-"""
-
-
 @pytest.fixture(scope="module")
 def from_tree(thin_archives, tmp_path_factory):
-    """All classes, extracted by a run that was killed and one that finished it."""
-    out = tmp_path_factory.mktemp("tree") / "imagenet"
-    child = subprocess.run([sys.executable, "-c", KILLED_EXTRACTION, thin_archives.folder, out])
-    assert child.returncode == -signal.SIGKILL
-    assert 100 <= len(list((out / "val.part").rglob("*.JPEG"))) < 10_000
-    with refused(out, "unfinished", "extract again"):
-        ImageNetVal(out)
-    return extract_unverified(thin_archives.folder, out)
+    return extracted(thin_archives.folder, tmp_path_factory.mktemp("tree") / "imagenet")
 
 
 def test_ids_are_not_indices(thin_archives, from_tar):
@@ -98,23 +71,17 @@ def test_ids_are_not_indices(thin_archives, from_tar):
 def test_the_full_set_has_50000_images_50_a_class(full_archives):
     data = ImageNetVal(full_archives.tar)
     assert len(data) == 50_000 and len(data.classes) == 1000 and set(Counter(data.labels).values()) == {50}
-    _check_official(data)
 
 
 def test_torchvision_reads_the_same_labels_from_the_devkit_and_from_the_tree(thin_archives, from_tree, monkeypatch):
-    from torchvision.datasets import ImageNet, imagenet
+    from torchvision.datasets import imagenet
 
-    md5 = md5_of(thin_archives.devkit)
-    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", (thin_archives.devkit.name, md5))
-    imagenet.parse_devkit_archive(thin_archives.folder)
-    names, truth = imagenet.load_meta_file(thin_archives.folder)
+    root = from_tree.path.parent
+    oracle = torchvisions_imagenet(root, thin_archives.devkit, "val", monkeypatch)
+    names, truth = imagenet.load_meta_file(root)
     devkit = read_devkit(thin_archives.devkit)
     assert {synset.wnid: tuple(synset.words.split(", ")) for synset in devkit.synsets} == names
     assert [devkit.synsets[label].wnid for label in devkit.labels] == truth
-
-    (thin_archives.folder / "val").symlink_to(from_tree.path)
-    oracle = ImageNet(thin_archives.folder, split="val")
-    (thin_archives.folder / "val").unlink()
     assert oracle.wnids == from_tree.classes == [synset.wnid for synset in devkit.synsets]
     ours = dict(zip(from_tree.files, from_tree.labels, strict=True))
     assert {Path(path).name: label for path, label in oracle.samples} == ours
@@ -128,60 +95,53 @@ def test_the_tar_and_what_was_extracted_from_it_are_one_data_set(from_tar, from_
     assert (from_tar.source, from_tree.source) == ("tar", "folder")
 
 
-def test_an_official_archive_must_have_the_official_counts(archives, tmp_path, monkeypatch):
-    folder = tmp_path / "official"
-    folder.mkdir()
-    for path, name in ((archives.tar, "ILSVRC2012_img_val.tar"), (archives.devkit, "ILSVRC2012_devkit_t12.tar.gz")):
-        shutil.copy(path, folder / name)
-        monkeypatch.setitem(ARCHIVE_MD5, name, md5_of(path))
-    with refused("ILSVRC2012_img_val.tar", "12 images", "50000"):
-        extract(folder, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
-
-
 # ---- reading
 
 
-@pytest.mark.parametrize("source", ["tar", "folder of archives", "extracted root", "val"])
-def test_samples_come_in_ascending_file_name_from_every_source(archives, tmp_path, source):
+@pytest.mark.parametrize("source", ["tar", "folder of archives", "extracted root", "split"])
+def test_samples_come_in_ascending_file_name_from_every_source(either, tmp_path, source):
     out = tmp_path / "out"
-    extract_unverified(archives.folder, out)
-    path = {"tar": archives.tar, "folder of archives": archives.folder, "extracted root": out, "val": out / "val"}
-    data = ImageNetVal(path[source])
-    assert data.classes == sorted(archives.ids)
+    extracted(either.folder, out, either.split)
+    path = {"tar": either.tar, "folder of archives": either.folder, "extracted root": out, "split": out / either.split}
+    data = either.read(path[source])
+    assert data.classes == sorted(Archives.ids)  # a class without images keeps its place
     assert data.class_names[0] == "n90000001 word, n90000001 synonym"
-    assert [(s.file, s.jpeg, s.label) for s in data] == [
-        (file, jpeg, label) for (file, jpeg), label in zip(archives.images.items(), archives.labels, strict=True)
-    ]
+    assert [(s.file, s.jpeg, s.label) for s in data] == either.samples
     assert all(sample.wnid == data.classes[sample.label] for sample in data)
-    assert data[-1] == data[11] and len(data) == 12
+    assert data[-1] == data[len(data) - 1] and data.fingerprint == either.read(either.tar).fingerprint
     with pytest.raises(IndexError):
-        data[12]
+        data[len(data)]
+
+
+def test_nothing_is_written_when_an_archive_is_read_in_place(either):
+    with watched_writes() as written:
+        assert len(list(either.read(either.folder))) == len(either.samples)
+    assert not written
 
 
 def test_a_tar_in_any_order_of_members_is_read_in_the_order_of_names(archives):
     write_tar(archives.tar, dict(reversed(archives.images.items())))
-    data = ImageNetVal(archives.tar)
-    assert data.files == sorted(archives.images) and data.labels == archives.labels
-    assert data[0].jpeg == archives.images[val_name(1)]
+    assert [(s.file, s.jpeg, s.label) for s in ImageNetVal(archives.tar)] == archives.samples
 
 
-def test_threads_and_other_processes_read_the_same(archives, tmp_path):
-    for path in (archives.tar, extract_unverified(archives.folder, tmp_path / "out").path):
-        data = ImageNetVal(path)
+def test_threads_and_other_processes_read_the_same(either, tmp_path):
+    for path in (either.tar, extracted(either.folder, tmp_path / "out", either.split).path):
+        data = either.read(path)
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(data.__getitem__, list(range(12)) * 20)) == list(data) * 20
+            assert list(pool.map(data.__getitem__, list(range(len(data))) * 20)) == list(data) * 20
         assert list(pickle.loads(pickle.dumps(data))) == list(data)
 
 
-def test_a_file_that_changes_under_the_reader_is_an_error(archives, tmp_path):
-    data = extract_unverified(archives.folder, tmp_path / "out")
-    (data.path / data.classes[data.labels[0]] / data.files[0]).write_bytes(b"short")
-    with refused(data.files[0], "changed"):
-        data[0]
-    (data.path / data.classes[data.labels[1]] / data.files[1]).unlink()
-    with refused(data.files[1], "no such file"):
-        data[1]
+@pytest.mark.parametrize("read", [list, lambda data: list(prefetched_batches(data, range(12), CROP, 16))])
+def test_a_file_that_changes_under_the_reader_ends_an_evaluation(archives, tmp_path, read):
+    data = extracted(archives.folder, tmp_path / "out")
+    victim = data.path / data.classes[data.labels[3]] / data.files[3]
+    victim.write_bytes(b"short")
+    with refused(data.files[3], "changed"):
+        read(data)
+    victim.unlink()
+    with refused(data.files[3], "no such file"):
+        read(data)
 
 
 @pytest.mark.parametrize("source", ["tar", "folder"])
@@ -189,7 +149,7 @@ def test_a_file_that_changes_under_the_reader_is_an_error(archives, tmp_path):
 def test_a_file_that_the_disk_does_not_give_is_a_row_with_its_error(
     archives, tmp_path, monkeypatch, source, input_path
 ):
-    data = ImageNetVal(archives.tar) if source == "tar" else extract_unverified(archives.folder, tmp_path / "out")
+    data = ImageNetVal(archives.tar) if source == "tar" else extracted(archives.folder, tmp_path / "out")
     whole, broken = {"tar": os.pread, "folder": Path.read_bytes}[source], OSError(errno.EIO, "Input/output error")
 
     def failing(place, *rest):
@@ -200,23 +160,19 @@ def test_a_file_that_the_disk_does_not_give_is_a_row_with_its_error(
     monkeypatch.setattr(*{"tar": (os, "pread"), "folder": (Path, "read_bytes")}[source], failing)
     (batch,) = prefetched_batches(data, range(12), CROP, 16, input_path=input_path)
     assert [index for index, error in enumerate(batch.errors) if error] == [3]
-    assert "Input/output error" in batch.errors[3] and not batch.pixels[3].any()
+    assert "Input/output error" in batch.errors[3] and not batch.pixels[3].any() and batch.fallbacks == 0
     assert (batch.files, batch.labels) == (data.files, data.labels)
     assert batch.wnids == [data.classes[label] for label in data.labels]
 
 
-def test_a_file_that_changes_under_an_evaluation_ends_it(archives, tmp_path):
-    data = extract_unverified(archives.folder, tmp_path / "out")
-    victim = data.path / data.classes[data.labels[3]] / data.files[3]
-    victim.write_bytes(b"short")
-    with refused(data.files[3], "changed"):
-        list(prefetched_batches(data, range(12), CROP, 16))
-    victim.unlink()
-    with refused(data.files[3], "no such file"):
-        list(prefetched_batches(data, range(12), CROP, 16))
+def test_a_tar_that_is_closed_to_another_process_is_no_row(archives):
+    data = pickle.dumps(ImageNetVal(archives.tar))
+    archives.tar.chmod(0)
+    with as_nobody(), refused(archives.tar, "no permission"):
+        list(prefetched_batches(pickle.loads(data), range(12), CROP, 16))
 
 
-def test_a_file_larger_than_any_image_is_refused_unread(archives, tmp_path):
+def test_a_file_larger_than_any_image_is_refused_unread(tmp_path):
     folder = build_tree(tmp_path / "val", ["n90000001"])
     large = next(folder.rglob("*.JPEG"))
     os.truncate(large, (1 << 28) + 1)  # a file of holes
@@ -237,7 +193,7 @@ def test_a_subset_of_imagenets_classes_is_not_renumbered(tmp_path, split):
 
 
 def test_a_subset_of_an_extraction_keeps_the_labels_of_its_classes_csv(archives, tmp_path):
-    data = extract_unverified(archives.folder, tmp_path / "out")
+    data = extracted(archives.folder, tmp_path / "out")
     with open(tmp_path / "out/classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == ["0", "1", "2", "3"] and [row["wnid"] for row in rows] == data.classes
@@ -254,25 +210,24 @@ def test_invented_wnids_without_classes_csv_are_numbered_in_their_order(tmp_path
     assert data.classes == ["n90000001", "n90000003"] and [s.wnid for s in data] == ["n90000003", "n90000001"]
 
 
-def test_known_and_unknown_wnids_together_are_refused(tmp_path):
-    with refused("n90000001", "not among ImageNet's"):
-        ImageNetVal(build_tree(tmp_path / "val", ["n01440764", "n90000001"]))
-
-
-@pytest.mark.parametrize("names", [["0", "1", "10", "100"], ["tench", "goldfish"]])
-def test_folders_named_otherwise_are_no_data_set(tmp_path, names):
-    with refused(tmp_path / "val", "no data set", "n01440764"):
-        ImageNetVal(build_tree(tmp_path / "val", names))
+@pytest.mark.parametrize(
+    "wnids, line",
+    [
+        (["n01440764", "n90000001"], "n90000001 is not among ImageNet's"),
+        (["0", "1", "10", "100"], "no data set"),
+        (["tench", "goldfish"], "named n01440764"),
+    ],
+)
+def test_classes_whose_indices_are_uncertain_are_refused(tmp_path, wnids, line):
+    with refused(tmp_path / "val", line):
+        ImageNetVal(build_tree(tmp_path / "val", wnids))
 
 
 def test_a_flat_val_folder_is_refused_with_the_cure(archives, tmp_path):
-    flat = tmp_path / "val"
-    flat.mkdir()
+    (tmp_path / "val").mkdir()
     for name, jpeg in archives.images.items():
-        (flat / name).write_bytes(jpeg)
-    for path in (flat, tmp_path / "copy"):
-        if path != flat:
-            shutil.copytree(flat, path / "val")
+        (tmp_path / "val" / name).write_bytes(jpeg)
+    for path in (tmp_path, tmp_path / "val"):
         with refused("flat", "one class", "vitdemo extract"):
             ImageNetVal(path)
 
@@ -286,46 +241,40 @@ def test_a_file_name_that_no_table_can_hold_is_refused(tmp_path, name):
         ImageNetVal(folder)
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
+@pytest.mark.parametrize("name, line", [(val_name(1), "n01751748"), ("x.png", "x.png is no JPEG")])
+def test_files_that_others_would_count_otherwise_are_refused(tmp_path, name, line):
     folder = build_tree(tmp_path / "val", ["n01440764", "n01751748"])
-    shutil.copy(folder / "n01440764" / val_name(1), folder / "n01751748" / val_name(1))
-    with refused(val_name(1), "n01440764", "n01751748"):
+    (folder / "n01751748" / name).write_bytes(b"another file")
+    with refused(folder, name, line):
         ImageNetVal(folder)
 
 
 def test_what_is_no_data_set_is_refused(archives, tmp_path):
     (tmp_path / "empty").mkdir()
-    with refused(tmp_path / "empty", "no data set", "_img_val.tar"):
-        ImageNetVal(tmp_path / "empty")
+    for path in (tmp_path / "empty", archives.devkit):
+        with refused(path, "no data set", "_img_val.tar"):
+            ImageNetVal(path)
     with refused(tmp_path / "absent", "no such file or folder"):
         ImageNetVal(tmp_path / "absent")
-    with refused(archives.devkit, "no data set", "_img_val.tar"):
-        ImageNetVal(archives.devkit)
     with as_nobody(), refused("no permission"):
         ImageNetVal(archives.folder)
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, line",
     [
-        "label,wnid\n0,n90000001\n",
-        "",
-        "label,wnid,name\n1,n90000001,x\n0,n90000002,y\n",
-        "label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1",
-        "label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1,n90000002,2",
+        ("", "columns"),
+        ("label,wnid\n0,n90000001\n", "columns"),
+        ("label,wnid,name\n1,n90000001,x\n0,n90000002,y\n", "columns"),
+        ("label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1", "columns"),
+        ("label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n1,n90000002,2", "columns"),
+        ("label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n", "lacks n90000002"),
     ],
 )
-def test_a_bad_classes_csv_is_refused(tmp_path, content):
-    build_tree(tmp_path / "val", ["n90000001"])
-    (tmp_path / "classes.csv").write_text(content)
-    with refused(tmp_path / "classes.csv", "columns"):
-        ImageNetVal(tmp_path)
-
-
-def test_a_class_that_classes_csv_lacks_is_refused(tmp_path):
+def test_a_bad_classes_csv_is_refused(tmp_path, content, line):
     build_tree(tmp_path / "val", ["n90000001", "n90000002"])
-    (tmp_path / "classes.csv").write_text("label,wnid,ilsvrc_id,name\n0,n90000001,1,x\n")
-    with refused(tmp_path / "classes.csv", "n90000002"):
+    (tmp_path / "classes.csv").write_text(content)
+    with refused(tmp_path / "classes.csv", line):
         ImageNetVal(tmp_path)
 
 
@@ -338,7 +287,7 @@ def test_a_missing_devkit_or_val_tar_is_named(archives, tmp_path):
         ImageNetVal(archives.tar)
     archives.tar.unlink()
     with refused(archives.folder, "_img_val.tar"):
-        extract_unverified(archives.folder, tmp_path / "out")
+        extracted(archives.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -364,15 +313,23 @@ def test_a_ground_truth_of_another_length_is_refused(archives, truth):
         ImageNetVal(archives.tar)
 
 
-def test_a_missing_image_in_the_middle_is_named(archives):
+@pytest.mark.parametrize(
+    "change, number, name",
+    [
+        (lambda files: files.pop(val_name(5)), 5, val_name(6)),
+        (lambda files: files.update({"n01440764.tar": b"x"}), 13, "n01440764.tar"),
+        (lambda files: files.update({"ILSVRC2012_val_1.JPEG": b"x"}), 13, "ILSVRC2012_val_1.JPEG"),
+    ],
+)
+def test_images_of_other_numbers_or_names_are_refused(archives, change, number, name):
     files = dict(archives.images)
-    files[val_name(13)] = files.pop(val_name(5))
+    change(files)
     write_tar(archives.tar, files)
-    with refused(archives.tar, "image number 5", val_name(6)):
+    with refused(archives.tar, f"image number {number} is named {name!r}", "swapped"):
         ImageNetVal(archives.tar)
 
 
-def test_swapped_archives_are_refused(archives, tmp_path):
+def test_swapped_archives_are_refused(archives):
     val, devkit = archives.tar.read_bytes(), archives.devkit.read_bytes()
     archives.tar.write_bytes(devkit)
     with refused(archives.tar, "compressed"):
@@ -383,47 +340,22 @@ def test_swapped_archives_are_refused(archives, tmp_path):
         ImageNetVal(archives.tar)
 
 
-@pytest.mark.parametrize("name", ["n01440764.tar", "ilsvrc2012_val_00000001.jpeg", "ILSVRC2012_val_1.JPEG"])
-def test_members_of_other_names_are_refused(archives, name):
-    write_tar(archives.tar, {**archives.images, name: b"x"})
-    with refused(archives.tar, repr(name), "swapped"):
-        ImageNetVal(archives.tar)
-
-
-def test_a_truncated_tar_is_refused(archives, tmp_path):
-    os.truncate(archives.tar, archives.tar.stat().st_size // 2)
-    with refused(archives.tar, "truncated"):
-        extract_unverified(archives.folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
-    "replaced, line",
+    "ids, replaced, line",
     [
-        ({"meta_mat": None}, "meta.mat"),
-        ({"ground_truth": None}, GROUND_TRUTH),
-        ({"meta_mat": b"no MAT file"}, "meta.mat cannot be read"),
-        ({"ground_truth": b"3\n1\nfour\n"}, "one number per line"),
-        ({"ground_truth": b"3\n1\n99\n"}, "ID 99"),
+        (Archives.ids, {"meta_mat": None}, "meta.mat"),
+        (Archives.ids, {"ground_truth": None}, GROUND_TRUTH),
+        (Archives.ids, {"meta_mat": b"no MAT file"}, "meta.mat cannot be read"),
+        (Archives.ids, {"ground_truth": b"3\n1\nfour\n"}, "ground_truth.txt cannot be read"),
+        (Archives.ids, {"ground_truth": b"3\n1\n99\n"}, "ID 99"),
+        ({"../../etc/x": 1}, {}, "meta.mat cannot be read (the wnid '../../etc/x'"),
+        ({"n90000001": 1, "n90000002": 1}, {}, "the same ID"),
+        ({}, {}, "no leaves"),
     ],
 )
-def test_a_damaged_devkit_is_refused(archives, replaced, line):
-    write_devkit(archives.devkit, archives.ids, archives.truth, **replaced)
+def test_a_damaged_or_hostile_devkit_is_refused(archives, ids, replaced, line):
+    write_devkit(archives.devkit, ids, [1], **replaced)
     with refused(archives.devkit, line):
-        read_devkit(archives.devkit)
-
-
-def test_an_archive_is_verified_before_anything_in_it_is_read(archives, tmp_path):
-    archives.devkit.write_bytes(b"no gzip file at all")
-    with refused(archives.devkit, "no MD5 is known for this name"):
-        extract(archives.folder, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("ids", [{"../../etc/x": 1}, {"n90000001": 1, "n90000002": 1}, {}])
-def test_hostile_classes_are_refused(archives, ids):
-    write_devkit(archives.devkit, ids, [1])
-    with refused(archives.devkit, "meta.mat"):
         read_devkit(archives.devkit)
 
 
@@ -435,136 +367,3 @@ def test_a_truncated_devkit_and_a_gzip_bomb_are_refused(archives):
     archives.devkit.write_bytes(gzip.compress(bytes(80 << 20), 1))
     with refused(archives.devkit, "MiB"):
         read_devkit(archives.devkit)
-
-
-# ---- extraction
-
-
-def test_extraction_writes_a_tree_a_class_list_and_a_record_and_leaves_the_archives(archives, tmp_path, capsys):
-    before = tree(archives.folder)
-    data = extract(archives.folder, tmp_path / "out", unverified=True)
-    assert (
-        "complete: 12 images of 4 classes, 12 written now, archives not verified by MD5, files by size"
-        in capsys.readouterr().out
-    )
-    assert tree(archives.folder) == before
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"val", "classes.csv", "extraction.json"}
-    expected = {
-        f"{sorted(archives.ids)[label]}/{file}": jpeg
-        for (file, jpeg), label in zip(archives.images.items(), archives.labels, strict=True)
-    }
-    assert tree(tmp_path / "out/val") == expected
-    assert json.loads((tmp_path / "out/extraction.json").read_text()) == {
-        "images": 12,
-        "classes": 4,
-        "archive": "mini_img_val.tar",
-        "md5": md5_of(archives.tar),
-        "fingerprint": data.fingerprint,
-    }
-
-
-def test_unknown_names_need_unverified_and_known_ones_their_md5(archives, tmp_path, monkeypatch):
-    with refused(archives.devkit, "no MD5 is known", "--unverified"):
-        extract(archives.folder, tmp_path / "out", progress=False)
-    monkeypatch.setitem(ARCHIVE_MD5, archives.devkit.name, md5_of(archives.devkit))
-    monkeypatch.setitem(ARCHIVE_MD5, archives.tar.name, "0" * 32)
-    with refused(archives.tar, md5_of(archives.tar), "0" * 32, "--unverified"):
-        extract(archives.folder, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setitem(ARCHIVE_MD5, archives.tar.name, md5_of(archives.tar))
-    assert len(extract(archives.folder, tmp_path / "out", progress=False)) == 12
-
-
-def test_the_official_archives_are_known_by_their_md5():
-    assert ARCHIVE_MD5["ILSVRC2012_img_val.tar"] == "29b22e2961454d5413ddabcf34fc5622"
-    assert ARCHIVE_MD5["ILSVRC2012_devkit_t12.tar.gz"] == "fa75699e90414af021442c21a62c3abf"
-    assert ARCHIVE_MD5["ILSVRC2012_img_train.tar"] == "1d675b47d978889d74fa0da5fadfb00e"
-
-
-def test_a_finished_extraction_is_confirmed_and_a_damaged_one_repaired(archives, tmp_path, capsys):
-    out = tmp_path / "out"
-    extract_unverified(archives.folder, out)
-    whole = tree(out)
-    extract(archives.folder, out, unverified=True)
-    assert "complete: 12 images of 4 classes, 0 written" in capsys.readouterr().out
-    victim = next((out / "val").rglob("*.JPEG"))
-    victim.unlink()
-    with refused(out / "val", "11 images", "12", "extract again"):
-        ImageNetVal(out)
-    victim.write_bytes(b"damaged")
-    with refused(out / "val", "differ", "extract again"):
-        ImageNetVal(out)
-    extract_unverified(archives.folder, out)
-    assert tree(out) == whole
-
-
-@pytest.mark.parametrize("interruption", ["before val", "in val", "in a record"])
-def test_an_interrupted_extraction_is_refused_until_it_is_finished(archives, tmp_path, interruption):
-    out = tmp_path / "out"
-    extract_unverified(archives.folder, out)
-    whole = tree(out)
-    (out / "val").rename(out / "val.part")
-    next((out / "val.part").rglob("*.JPEG")).unlink()
-    if interruption != "in val":
-        shutil.rmtree(out / "val.part")
-    if interruption == "in a record":
-        (out / "classes.csv").unlink()
-        (out / ".classes.csv.4711.part").write_text("label,wn")
-    with refused(out, "unfinished", "extract again"):
-        ImageNetVal(out)
-    extract_unverified(archives.folder, out)
-    assert tree(out) == whole
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "val/n01440764/a.JPEG", "train/a.JPEG", "extraction.json"])
-def test_a_folder_with_foreign_content_is_refused_and_left_as_it_is(archives, tmp_path, name):
-    foreign = tmp_path / "out" / name
-    foreign.parent.mkdir(parents=True)
-    foreign.write_text("mine")
-    with refused(tmp_path / "out"):
-        extract_unverified(archives.folder, tmp_path / "out")
-    assert tree(tmp_path / "out") == {name: b"mine"}
-
-
-def test_what_finder_leaves_in_every_folder_is_no_foreign_content(archives, tmp_path):
-    extract_unverified(archives.folder, tmp_path / "out")
-    for folder in (tmp_path / "out", tmp_path / "out" / "val", next((tmp_path / "out" / "val").iterdir())):
-        (folder / ".DS_Store").write_bytes(b"Finder's")
-    assert len(extract_unverified(archives.folder, tmp_path / "out")) == len(archives.images)
-
-
-def test_a_devkit_may_lie_beside_val(archives, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    shutil.copy(archives.devkit, out)
-    extract_unverified(archives.folder, out)
-    shutil.copy(archives.devkit, out / "ILSVRC2012_devkit_t12.tar.gz")
-    (out / "meta.bin").write_bytes(b"torchvision's")
-    assert len(extract_unverified(archives.folder, out)) == len(archives.images)
-
-
-def test_an_extraction_of_other_archives_is_refused_and_left_as_it_is(archives, tmp_path):
-    other = Archives(tmp_path / "other")
-    write_tar(other.tar, {name: jpeg + b" " for name, jpeg in other.images.items()})
-    extract_unverified(other.folder, tmp_path / "out")
-    before = tree(tmp_path / "out")
-    with refused(tmp_path / "out", "other than an extraction of these"):
-        extract_unverified(archives.folder, tmp_path / "out")
-    assert tree(tmp_path / "out") == before
-
-
-def test_extracting_over_the_archives_is_refused(archives):
-    before = tree(archives.folder)
-    with refused(archives.folder, "new folder"):
-        extract_unverified(archives.folder, archives.folder)
-    assert tree(archives.folder) == before
-
-
-def test_what_tarfile_writes_by_default_from_a_folder_is_extracted_too(archives, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name, jpeg in archives.images.items():
-        (folder / name).write_bytes(jpeg)
-    with tarfile.open(archives.tar, "w") as tar:
-        tar.add(folder, arcname="val")
-    assert [s.jpeg for s in extract_unverified(archives.folder, tmp_path / "out")] == list(archives.images.values())

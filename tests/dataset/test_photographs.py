@@ -1,15 +1,13 @@
 """The real photographs, packed as ILSVRC2012 packs them, come out with every label right by everyone's reading."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from timm.data import ImageNetInfo
 from timm.data.readers import create_reader
-from torchvision.datasets import ImageFolder, ImageNet, imagenet
+from torchvision.datasets import ImageFolder
 
-from tests.dataset.conftest import val_name, write_devkit, write_tar
-from tests.dataset.test_imagenet import extract_unverified, md5_of
+from tests.dataset.conftest import extracted, torchvisions_imagenet, val_name, write_devkit, write_tar
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()
 IDS = {wnid: 1 + (7 * i + 3) % 1000 for i, wnid in enumerate(WNIDS)}  # IDs 1 to 1000; no label is ID - 1
@@ -24,13 +22,6 @@ def pack(folder: Path, wnids: list[str], photos: list[Path]) -> tuple[dict[str, 
     return dict(zip(files, wnids, strict=True)), devkit
 
 
-def torchvisions_imagenet(out: Path, devkit: Path, monkeypatch) -> ImageNet:
-    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", (devkit.name, md5_of(devkit)))
-    shutil.copy(devkit, out)
-    imagenet.parse_devkit_archive(out)
-    return ImageNet(out, split="val")
-
-
 @pytest.fixture
 def own_classes(photos) -> list[str]:
     """The class of each photograph: its name begins with the wnid."""
@@ -39,14 +30,14 @@ def own_classes(photos) -> list[str]:
 
 def test_the_photographs_keep_their_classes(photos, own_classes, tmp_path, monkeypatch):
     truth, devkit = pack(tmp_path / "archives", own_classes, photos)
-    data = extract_unverified(tmp_path / "archives", tmp_path / "out")
+    data = extracted(tmp_path / "archives", tmp_path / "out")
     assert len(data) == len(photos) and data.classes == WNIDS
     assert {sample.file: sample.wnid for sample in data} == truth
     assert [sample.label for sample in data] == [WNIDS.index(wnid) for wnid in own_classes]
     assert [sample.jpeg for sample in data] == [photo.read_bytes() for photo in photos]
 
     # a tree with fewer than 1,000 folders is renumbered by torchvision; its wnids say which class is meant
-    theirs = torchvisions_imagenet(tmp_path / "out", devkit, monkeypatch)
+    theirs = torchvisions_imagenet(tmp_path / "out", devkit, "val", monkeypatch)
     assert {Path(path).name: theirs.wnids[target] for path, target in theirs.samples} == truth
 
     (tmp_path / "map.txt").write_text("\n".join(data.classes))
@@ -61,10 +52,10 @@ def test_the_photographs_over_all_classes_have_the_same_indices_everywhere(photo
     wnids = own_classes + others
     truth, devkit = pack(tmp_path / "archives", wnids, [photos[i % len(photos)] for i in range(len(wnids))])
     label = {file: WNIDS.index(wnid) for file, wnid in truth.items()}
-    data = extract_unverified(tmp_path / "archives", tmp_path / "out")
+    data = extracted(tmp_path / "archives", tmp_path / "out")
     assert dict(zip(data.files, data.labels, strict=True)) == label and len(set(data.labels)) == 1000
 
-    for theirs in (ImageFolder(data.path), torchvisions_imagenet(tmp_path / "out", devkit, monkeypatch)):
+    for theirs in (ImageFolder(data.path), torchvisions_imagenet(tmp_path / "out", devkit, "val", monkeypatch)):
         assert {Path(path).name: target for path, target in theirs.samples} == label
     reader = create_reader("", root=str(tmp_path / "out"), split="val")
     assert {reader.filename(i, basename=True): reader[i][1] for i in range(len(reader))} == label

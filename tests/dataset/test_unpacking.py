@@ -2,18 +2,13 @@
 
 import errno
 import os
-import resource
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 
 import pytest
 
-from tests.dataset.conftest import write_tar
-from tests.dataset.test_tars import refused, tree
+from tests.dataset.conftest import largest_file, refused, tree, write_tar
 from vitdemo.dataset.extraction import extract_members
 from vitdemo.dataset.tars import index_tar
 
@@ -100,36 +95,11 @@ def test_too_little_room_is_seen_before_anything_is_written(tmp_path):
 
 
 def test_a_write_that_the_system_refuses_ends_in_one_line_and_can_be_resumed(tar, targets, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file may grow over 1000 bytes
-    try:
-        with refused("out", "run again"):
-            extract_members(tar, targets, tmp_path / "out", progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(1000), refused("out", "run again"):
+        extract_members(tar, targets, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     extract_members(tar, targets, tmp_path / "out", progress=False)
     assert tree(tmp_path / "out") == EXPECTED
-
-
-def test_ctrl_c_leaves_a_state_that_can_be_resumed(full_archives, tmp_path):
-    targets = {f"x/{member.name}": member for member in index_tar(full_archives.tar)[:4000]}
-
-    def press_ctrl_c():
-        while len(list(tmp_path.glob("out.part/x/*"))) < 10:
-            if (tmp_path / "out").exists():
-                return
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press_ctrl_c, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        extract_members(full_archives.tar, targets, tmp_path / "out", progress=False)
-    done = len(tree(tmp_path / "out.part"))
-    assert 10 <= done < 4000
-    written = extract_members(full_archives.tar, targets, tmp_path / "out", progress=False)
-    assert written in (4000 - done, 4001 - done)  # the file in hand may have been half written
-    assert len(tree(tmp_path / "out")) == 4000
 
 
 HOLDING = """

@@ -5,23 +5,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, fast_crop, reference_crop
 from vitdemo.dataset.imagenet import Sample, UnreadableFile
-from vitdemo.machine import now
+from vitdemo.machine import cores, now
 
 
 @dataclass
 class Batch:
-    """Consecutive samples, decoded. ``start`` is the first one's index in the data set.
+    """Consecutive samples, decoded.
 
-    pixels: uint8[B, 3, H, W]; the row of an unreadable image is zeros and its ``errors`` entry the reason. Once nobody
-    needs them any more, ``recycle()`` gives their memory to a batch to come.
-    fallbacks: how many images of the fast path the reference path had to decode. began, ended: ``now()`` seconds, from
-    the first image's first byte to the last one's last pixel. decode_cpu_s: CPU seconds of all of them.
+    Attributes:
+        start: the first one's index in the data set.
+        files, wnids, labels: of each sample, as in ``Sample``.
+        pixels: uint8[B, 3, H, W]; zeros where an image cannot be read.
+        errors: of each sample, why it cannot be read; "" where it can.
+        fallbacks: how many images of the fast path the reference path had to decode.
+        began, ended: ``now()`` seconds, from the first image's first byte to the last one's last pixel.
+        decode_cpu_s: CPU seconds of all of them.
+        recycle: to be called once nobody needs the pixels any more: gives their memory to a batch to come.
     """
 
     start: int
@@ -37,44 +41,23 @@ class Batch:
     recycle: Callable[[], None]
 
 
-class Loaded(NamedTuple):
-    """One image of a batch, whose pixels are in their place."""
-
-    file: str
-    wnid: str
-    label: int
-    error: str
-    fell_back: bool
-    began: float
-    ended: float
-    cpu_s: float
-
-
 def _load_into(
     pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
-) -> Loaded:
-    began, cpu = now(), time.thread_time()
+) -> tuple[str, str, int, str, bool, float, float, float]:
+    """Decode one sample to its place in a batch; what a ``Batch`` says of it, from file to decode_cpu_s."""
+    began, cpu, error, fell_back = now(), time.thread_time(), "", False
     try:
         sample = data[index]
+        crop = fast_crop(sample.jpeg, preprocessing) if input_path == "fast" else None
+        fell_back = crop is None and input_path == "fast"
+        pixels.copy_(reference_crop(sample.jpeg, preprocessing) if crop is None else crop)
     except UnreadableFile as unreadable:
-        pixels.zero_()
-        sample, error, fell_back = unreadable.sample, str(unreadable), False
-    else:
-        error, fell_back = _crop_into(pixels, sample.jpeg, preprocessing, input_path)
-    cpu_s = time.thread_time() - cpu
-    return Loaded(sample.file, sample.wnid, sample.label, error, fell_back, began, now(), cpu_s)
-
-
-def _crop_into(pixels: torch.Tensor, jpeg: bytes, preprocessing: Preprocessing, input_path: str) -> tuple[str, bool]:
-    """Why there is no crop, "" when there is; and whether the fast path left it to the reference."""
-    crop = fast_crop(jpeg, preprocessing) if input_path == "fast" else None
-    fell_back = crop is None and input_path == "fast"
-    try:
-        pixels.copy_(reference_crop(jpeg, preprocessing) if crop is None else crop)
+        sample, error = unreadable.sample, str(unreadable)
     except UnreadableImage as unreadable:
+        error = str(unreadable)
+    if error:
         pixels.zero_()
-        return str(unreadable), fell_back
-    return "", fell_back
+    return sample.file, sample.wnid, sample.label, error, fell_back, began, now(), time.thread_time() - cpu
 
 
 def prefetched_batches(
@@ -84,7 +67,7 @@ def prefetched_batches(
     device_batch_size: int,
     *,
     input_path: str = "reference",
-    workers: int = 2,
+    workers: int | None = None,
     ahead: int = 2,
 ) -> Iterator[Batch]:
     """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
@@ -97,11 +80,13 @@ def prefetched_batches(
         preprocessing: the crop that the model's weights expect.
         device_batch_size: images in a batch.
         input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can.
-        workers: threads that decode; the decoders work outside Python's lock.
+        workers: threads that decode, by default one per core; the decoders work outside Python's lock.
         ahead: batches that wait at the most, so that memory does not grow with the data set.
+
+    Yields:
+        Batches; an image that cannot be read is a row of zeros with its error.
     """
-    starts = iter(range(indices.start, indices.stop, device_batch_size))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="decode")
     waiting, buffers = deque(), []
 
     def begin(start):
@@ -112,7 +97,7 @@ def prefetched_batches(
         return start, buffer[: len(rows)], futures, lambda: buffers.append(buffer)
 
     try:
-        for start in starts:
+        for start in range(indices.start, indices.stop, device_batch_size):
             waiting.append(begin(start))
             if len(waiting) > ahead:
                 yield _finished(*waiting.popleft())
@@ -123,17 +108,7 @@ def prefetched_batches(
 
 
 def _finished(start: int, pixels: torch.Tensor, futures: list, recycle: Callable[[], None]) -> Batch:
-    loaded = [future.result() for future in futures]
-    return Batch(
-        start=start,
-        files=[image.file for image in loaded],
-        wnids=[image.wnid for image in loaded],
-        labels=[image.label for image in loaded],
-        pixels=pixels,
-        errors=[image.error for image in loaded],
-        fallbacks=sum(image.fell_back for image in loaded),
-        began=min(image.began for image in loaded),
-        ended=max(image.ended for image in loaded),
-        decode_cpu_s=sum(image.cpu_s for image in loaded),
-        recycle=recycle,
-    )
+    columns = map(list, zip(*(future.result() for future in futures), strict=True))
+    files, wnids, labels, errors, fell_back, began, ended, cpu_s = columns
+    times = min(began), max(ended), sum(cpu_s)
+    return Batch(start, files, wnids, labels, pixels, errors, sum(fell_back), *times, recycle)

@@ -21,16 +21,7 @@ import pandas as pd
 import simplejpeg
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.decoding import (
-    PIL_ALONE,
-    UNREADABLE,
-    is_enormous,
-    not_decoded,
-    one_line,
-    open_image,
-    plain_header,
-    read_header,
-)
+from vitdemo.dataset.decoding import PIL_ALONE, UNREADABLE, one_line, open_image, read_header, refusal
 from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.machine import cores, installed_version, machine_record, now
@@ -47,8 +38,14 @@ SHOWN = 10  # damaged files that a report's text names
 
 @dataclass
 class ImageReport:
-    """``rows``: one per image in ascending file name, the columns of images.csv; ``summary``: images.json, both
-    described at ``check_images``; ``class_names`` by label; ``out``: the folder, or None."""
+    """What ``check_images`` found.
+
+    Attributes:
+        rows: one row per image in ascending file name, the columns of images.csv, as described at ``check_images``.
+        summary: images.json, described there too.
+        class_names: each class's synonyms in one string, by label.
+        out: the folder of both files, or None.
+    """
 
     rows: pd.DataFrame
     summary: dict
@@ -87,18 +84,9 @@ def check_images(
     limit: int | None = None,
     progress: bool = True,
 ) -> ImageReport:
-    """Read, hash and strictly decode each of the first ``limit`` images of ``data`` (all by default), once.
+    """Read, hash and strictly decode each image once.
 
-    With ``out``, the report is written to that folder at the end: ``images.csv`` with one row per image (file, label,
-    wnid, bytes; width and height in pixels, mode and exif as in ``image_facts``; error, warning, sha256), and
-    ``images.json`` with its summary (counts of modes, EXIF states, errors and warnings, the damaged per wnid; min,
-    median, max of width, height, bytes; sha256 of the set; rate and machine). An earlier report there is replaced.
     A check that is interrupted writes nothing: a report is of one pass over the files.
-
-    - ``error``: no image comes out. PIL, with which ``evaluate`` reads, cannot decode the file, the disk does not
-      give it, or it is enormous (above 89 million pixels, or scans without end) and was not decoded.
-    - ``warning``: an image comes out that may be wrong: libjpeg warned of damage that it went over (data missing,
-      data too much, impossible codes), or the file is of another format than its name says.
 
     What no decoder can find: pixels that changed into other valid ones, as five of six single flipped bits do in a
     photograph; and, where only PIL can decode (CMYK with subsampled C, M and Y; other formats), what PIL is silent on.
@@ -107,11 +95,26 @@ def check_images(
 
         find val -iname '*.jp*g' -exec sha256sum {} + | sed 's|  .*/|  |' | LC_ALL=C sort -k2 | sha256sum
 
-    ``workers`` threads (one per core by default) decode outside Python's lock. They compute all coefficients of an
-    image, but its pixels at an eighth of the size only: no step after the coefficients can fail. Memory: one row per
-    image, and in each thread one image, which takes 0.9 GB at the very worst beside its file of 256 MiB at the most.
+    Args:
+        data: the images.
+        out: a folder for the report, or None. images.csv: one row per image, with file, label, wnid, bytes; width and
+            height in pixels, mode and exif as in ``image_facts``; error (no image comes out: PIL, with which
+            ``evaluate`` reads, cannot decode the file, the disk does not give it, or it is enormous and was not
+            decoded); warning (an image comes out that may be wrong: libjpeg warned of damage that it went over, or the
+            file is of another format than its name says); sha256. images.json: its summary, with counts of modes, EXIF
+            states, errors and warnings, the damaged per wnid; min, median, max of width, height, bytes; sha256 of the
+            set; rate and machine. An earlier report there is replaced.
+        workers: threads that decode, by default one per core, outside Python's lock. They compute all coefficients of
+            an image, but its pixels at an eighth of the size only: no step after the coefficients can fail. Each holds
+            one image, which takes 0.9 GB at the very worst beside its file of 256 MiB at the most.
+        limit: check the first so many only.
+        progress: show a bar.
 
-    Raises VitdemoError for bad ``workers`` or ``limit`` and for a folder that cannot be written.
+    Returns:
+        The report, with one row per image.
+
+    Raises:
+        VitdemoError: for bad ``workers`` or ``limit`` and for a folder that cannot be written.
     """
     for name, value in (("workers", workers), ("limit", limit)):
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -160,21 +163,19 @@ def _row(data: ImageNetSplit, index: int) -> tuple:
 def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     """Width, height, mode, EXIF state, error and warning of one file, as ``check_images`` reports them."""
     try:
-        header = plain_header(jpeg) or read_header(jpeg)
+        header = read_header(jpeg)
     except Exception as error:  # PIL raises a dozen types, and each means: this is no image
         return 0, 0, UNREADABLE, "", one_line(error), ""
-    facts = header[:4]
-    if is_enormous(header.width, header.height, jpeg):
-        return *facts, not_decoded(header.width, header.height), ""
-    complaint = _complaint(jpeg)
-    if not complaint:
-        return *facts, "", ""
-    if error := _pil_error(jpeg):
-        return *facts, error, ""
-    if header.format not in ("JPEG", "MPO"):
-        return *facts, "", f"{header.format}, not JPEG"
-    # TurboJPEG cannot decode CMYK with subsampled C, M and Y, which others write; otherwise no sound file is like that.
-    return *facts, "", "" if header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in complaint else complaint
+    error = refusal(header.width, header.height, jpeg)
+    warning = "" if error else _complaint(jpeg)
+    if warning:
+        error = _pil_error(jpeg)
+        if header.format not in ("JPEG", "MPO"):
+            warning = f"{header.format}, not JPEG"
+        # TurboJPEG cannot decode CMYK with subsampled C, M and Y, which others write; otherwise no sound file is so
+        elif header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in warning:
+            warning = ""
+    return *header[:4], error, "" if error else warning
 
 
 def _complaint(jpeg: bytes) -> str:

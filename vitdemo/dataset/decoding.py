@@ -5,7 +5,6 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,30 +17,24 @@ from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
 from vitdemo.dataset.imagenet import Sample
-from vitdemo.dataset.tars import IMAGE_LIMIT
 from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
 INPUT_PATHS = ("fast", "reference")
 
-# EXIF is ignored here, so that a broken block is no news to somebody who evaluates 50,000 images.
-warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")  # EXIF is ignored here
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is enormous is refused in words
 
 UNREADABLE = "unreadable"
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and starts Ghostscript for one of them
 
 ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
 ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
+SOI, SOS = b"\xff\xd8", b"\xff\xda"  # the first bytes of a JPEG, and of each of its scans
 
 # PIL reports broken EXIF only as a Python warning, and catching warnings is not thread-safe: one thread at a time.
 PIL_ALONE = threading.Lock()
-
-SOI, SOS = b"\xff\xd8", b"\xff\xda"
-MODES = {"Gray": "L", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}  # PIL's, by TurboJPEG's
-
-
-# ---- from bytes to what the header says: size, mode, EXIF
 
 
 class Header(NamedTuple):
@@ -55,11 +48,15 @@ class Header(NamedTuple):
 
 
 def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
-    """What the files' headers say, without decoding: file, width and height in pixels, mode, bytes, EXIF.
+    """What the files' headers say of the images, without decoding them.
 
-    One row per image, for the first ``limit`` of them. ``exif``: "" for none, "rotated" where an orientation other
-    than upright is asked for, "broken" where it cannot be read, "present" otherwise; ``mode``: PIL's, or
-    "unreadable".
+    Args:
+        data: the samples.
+        limit: look at the first so many only.
+
+    Returns:
+        One row per image: file; width, height in pixels; mode, PIL's or "unreadable"; bytes; exif: "" for none,
+        "rotated" for an orientation other than upright, "broken" where it cannot be read, "present" otherwise.
     """
     rows = []
     for index in range(len(data) if limit is None else min(limit, len(data))):
@@ -80,7 +77,7 @@ def read_header(jpeg: bytes) -> Header:
 
 
 def open_image(jpeg: bytes) -> Image.Image:
-    """PIL's image of the bytes, of one of FORMATS. Raises what PIL raises."""
+    """PIL's image of the bytes. Raises what PIL raises."""
     return Image.open(io.BytesIO(jpeg), formats=FORMATS)
 
 
@@ -105,32 +102,17 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}"
 
 
-def is_enormous(width: int, height: int, jpeg: bytes) -> bool:
-    """Whether decoding would take gigabytes or minutes: each scan of a progressive JPEG goes over the whole image,
-    and a scan that changes nothing takes 11 bytes. Counting them takes time, so it is done where there may be many."""
-    pixels = width * height
-    if pixels * len(jpeg) < 11 * ENORMOUS_WORK or jpeg[:2] != SOI:
-        return pixels > ENORMOUS
-    return pixels > ENORMOUS or pixels * jpeg.count(SOS) > ENORMOUS_WORK
+def refusal(width: int, height: int, jpeg: bytes) -> str:
+    """Why an image must not be decoded, "" when it may: a few bytes can ask for gigabytes or minutes.
 
-
-def not_decoded(width: int, height: int) -> str:
-    """The reason to give for an image that ``is_enormous``."""
-    return f"not decoded: {width} x {height} pixels would take gigabytes or minutes"
-
-
-def plain_header(jpeg: bytes) -> Header | None:
-    """The header of an ordinary JPEG as TurboJPEG reads it, many times as fast as PIL; None for one that PIL must see:
-    with an APP1 segment (EXIF and XMP), or with anything that TurboJPEG has a word to say about."""
-    if b"\xff\xe1" in jpeg:
-        return None
-    with suppress(ValueError, KeyError):
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-        return Header(width, height, MODES[colours], "", "JPEG")
-    return None
-
-
-# ---- from bytes to the crop
+    Each scan of a progressive JPEG goes over the whole image, and one that changes nothing takes 11 bytes. To count
+    them takes time, so it is done where there may be many.
+    """
+    pixels, scans = width * height, 1
+    if pixels * len(jpeg) > 11 * ENORMOUS_WORK and jpeg.startswith(SOI):
+        scans = jpeg.count(SOS)
+    enormous = pixels > ENORMOUS or pixels * scans > ENORMOUS_WORK
+    return f"not decoded: {width} x {height} pixels would take gigabytes or minutes" if enormous else ""
 
 
 class UnreadableImage(Exception):
@@ -141,9 +123,16 @@ class UnreadableImage(Exception):
 class Preprocessing:
     """What a model's weights expect of an image, in timm's names (``timm.data.resolve_model_data_config``).
 
-    input_size: (3, H, W) in pixels. crop_pct: input side over resized side. crop_mode: "center" resizes
-    the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x W/crop_pct whatever the
-    aspect ratio (Hugging Face's way for ViT, with crop_pct 1). mean, std: per channel, of values in 0..1.
+    Args:
+        input_size: (3, H, W) in pixels.
+        crop_pct: input side over resized side.
+        crop_mode: "center" resizes the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x
+            W/crop_pct whatever the aspect ratio (Hugging Face's way for ViT, with crop_pct 1).
+        interpolation: "bicubic" or "bilinear".
+        mean, std: per channel, of values in 0..1.
+
+    Raises:
+        VitdemoError: for an input_size of other than three channels, and an unknown crop_mode or interpolation.
     """
 
     input_size: tuple[int, int, int]
@@ -174,14 +163,22 @@ def _timm_transform(preprocessing: Preprocessing):
 
 
 def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
-    """Decode with PIL and apply timm's evaluation transform: uint8[3, H, W], always RGB.
+    """Decode with PIL and apply timm's evaluation transform; EXIF orientation is ignored, as in timm.
 
-    EXIF orientation is ignored, as in timm. Raises UnreadableImage, for an enormous image too.
+    Args:
+        jpeg: the file's bytes, of one of FORMATS.
+        preprocessing: the crop that the model's weights expect.
+
+    Returns:
+        uint8[3, H, W], RGB.
+
+    Raises:
+        UnreadableImage: with the decoder's reason, for an enormous image too.
     """
     try:
         with open_image(jpeg) as image:
-            if refusal := _refusal(*image.size, jpeg, preprocessing):
-                raise UnreadableImage(refusal)
+            if reason := _crop_refusal(*image.size, jpeg, preprocessing):
+                raise UnreadableImage(reason)
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except UnreadableImage:
         raise
@@ -190,35 +187,32 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
 
 
 def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
-    """``reference_crop`` of a sound JPEG at several times its rate; None for what it leaves to that.
+    """``reference_crop`` of a sound JPEG at several times its rate.
 
     TurboJPEG decodes to the very pixels that PIL does, and torch resizes them as the bytes they are, which rounds
-    here and there to the next level. Left to the reference: what is no JPEG in grey or colour, what the decoder has
-    a word to say about, more pixels than PIL takes without a warning, what is enormous, and a center crop that is not
-    square.
+    here and there to the next level.
+
+    Args:
+        jpeg: the file's bytes.
+        preprocessing: the crop that the model's weights expect.
+
+    Returns:
+        uint8[3, H, W], or None for what is left to the reference: what is no JPEG in grey or colour, what the decoder
+        has a word to say about, what is enormous, and a center crop that is not square.
     """
     if preprocessing.crop_mode == "center" and len(set(preprocessing.input_size[1:])) != 1:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-        if colours not in ("Gray", "YCbCr", "RGB"):
-            return None
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-            return None
-        if _refusal(width, height, jpeg, preprocessing):
+        if colours not in ("Gray", "YCbCr", "RGB") or _crop_refusal(width, height, jpeg, preprocessing):
             return None
         decoded = simplejpeg.decode_jpeg(jpeg)
     except ValueError:
         return None
-    pixels = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0)
-    resized = resize(pixels, _resized_size(preprocessing), InterpolationMode(preprocessing.interpolation))
+    pixels, sides = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0), _resized_sides(preprocessing)
+    size = sides if preprocessing.crop_mode == "squash" else sides[:1]  # for one side torchvision takes the shorter one
+    resized = resize(pixels, size, InterpolationMode(preprocessing.interpolation))
     return center_crop(resized, list(preprocessing.input_size[1:]))[0]
-
-
-def _resized_size(preprocessing: Preprocessing) -> list[int]:
-    """What torchvision's ``resize`` takes: both sides for "squash", the shorter one for "center"."""
-    sides = _resized_sides(preprocessing)
-    return sides if preprocessing.crop_mode == "squash" else sides[:1]
 
 
 def _resized_sides(preprocessing: Preprocessing) -> list[int]:
@@ -226,46 +220,31 @@ def _resized_sides(preprocessing: Preprocessing) -> list[int]:
     return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
 
 
-def _refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
-    """Why an image must not be decoded or resized, "" when it may: a few bytes can ask for gigabytes or minutes."""
-    if is_enormous(width, height, jpeg):
-        return not_decoded(width, height)
+def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
+    """Why an image must not be decoded or resized, "" when it may: in its ratio, a line becomes an enormous image."""
     to_height, to_width = _resized_sides(preprocessing)
     if preprocessing.crop_mode == "center":
         scale = max(to_height / height, to_width / width)
         to_height, to_width = round(height * scale), round(width * scale)
     pixels = to_height * to_width
-    return f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
-
-
-# ---- a picture from anywhere, perhaps from somebody who means harm
+    resized = f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
+    return refusal(width, height, jpeg) or resized
 
 
 def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
-    """``reference_crop`` of a file's bytes, uint8[3, H, W]; ``name`` is the file's, for errors.
+    """``reference_crop``, uint8[3, H, W], of a picture from anywhere, perhaps from somebody who means harm.
 
-    Raises VitdemoError for what is no picture, is damaged, or would take gigabytes or minutes to decode.
+    Args:
+        name: the file's, for errors.
+        content: its bytes; formats that PIL hands to other programs are not opened.
+        preprocessing: the crop that the model's weights expect.
+
+    Raises:
+        VitdemoError: for what is no picture, is damaged, or would take gigabytes or minutes to decode.
     """
     try:
-        if reason := _why_not_opened(content):
-            raise UnreadableImage(reason)
         return reference_crop(content, preprocessing)
-    except UnreadableImage as unreadable:
-        raise VitdemoError(f"{_printable(name)}: {unreadable}; give a sound picture of ordinary size") from None
-
-
-def _why_not_opened(content: bytes) -> str:
-    """Why the bytes must not be opened, "" when they may. Formats that PIL hands to other programs are refused."""
-    if not content:
-        return "is empty"
-    if len(content) > IMAGE_LIMIT:
-        return f"is larger than {IMAGE_LIMIT >> 20} MiB"
-    try:
-        header = read_header(content)
-    except Exception as error:  # PIL raises a dozen types, and each means: this is no picture
-        return f"is not a picture that can be read ({one_line(error)})"
-    return not_decoded(header.width, header.height) if is_enormous(header.width, header.height, content) else ""
-
-
-def _printable(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)[:80] or "the picture"
+    except UnreadableImage as reason:
+        raise VitdemoError(
+            f"{name!r} is no picture that can be read ({reason}); give a sound one of ordinary size"
+        ) from None

@@ -4,6 +4,7 @@ import gzip
 import io
 import re
 import zlib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,21 +12,13 @@ import numpy as np
 from scipy.io import loadmat
 
 from vitdemo.dataset.tars import ARCHIVE_MD5, walk_tar
-from vitdemo.dataset.trees import WNID
+from vitdemo.dataset.trees import WNID, Synset
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 
 DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above
 FILE_LIMIT = 8 << 20  # bytes of a file in it; 1,860 synsets come to about 1.3 MB, 50,000 truths to 0.2
 DEVKITS = "*devkit*.tar.gz"
 META_MAT, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-
-
-class Synset(NamedTuple):
-    """A class as the devkit has it: ILSVRC2012_ID (from 1), wnid, and its synonyms as one string."""
-
-    id: int
-    wnid: str
-    words: str
 
 
 class Devkit(NamedTuple):
@@ -50,34 +43,38 @@ class Devkit(NamedTuple):
 def read_devkit(path: Path | str) -> Devkit:
     """Read a devkit ``.tar.gz`` without unpacking it to disk.
 
-    Format: ``data/meta.mat`` with the struct array ``synsets``, of which the leaves (num_children 0) are the
-    classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, one ID per line.
+    Format: ``data/meta.mat``, a MAT-file with the struct array ``synsets``, of which the leaves (num_children 0) are
+    the classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, one ID per line [the devkit's readme.txt].
 
     Args:
         path: the devkit; its MD5 is not looked at.
 
+    Returns:
+        The classes, and the ID of every validation image.
+
     Raises:
-        VitdemoError: for others.
+        VitdemoError: for a file of another form, and for classes that cannot be names of folders.
     """
     path = Path(path)
     content = _gunzip(path)
-    files = {}
+    files, parsed = {}, []
     for member in walk_tar(io.BytesIO(content), 0, len(content), path):
-        name = "/".join(member.name.split("/")[-2:])
-        if not member.isreg() or name not in (META_MAT, GROUND_TRUTH):
-            continue
+        files["/".join(member.name.split("/")[-2:])] = member
+    for name, parse in ((META_MAT, _parse_synsets), (GROUND_TRUTH, _parse_truth)):
+        member = files.get(name)
+        if not member or not member.isreg():
+            raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
         if member.size > FILE_LIMIT:
             raise VitdemoError(f"{path}: {member.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
-        files[name] = content[member.offset_data : member.offset_data + member.size]
-    for name in (META_MAT, GROUND_TRUTH):
-        if name not in files:
-            raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
-    synsets = _read_synsets(files[META_MAT], path)
-    truth = _read_ground_truth(files[GROUND_TRUTH], path)
-    unknown = set(truth) - {synset.id for synset in synsets}
+        try:
+            parsed.append(parse(content[member.offset_data : member.offset_data + member.size]))
+        except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
+            raise VitdemoError(f"{path}: {name} cannot be read ({reason_of(error)}); get the devkit again") from None
+    devkit = Devkit(*parsed)
+    unknown = set(devkit.ground_truth) - {synset.id for synset in devkit.synsets}
     if unknown:
         raise VitdemoError(f"{path}: ground truth has ID {min(unknown)}, which no leaf of meta.mat has; get it again")
-    return Devkit(synsets, truth)
+    return devkit
 
 
 def _gunzip(path: Path) -> bytes:
@@ -92,56 +89,57 @@ def _gunzip(path: Path) -> bytes:
     return content
 
 
-def _read_synsets(meta_mat: bytes, path: Path) -> list[Synset]:
-    try:
-        rows = np.atleast_1d(loadmat(io.BytesIO(meta_mat), squeeze_me=True, variable_names=["synsets"])["synsets"])
-        leaves = [
-            Synset(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"]))
-            for row in rows
-            if int(row["num_children"]) == 0
-        ]
-    except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
-        raise VitdemoError(f"{path}: meta.mat cannot be read ({reason_of(error)}); get the devkit again") from None
-    for synset in leaves:
-        if not WNID.fullmatch(synset.wnid):  # wnids become names of folders
-            raise VitdemoError(f"{path}: meta.mat has the wnid {synset.wnid!r}, not n and 8 digits; refused")
-    if not leaves or any(len(set(column)) < len(leaves) for column in list(zip(*leaves, strict=True))[:2]):
-        raise VitdemoError(f"{path}: meta.mat has no leaves, or the same ID or wnid twice; get the devkit again")
-    return sorted(leaves, key=lambda synset: synset.wnid)
+def _parse_synsets(meta_mat: bytes) -> list[Synset]:
+    rows = np.atleast_1d(loadmat(io.BytesIO(meta_mat), squeeze_me=True, variable_names=["synsets"])["synsets"])
+    leaves = [row for row in rows if int(row["num_children"]) == 0]
+    synsets = [Synset(int(row["ILSVRC2012_ID"]), str(row["WNID"]), str(row["words"])) for row in leaves]
+    ids, wnids = {synset.id for synset in synsets}, {synset.wnid for synset in synsets}
+    if not synsets or len(ids) < len(synsets) or len(wnids) < len(synsets):
+        raise ValueError("it has no leaves, or the same ID or wnid twice")
+    if other := [wnid for wnid in wnids if not WNID.fullmatch(wnid)]:  # wnids become names of folders
+        raise ValueError(f"the wnid {other[0]!r} is not n and 8 digits")
+    return sorted(synsets, key=lambda synset: synset.wnid)
 
 
-def _read_ground_truth(text: bytes, path: Path) -> list[int]:
-    try:
-        return [int(line) for line in text.split()]
-    except ValueError:
-        raise VitdemoError(f"{path}: the ground truth is not one number per line; get the devkit again") from None
+def _parse_truth(text: bytes) -> list[int]:
+    return [int(line) for line in text.split()]
 
 
-# ---- the devkit beside a tar
+# ---- the devkit beside a tar, or in a folder
 
 
-def devkit_of(tar: Path) -> Path:
-    """The devkit beside a tar of images; among several the one whose MD5 is known. Raises VitdemoError without one."""
-    devkit = find_devkit(tar)
+def devkit_of(place: Path) -> Path:
+    """The devkit of a tar of images, or of a folder, as ``find_devkit`` finds it.
+
+    Raises:
+        VitdemoError: when there is none, or more than one to choose from.
+    """
+    devkit = find_devkit(place)
     if devkit is None:
-        raise VitdemoError(
-            f"{tar.parent / _devkit_prefix(tar)}*.tar.gz: missing; without a devkit no image has a label: put it there"
-        )
+        folder, pattern = _where_devkits_lie(place)
+        raise VitdemoError(f"{folder / pattern}: missing; without a devkit no image has a label: put it there")
     return devkit
 
 
-def find_devkit(tar: Path) -> Path | None:
-    """The devkit beside a tar of images, or None; among several the one whose MD5 is known."""
-    prefix = _devkit_prefix(tar)
-    with named_errors(tar.parent):
-        found = sorted(f for f in tar.parent.iterdir() if f.name.startswith(prefix) and f.name.endswith(".tar.gz"))
+def find_devkit(place: Path) -> Path | None:
+    """The devkit beside a tar of images, named like it, or any in a folder; None where there is none.
+
+    Of several the one whose MD5 is known is taken.
+
+    Raises:
+        VitdemoError: for several of which none, or more than one, is known.
+    """
+    folder, pattern = _where_devkits_lie(place)
+    with named_errors(folder):
+        found = sorted(file for file in folder.iterdir() if fnmatch(file.name, pattern))
     known = [path for path in found if path.name in ARCHIVE_MD5]
     if len(found) > 1 and len(known) != 1:
-        raise VitdemoError(
-            f"{tar.parent}: which devkit of {', '.join(f.name for f in found)}? leave one beside {tar.name}"
-        )
+        raise VitdemoError(f"{folder}: which devkit of {', '.join(file.name for file in found)}? leave one there")
     return next(iter(known or found), None)
 
 
-def _devkit_prefix(tar: Path) -> str:
-    return re.sub(r"img_(val|train)\.tar$", "", tar.name) + "devkit"
+def _where_devkits_lie(place: Path) -> tuple[Path, str]:
+    """``<name>_devkit*.tar.gz`` beside ``<name>_img_val.tar``, any devkit in a folder: the folder, and the pattern."""
+    if place.is_dir():
+        return place, DEVKITS
+    return place.parent, re.sub(r"img_(val|train)\.tar$", "", place.name) + DEVKITS[1:]

@@ -5,20 +5,28 @@ import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
-
 
 FOLDERS = {"val": ("val", "validation"), "train": ("train",)}  # the first is ours and torchvision's
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}
 CLASSES, CLASSES_COLUMNS = "classes.csv", ["label", "wnid", "ilsvrc_id", "name"]
 AGAIN = "run the same vitdemo extract again"
 OTHERS = (".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # that torchvision's ImageFolder reads as well
+
+
+class Synset(NamedTuple):
+    """A class: ILSVRC2012_ID (from 1; 0 where nobody says it), wnid, and its synonyms as one string."""
+
+    id: int
+    wnid: str
+    words: str
 
 
 class Item(NamedTuple):
@@ -36,16 +44,39 @@ def expected(split: str) -> str:
     return f"expected <name>_img_{split}.tar{devkit}, or {split}/ with one folder per class, named n01440764 …"
 
 
+def split_tar(path: Path, split: str) -> Path:
+    """The tar of a split.
+
+    Args:
+        path: the tar itself, or a folder that holds one of the split.
+        split: "val" or "train".
+
+    Raises:
+        VitdemoError: for a file of another name, and for a folder with none or several.
+    """
+    with named_errors(path):
+        found = [path] if path.is_file() else sorted(path.iterdir())
+    tars = [tar for tar in found if tar.name.endswith(f"_img_{split}.tar") and not tar.name.startswith(".")]
+    if not tars:
+        raise VitdemoError(f"{path}: no data set; {expected(split)}")
+    if len(tars) > 1:
+        names = ", ".join(tar.name for tar in tars)
+        raise VitdemoError(f"{path}: holds {len(tars)} {split} tars ({names}); name the one")
+    return tars[0]
+
+
+def val_tar(path: Path) -> Path:
+    """``split_tar`` of the validation set."""
+    return split_tar(path, "val")
+
+
 def find_tree(path: Path, split: str) -> Path | None:
     """The folder with one folder per class in or at ``path``; None when ``path`` is a folder of archives."""
-    unfinished = VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
-    if path.name.endswith(PART):
-        raise unfinished
     for folder in FOLDERS[split]:
         if (path / folder).is_dir():
             return path / folder
-    if (path / (split + PART)).exists() or (path / RECORDS[split]).exists():
-        raise unfinished
+    if path.name.endswith(PART) or (path / (split + PART)).exists() or (path / RECORDS[split]).exists():
+        raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     return None if any(entry.name.endswith(f"_img_{split}.tar") for entry in path.iterdir()) else path
 
 
@@ -70,17 +101,15 @@ def index_tree(folder: Path, split: str) -> tuple[dict[str, str], list[Item]]:
             )
         wnids.append(entry.name)
         for file in os.scandir(entry):
-            if _is_jpeg(file.name):
-                items.append(Item(file.name, entry.name, file.stat().st_size))
-            elif file.name.lower().endswith(OTHERS):  # torchvision and timm would count it
-                raise VitdemoError(
-                    f"{folder}: {entry.name}/{file.name} is no JPEG, and only those are read; take it out"
-                )
+            if file.name.lower().endswith(OTHERS):  # torchvision and timm would count it
+                raise VitdemoError(f"{folder}: {entry.name}/{file.name} is no JPEG, only those are read; take it out")
+            if not _is_jpeg(file.name):
+                continue
+            if not file.name.isprintable():  # as a surrogate is not either, where the name is not UTF-8
+                raise VitdemoError(f"{folder}: the file name {file.name!r} cannot be written to a table; rename it")
+            items.append(Item(file.name, entry.name, file.stat().st_size))
     if not items:
         raise VitdemoError(f"{folder}: no data set, it holds no JPEGs by class; {expected(split)}")
-    unwritable = next((item.file for item in items if not item.file.isprintable()), None)
-    if unwritable is not None:  # a surrogate, where the name is not UTF-8, is not printable either
-        raise VitdemoError(f"{folder}: the file name {unwritable!r} cannot be written to a table; rename the file")
     items.sort()
     for first, second in itertools.pairwise(items):
         if first.file == second.file:
@@ -100,7 +129,7 @@ def _tree_classes(folder: Path, wnids: list[str]) -> dict[str, str]:
     path = folder.parent / CLASSES
     if not path.exists():
         return known_classes(wnids, folder, f"move it away, or put a {CLASSES} beside the folder")
-    names = read_classes(path)
+    names = {synset.wnid: synset.words for synset in read_classes(path)}
     for wnid in wnids:
         if wnid not in names:
             raise VitdemoError(f"{path}: lacks {wnid}, which has a folder in {folder}; extract to a new folder")
@@ -126,33 +155,28 @@ def known_classes(wnids: list[str], place: Path, cure: str) -> dict[str, str]:
     return {wnid: wnid for wnid in wnids} if unknown else names
 
 
-def read_classes(path: Path) -> dict[str, str]:
-    """Wnid -> name from a ``classes.csv``, in the order of the labels."""
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            rows = [(int(row["label"]), row["wnid"], row["name"]) for row in csv.DictReader(file)]
-            if any(None in row for row in rows):  # the file ends within a line
-                rows = []
-        except (KeyError, TypeError, ValueError, csv.Error):
-            rows = []
-    wnids = [wnid for _, wnid, _ in rows]
-    if not rows or wnids != sorted(set(wnids)) or [label for label, _, _ in rows] != list(range(len(rows))):
-        raise VitdemoError(
-            f"{path}: not a list of classes with columns {','.join(CLASSES_COLUMNS)}, label from 0, wnids ascending; "
-            "extract to a new folder"
-        )
-    return {wnid: name for _, wnid, name in rows}
+def read_classes(path: Path) -> list[Synset]:
+    """The classes in a ``classes.csv``, in the order of their labels.
+
+    Format: CSV with a header and one row per class: label (from 0), wnid (ascending), ilsvrc_id (may be missing or
+    empty), name. Raises VitdemoError for others.
+    """
+    with open(path, encoding="utf-8", newline="") as file, suppress(TypeError, KeyError, ValueError, csv.Error):
+        rows = list(csv.DictReader(file))
+        synsets = [Synset(int(row.get("ilsvrc_id") or 0), row["wnid"], row["name"]) for row in rows]
+        labels, (_, wnids, names) = [int(row["label"]) for row in rows], zip(*synsets, strict=True)
+        if labels == list(range(len(rows))) and list(wnids) == sorted(set(wnids)) and None not in names:
+            return synsets
+    raise VitdemoError(
+        f"{path}: not a list of classes with columns {','.join(CLASSES_COLUMNS)}, label from 0, wnids ascending; "
+        "extract to a new folder"
+    )
 
 
 def read_record(root: Path, split: str) -> dict | None:
     """What ``extract`` recorded of a split in ``root``, or None."""
     path = root / RECORDS[split]
-    if not path.exists():
-        return None
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise VitdemoError(f"{path}: not as vitdemo extract wrote it; extract to a new folder")
-    return record
+        return dict(json.loads(path.read_bytes())) if path.exists() else None
+    except (TypeError, ValueError):
+        raise VitdemoError(f"{path}: not as vitdemo extract wrote it; extract to a new folder") from None

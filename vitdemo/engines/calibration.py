@@ -11,7 +11,7 @@ import torch
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
 from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal, Sample, UnreadableFile
 from vitdemo.dataset.tars import IMAGE_LIMIT, index_tar
-from vitdemo.dataset.trees import FOLDERS
+from vitdemo.dataset.trees import FOLDERS, find_tree
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.models.model import Model
 from vitdemo.paths import data_path, user_path
@@ -92,7 +92,8 @@ def _jpegs_at(path: Path) -> Iterator[bytes]:
         yield from _jpegs_in(path)
     else:
         with named_errors(path):
-            split = ImageNetTrain if _holds_only_train(path) else ImageNetVal
+            found = [] if path.is_file() else [split for split in FOLDERS if find_tree(path, split) != path]
+            split = ImageNetTrain if path.name.endswith("_img_train.tar") or found == ["train"] else ImageNetVal
         yield from _spread(split(path))
 
 
@@ -104,13 +105,6 @@ def _jpegs_in(tar: Path) -> Iterator[bytes]:
                 raise VitdemoError(f"{tar}: {members[i].name!r} is larger than {IMAGE_LIMIT >> 20} MiB; take it out")
             file.seek(members[i].offset)
             yield file.read(members[i].size)
-
-
-def _holds_only_train(path: Path) -> bool:
-    def holds(split):
-        return any((path / name).is_dir() for name in FOLDERS[split]) or any(path.glob(f"*_img_{split}.tar"))
-
-    return path.name.endswith("_img_train.tar") or (holds("train") and not holds("val"))
 
 
 def _spread(data: Sequence[Sample]) -> Iterator[bytes]:

@@ -1,6 +1,5 @@
 """diagnose: why is the accuracy off? Hypotheses measured on the spot, and the one that explains the loss."""
 
-import csv
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,12 +21,12 @@ from tqdm.auto import tqdm
 
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.devkit import DEVKITS, Devkit, devkit_of, read_devkit
+from vitdemo.dataset.devkit import Devkit, devkit_of, read_devkit
 from vitdemo.dataset.imagenet import ImageNetVal, Sample
-from vitdemo.dataset.tars import OFFICIAL_VAL
+from vitdemo.dataset.trees import CLASSES, Synset, read_classes
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import cores, now
 from vitdemo.models.model import Model
@@ -53,35 +52,20 @@ def read_numbering(data: ImageNetVal) -> Numbering:
     """From the devkit beside a tar or beside ``val/``; the IDs alone also from ``classes.csv`` beside ``val/``."""
     path = Path(data.path)
     try:
-        devkit = read_devkit(devkit_of(path) if path.is_file() else _devkit_in(path.parent))
+        devkit = read_devkit(devkit_of(path if path.is_file() else path.parent))
     except VitdemoError as error:
-        return Numbering(_ids(_ids_of_extraction(path.parent), data.classes), None, f"it needs the devkit: {error}")
-    ids = _ids({synset.wnid: synset.id for synset in devkit.synsets}, data.classes)
+        listed = path.parent / CLASSES
+        synsets = read_classes(listed) if listed.exists() else []
+        return Numbering(_ids(synsets, data.classes), None, f"it needs the devkit: {error}")
+    ids = _ids(devkit.synsets, data.classes)
     if ids is None:
         return Numbering(None, None, "it needs the devkit, and the one here is of other classes")
     return Numbering(ids, _truth(devkit))
 
 
-def _devkit_in(root: Path) -> Path:
-    """The devkit beside ``val/``, of whatever name; ILSVRC2012's before others. Raises VitdemoError without one."""
-    with named_errors(root):
-        others = sorted(root.glob(DEVKITS))
-    if len(others) != 1:  # none, or several, of which ILSVRC2012's may be one
-        return devkit_of(root / OFFICIAL_VAL)
-    return others[0]
-
-
-def _ids_of_extraction(root: Path) -> dict[str, int]:
-    """wnid -> ILSVRC2012_ID as ``extract`` wrote it down in ``root``, empty where it did not."""
-    try:
-        with open(root / "classes.csv", encoding="utf-8", newline="") as file:
-            return {row["wnid"]: int(row["ilsvrc_id"]) for row in csv.DictReader(file)}
-    except (OSError, KeyError, TypeError, ValueError):
-        return {}
-
-
-def _ids(by_wnid: dict[str, int], classes: Sequence[str]) -> np.ndarray | None:
+def _ids(synsets: list[Synset], classes: Sequence[str]) -> np.ndarray | None:
     """The ID of each class, provided that they are 1 to the number of classes."""
+    by_wnid = {synset.wnid: synset.id for synset in synsets}
     ids = [by_wnid.get(wnid, 0) for wnid in classes]
     return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
 

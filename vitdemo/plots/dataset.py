@@ -9,14 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from vitdemo.dataset.decoding import (
-    Preprocessing,
-    UnreadableImage,
-    is_enormous,
-    not_decoded,
-    open_image,
-    reference_crop,
-)
+from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, open_image, reference_crop, refusal
 from vitdemo.dataset.imagenet import ImageNetVal
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
@@ -25,12 +18,16 @@ THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs woul
 def thumbnail(jpeg: bytes) -> Image.Image:
     """The picture as RGB, its longer side 240 px, centred on a white square so that captions line up.
 
-    A grey square for one that cannot be read, or that is enormous.
+    Args:
+        jpeg: the file's bytes.
+
+    Returns:
+        A picture of 240 x 240 px; a grey one where the file cannot be read, or is enormous.
     """
     try:
         with open_image(jpeg) as whole:
-            if is_enormous(*whole.size, jpeg):
-                raise UnreadableImage(not_decoded(*whole.size))
+            if reason := refusal(*whole.size, jpeg):
+                raise UnreadableImage(reason)
             image = whole.convert("RGB")
     except Exception:  # as in reference_crop: decoders raise a dozen types
         image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
@@ -43,7 +40,17 @@ def short_names(data: ImageNetVal) -> list[str]:
 
 
 def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):
-    """Pictures (PIL or uint8[H, W, 3]) in rows of ``columns``, a caption under each; returns the Figure."""
+    """Pictures in rows, a caption under each.
+
+    Args:
+        pictures: PIL's, or uint8[H, W, 3].
+        captions: one per picture.
+        columns: how many pictures stand in a row.
+        colors: of the captions, matplotlib's names, one per picture; black by default.
+
+    Returns:
+        The Figure.
+    """
     rows = max(1, ceil(len(pictures) / columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.9 * columns, 2.15 * rows), squeeze=False, layout="constrained"
@@ -58,13 +65,27 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
 
 
 def plot_gallery(data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
-    """The images at ``indices`` with their class names."""
+    """Images with their class names.
+
+    Args:
+        data: the data set.
+        indices: which of its images.
+        columns: how many stand in a row.
+    """
     names, samples = short_names(data), [data[i] for i in indices]
     return picture_grid([thumbnail(s.jpeg) for s in samples], [names[s.label] for s in samples], columns)
 
 
 def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
-    """One image as it is, then as each preprocessing (name -> Preprocessing) hands it to a model."""
+    """One image as it is, then as each preprocessing hands it to a model.
+
+    Args:
+        jpeg: the file's bytes.
+        preprocessings: by the names that are to stand under the crops.
+
+    Raises:
+        UnreadableImage: where the file cannot be read, or is enormous.
+    """
     crops = [reference_crop(jpeg, p).permute(1, 2, 0).numpy() for p in preprocessings.values()]
     captions = [
         f"{name}\n{crop.shape[1]} x {crop.shape[0]} px" for name, crop in zip(preprocessings, crops, strict=True)
@@ -75,7 +96,7 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
 
 
 def plot_class_histogram(data: ImageNetVal) -> Figure:
-    """How many images each class has."""
+    """How many images each class of ``data`` has, as bars; classes are named where there are at most 30."""
     counts = np.bincount(data.labels, minlength=len(data.classes))
     figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
     ax.bar(range(len(counts)), counts, color="#0072B2", width=0.8 if len(counts) < 100 else 1.0)
@@ -90,7 +111,12 @@ def plot_class_histogram(data: ImageNetVal) -> Figure:
 
 
 def folder_preview(path: Path | str, entries: int = 4) -> str:
-    """The top of a folder tree as text, two levels deep, the first ``entries`` of each level."""
+    """The top of a folder tree as text, two levels deep.
+
+    Args:
+        path: the folder.
+        entries: how many of each level are shown.
+    """
     lines = [f"{Path(path).name}/"]
 
     def add(folder: Path, indent: str, depth: int):
