@@ -162,13 +162,6 @@ def test_exif_rotation_is_ignored():
     assert image_facts([Sample("a", rotated, "n90000001", 0)])["exif"][0] == "rotated"
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_every_mode_becomes_rgb(mode):
-    grey = np.full((50, 50, 3), 200, np.uint8)
-    crop = reference_crop(jpeg_of(grey, mode), CENTER)
-    assert (crop.float() - 200).abs().max() <= 4
-
-
 @pytest.mark.parametrize(
     "field, value", [("crop_mode", "border"), ("interpolation", "nearest"), ("input_size", (1, 224, 224))]
 )

@@ -95,15 +95,6 @@ def test_torchvision_and_timm_read_the_same_from_the_extracted_tree(full_train, 
     assert read == dict(zip(ours.files, ours.labels, strict=True))
 
 
-def test_tarfile_finds_the_same_bytes_in_the_nested_tars(full_train):
-    data = ImageNetTrain(full_train)
-    ours = {sample.file: sample.jpeg for sample in data}
-    with tarfile.open(full_train) as outer:
-        for member in outer.getmembers()[::97]:
-            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-                assert all(ours[name] == inner.extractfile(name).read() for name in inner.getnames())
-
-
 # ---- size
 
 

@@ -26,14 +26,6 @@ def targets(tar):
 EXPECTED = {f"x/{name}.bin": f"{name}.bin".encode() * 300 for name in "abc"}
 
 
-def test_extraction_writes_the_bytes_and_leaves_the_archive(tar, targets, tmp_path):
-    before = tar.read_bytes(), tar.stat().st_mtime_ns
-    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 3
-    assert tree(tmp_path / "out") == EXPECTED
-    assert (tar.read_bytes(), tar.stat().st_mtime_ns) == before
-    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 0
-
-
 def test_what_is_finished_may_lie_on_a_read_only_disk(tar, targets, tmp_path, monkeypatch):
     extract_members(tar, targets, tmp_path / "out", progress=False)
 
@@ -53,14 +45,6 @@ def test_an_interrupted_extraction_is_finished_and_keeps_what_was_done(tar, targ
     assert extract_members(tar, targets, tmp_path / "out", progress=False) == 2
     assert tree(tmp_path / "out") == EXPECTED and not partial.exists()
     assert (tmp_path / "out/x/a.bin").stat().st_mtime_ns == kept
-
-
-def test_a_finished_folder_that_lost_files_is_repaired(tar, targets, tmp_path):
-    extract_members(tar, targets, tmp_path / "out", progress=False)
-    (tmp_path / "out/x/a.bin").unlink()
-    (tmp_path / "out/x/c.bin").write_bytes(b"longer" * 1000)
-    assert extract_members(tar, targets, tmp_path / "out", progress=False) == 2
-    assert tree(tmp_path / "out") == EXPECTED
 
 
 @pytest.mark.parametrize("name", ["readme.txt", "x/other.bin", "y/a.bin"])
