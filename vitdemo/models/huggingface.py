@@ -18,8 +18,9 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.models.loading import WEIGHTS_FILE, Plan, fill, read_config
+from vitdemo.errors import VitdemoError
+from vitdemo.models import loading
+from vitdemo.models.loading import WEIGHTS_FILE, Plan, read_config
 
 ARCHITECTURE = "ViTForImageClassification"
 WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")  # google/vit-large-patch16-224 has the second alone
@@ -107,12 +108,18 @@ def is_state_dict(state_dict: Mapping[str, torch.Tensor]) -> bool:
     return any(key.startswith(("vit.embeddings.", *BLOCKS)) for key in state_dict)
 
 
-def plan_from_config(config: Mapping, find: Callable[..., Path], source: str) -> Plan:
-    """The plan of a config.json; ``find`` gives the path of a file beside it, ``source`` names it in errors.
+def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> Plan:
+    """The plan of a folder in Hugging Face's layout.
 
-    Raises VitdemoError that names the file and the entry that cannot be expressed.
+    Args:
+        path: of the folder's config.json.
+        config: what that holds.
+        find: gives the path of the first of several files beside it that is there.
+
+    Raises:
+        VitdemoError: names the file and the entry that timm's module cannot express.
     """
-    module = build_module(config, source)
+    module = build_module(config, str(path))
     path = find("preprocessor_config.json")
     preprocessing = preprocessing_of(read_config(path), module.patch_embed.img_size, str(path))
     return Plan(module, preprocessing, classes_of(config), partial(find, *WEIGHTS_FILES), load_weights)
@@ -135,34 +142,37 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
         "patch_size": patch_size is not None,
     }
     _refuse(expressible, values, source, f"{ARCHITECTURE} with 3 channels and one of {', '.join(ACTIVATIONS)}")
-    try:
-        return VisionTransformer(
-            img_size=img_size,
-            patch_size=patch_size,
-            num_classes=values["num_labels"],
-            embed_dim=width,
-            depth=values["num_hidden_layers"],
-            num_heads=values["num_attention_heads"],
-            mlp_ratio=(values["intermediate_size"] + 0.5) / width,  # timm rounds the product with the width down
-            qkv_bias=values["qkv_bias"],
-            norm_layer=partial(LayerNorm, eps=float(values["layer_norm_eps"])),
-            act_layer=ACTIVATIONS[values["hidden_act"]],
-        )
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise VitdemoError(f"{source}: timm cannot build this model ({reason_of(error)}); check its numbers") from None
+    return VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size,
+        num_classes=values["num_labels"],
+        embed_dim=width,
+        depth=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        mlp_ratio=(values["intermediate_size"] + 0.5) / width,  # timm rounds the product with the width down
+        qkv_bias=values["qkv_bias"],
+        norm_layer=partial(LayerNorm, eps=float(values["layer_norm_eps"])),
+        act_layer=ACTIVATIONS[values["hidden_act"]],
+    )
 
 
 def load_weights(module: VisionTransformer, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy Hugging Face's tensors into timm's module, every key exactly once and in its own shape.
+    """Copy Hugging Face's tensors into timm's module; arguments and errors as of ``loading.load_weights``.
 
-    Raises VitdemoError that names the first missing, extra or misshapen key as the file has it.
+    Keys are named in errors as the file has them.
     """
     unused = [key for key in UNUSED if key in state_dict]
     if unused:
         print(f"{source}: {', '.join(unused)} not used, as the classifier does without", file=sys.stderr)
     prefix = next((prefix for prefix in BLOCKS if any(key.startswith(f"{prefix}.") for key in state_dict)), None)
-    targets = _targets(module, prefix or next(iter(BLOCKS)))
-    fill(targets, {key: tensor for key, tensor in state_dict.items() if key not in unused}, source)
+    theirs = nn.Module()  # a module of their names over timm's memory
+    for key, part in _targets(module, prefix or next(iter(BLOCKS))).items():
+        *path, name = key.split(".")
+        place = theirs
+        for step in path:
+            place = place._modules.setdefault(step, nn.Module())
+        place.register_buffer(name, part)
+    loading.load_weights(theirs, {key: tensor for key, tensor in state_dict.items() if key not in unused}, source)
 
 
 def _targets(module: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -27,8 +29,7 @@ from vitdemo.errors import VitdemoError, reason_of
 
 
 WEIGHTS_FILE = "model.safetensors"
-# BatchNorm's count of batches is read in training alone, and files older than torch 0.4.1 do not have it.
-OPTIONAL_KEY = "num_batches_tracked"
+MOST = 300  # characters of torch's list of keys that do not fit
 
 
 class Plan(NamedTuple):
@@ -82,61 +83,55 @@ def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy ``state_dict`` into ``module``, every key exactly once and in its own shape.
+    """Copy weights into a module, every key exactly once and in its own shape.
 
-    Raises VitdemoError that names the first missing, extra or misshapen key; ``source`` names the weights in it.
+    Args:
+        module: takes them in its own dtype.
+        state_dict: from a file.
+        source: names that file in errors.
+
+    Raises:
+        VitdemoError: torch's list of missing, extra and misshapen keys, in one line.
     """
-    fill(module.state_dict(), state_dict, source)
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        wrong = shorten(str(error).partition(":")[2], MOST, placeholder=" …")
+        raise VitdemoError(f"{source}: weights of another architecture: {wrong}") from None
 
 
-def fill(targets: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy each tensor of ``state_dict`` into the target of the same key; errors as in ``load_weights``."""
-    needed = [key for key in targets if key in state_dict or key.rpartition(".")[2] != OPTIONAL_KEY]
-    wrong = (
-        [f"key {key} is missing" for key in needed if key not in state_dict]
-        + [f"key {key} is not in this architecture" for key in state_dict if key not in targets]
-        + [
-            f"key {key} has shape {tuple(state_dict[key].shape)} where {tuple(targets[key].shape)} is needed"
-            for key in needed
-            if key in state_dict and state_dict[key].shape != targets[key].shape
-        ]
-    )
-    if wrong:
-        more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
-        raise VitdemoError(f"{source}: weights of another architecture: {wrong[0]}{more}")
-    with torch.no_grad():
-        for key in needed:
-            targets[key].copy_(state_dict[key])
+_found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # where its tensors lie, and their hash
 
 
-def weights_sha256(module: nn.Module) -> str:
+def weights_sha256(module: nn.Module, *, anew: bool = True) -> str:
     """sha256 over every tensor's name, dtype, shape and bytes: the same however the weights were stored.
 
-    Parameters and buffers, those that no file of weights holds included.
+    Args:
+        module: parameters and buffers count, those that no file of weights holds included.
+        anew: False takes what was found last where torch knows of no write since; it does not of one through ``.data``.
     """
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    state = [(name, x.data_ptr(), None if x.is_inference() else x._version) for name, x in tensors]
+    if not anew and _found.get(module, (None,))[0] == state:
+        return _found[module][1]
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    _found[module] = state, digest.hexdigest()
     return digest.hexdigest()
 
 
-def pretrained_file(repo_id: str) -> Path:
-    """The weights file of timm's hub repository, e.g. ``timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k``.
-
-    Taken from the local Hugging Face cache, otherwise downloaded into it. Raises VitdemoError that says
-    how to bring the file when there is neither a network nor a cached copy.
-    """
-    bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
-    return hub_file(repo_id, WEIGHTS_FILE, bring=f"{bring} (or use weights=random for speed alone)")
-
-
 def hub_file(repo_id: str, *names: str, bring: str) -> Path:
-    """The first of ``names`` that a hub repository has, from the local Hugging Face cache or downloaded into it.
+    """A file of a hub repository, from the local Hugging Face cache or downloaded into it.
 
-    Raises VitdemoError when there is no such repository or file, or neither a network nor a cached copy; it ends
-    with ``bring``, what to do on a machine with a network.
+    Args:
+        repo_id: owner/name.
+        names: of which the first that is there is taken.
+        bring: what to do on a machine with a network, for errors.
+
+    Raises:
+        VitdemoError: when there is no such repository or file, or neither a network nor a cached copy.
     """
     bring = f"on a machine with a network {bring}"
     try:
@@ -157,15 +152,13 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and the hub does not answer; {bring}")
 
 
-def _download(repo_id: str, *names: str) -> Path:
-    for name in names[:-1]:
-        try:
-            return Path(hf_hub_download(repo_id, name))
-        except LocalEntryNotFoundError:  # the connection broke, which says nothing about the repository
+def _download(repo_id: str, name: str, *others: str) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, name))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) or not others:  # the connection broke, or it was the last
             raise
-        except EntryNotFoundError:
-            continue
-    return Path(hf_hub_download(repo_id, names[-1]))
+        return _download(repo_id, *others)
 
 
 def hub_resolves() -> bool:
@@ -194,9 +187,15 @@ def full_tag(name: str) -> str:
 
 
 def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str]) -> Plan:
-    """The plan of a timm name; with pretrained weights it must be a full tag.
+    """The plan of one of timm's names.
 
-    Raises VitdemoError for an unknown one, with the nearest of timm's names and ``others``.
+    Args:
+        name: an architecture, or a full tag, which pretrained weights need.
+        pretrained: whether the weights are to be timm's.
+        others: names that may have been meant as well.
+
+    Raises:
+        VitdemoError: for an unknown name, with the nearest ones, and for an unknown tag, with those there are.
     """
     architecture, _, tag = name.partition(".")
     if not is_name(name):
@@ -207,52 +206,36 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str]) -> Pla
     if (tag and name not in tags) or (not tag and pretrained):
         problem = "has no such weights tag" if tag else "is an architecture; its weights need a full tag"
         raise VitdemoError(f"{name}: {problem}: {', '.join(tags) or 'timm has none for it'}")
-    config = timm.get_pretrained_cfg(name)
-    if config is None:  # an old name, which timm only forwards
-        raise VitdemoError(f"{name}: timm has another name for it now; timm.list_models() lists those there are")
-    config = config.to_dict()
-    return _plan(timm.create_model(name), config, partial(pretrained_file, _hub_id(name)))
+    module = timm.create_model(name)
+    repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
+    bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
+    bring = f"{bring} (or use weights=random for speed alone)"
+    return _plan(module, partial(hub_file, repo_id, WEIGHTS_FILE, bring=bring))
 
 
-def plan_from_config(config: Mapping, find: Callable[..., Path], source: str) -> Plan:
-    """The plan of a config.json; ``find`` gives the path of a file beside it, ``source`` names it in errors.
+def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> Plan:
+    """The plan of a folder in timm's hub layout.
 
-    Raises VitdemoError for a config that timm cannot build.
+    Args:
+        path: of the folder's config.json.
+        config: what that holds.
+        find: gives the path of a file beside it.
+
+    Raises:
+        VitdemoError: for a config that is not timm's.
     """
-    try:
-        architecture, pretrained_cfg = config["architecture"], dict(config["pretrained_cfg"])
-    except (KeyError, TypeError, ValueError):
+    if "architecture" not in config or not isinstance(config.get("pretrained_cfg"), dict):
         raise VitdemoError(
-            f'{source}: has neither "architecture" and "pretrained_cfg", as timm writes, nor "architectures", as '
+            f'{path}: has neither "architecture" and "pretrained_cfg", as timm writes, nor "architectures", as '
             "transformers writes; save the model with one of them"
-        ) from None
-    # As timm does: what the top level says of the outputs holds for the weights in this folder.
-    pretrained_cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key)}
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise VitdemoError(f"{source}: architecture {architecture!r} is not known to timm {timm.__version__}")
-    try:
-        arguments = {"num_classes": pretrained_cfg.get("num_classes", 1000), **(config.get("model_args") or {})}
-        module = timm.create_model(architecture, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise VitdemoError(f"{source}: timm cannot build this model ({reason_of(error)}); check model_args") from None
-    try:
-        return _plan(module, pretrained_cfg, partial(find, WEIGHTS_FILE))
-    except (TypeError, ValueError) as error:
-        raise VitdemoError(f"{source}: pretrained_cfg is not timm's ({reason_of(error)}); check its values") from None
+        )
+    return _plan(timm.create_model(f"local-dir:{path.parent}"), partial(find, WEIGHTS_FILE))
 
 
-def _plan(module: nn.Module, pretrained_cfg: dict, file: Callable[[], Path]) -> Plan:
-    preprocessing = Preprocessing(**resolve_data_config(pretrained_cfg=pretrained_cfg))
-    return Plan(module, preprocessing, _class_list(pretrained_cfg), file, load_weights)
-
-
-def _hub_id(name: str) -> str:
-    hub_id = timm.get_pretrained_cfg(name).hf_hub_id or "timm/"
-    return hub_id + name if hub_id.endswith("/") else hub_id
-
-
-def _class_list(pretrained_cfg: dict) -> tuple[str, ...] | None:
-    """The wnids a timm config names; ImageNet-1k's own list for 1,000 unnamed outputs."""
-    if pretrained_cfg.get("label_names"):
-        return tuple(pretrained_cfg["label_names"])
-    return tuple(ImageNetInfo("imagenet-1k").label_names()) if pretrained_cfg.get("num_classes") == 1000 else None
+def _plan(module: nn.Module, file: Callable[[], Path]) -> Plan:
+    config = module.pretrained_cfg
+    classes = config.get("label_names") or ()
+    if not classes and config.get("num_classes") == 1000:
+        classes = ImageNetInfo("imagenet-1k").label_names()
+    preprocessing = Preprocessing(**resolve_data_config(pretrained_cfg=config))
+    return Plan(module, preprocessing, tuple(classes) or None, file, load_weights)

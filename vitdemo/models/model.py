@@ -4,14 +4,13 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -61,12 +60,13 @@ class ModelInfo:
 class Model:
     """A torch module that takes normalised float32[B, 3, H, W] and gives logits [B, C], and its ModelInfo.
 
-    ``info.weights_sha256`` is that of the weights that the module has now, whatever it was before.
+    ``info.weights_sha256`` is that of the weights that the module has now, whatever it was before. They are read for it
+    once, and again by each ``convert``.
     """
 
     def __init__(self, module: nn.Module, info: ModelInfo):
         self.module = module.eval().requires_grad_(False)
-        self.info = replace(info, weights_sha256=weights_sha256(module))
+        self.info = replace(info, weights_sha256=weights_sha256(module, anew=False))
 
     @classmethod
     def from_module(
@@ -161,18 +161,30 @@ def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
 def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
     """A model by name, in evaluation mode and float32.
 
-    name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the Hugging
-    Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in timm's hub layout
-    or in Hugging Face's (ViTForImageClassification). weights: "pretrained", "random" (seed 0, for speed alone), or a
-    file for that architecture. Raises VitdemoError for anything that cannot be found or does not fit, and for a model
-    that is larger than the memory that is free.
+    Args:
+        name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the
+            Hugging Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in
+            timm's hub layout or in Hugging Face's (ViTForImageClassification).
+        weights: "pretrained", "random" (seed 0, for speed alone), or a file for that architecture.
+
+    Raises:
+        VitdemoError: for anything that cannot be found or does not fit, and for a model that is larger than the memory
+            that is free.
     """
-    name = os.path.expanduser(str(name))
-    _check_memory(name, pretrained=weights == "pretrained")
-    with _seeded(), nullcontext() if weights == "random" else _ParametersAsAllocated():
-        tag, plan = _planned(name, pretrained=weights == "pretrained")
+    name, pretrained = os.path.expanduser(str(name)), weights == "pretrained"
+    _check_memory(name, shapes_of(name, pretrained=pretrained))
+    try:
+        with torch.random.fork_rng(devices=[]):  # random weights leave the caller's seed alone
+            torch.manual_seed(0)
+            tag, plan = _planned(name, pretrained=pretrained)
+    except VitdemoError:
+        raise
+    except Exception as error:  # each of timm's models has errors of its own
+        raise VitdemoError(
+            f"{name}: timm cannot build this model ({reason_of(error)}); check its config.json"
+        ) from None
     if weights != "random":
-        file = plan.file() if weights == "pretrained" else user_path(weights)
+        file = plan.file() if pretrained else user_path(weights)
         state_dict = read_state_dict(file)
         if huggingface.is_state_dict(state_dict) and plan.load is not huggingface.load_weights:
             raise VitdemoError(
@@ -185,9 +197,17 @@ def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
 
 
 def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
-    """The model called ``name`` without values, which takes no memory; None for one that needs values to be built.
+    """A model without values, which takes no memory.
 
-    Raises VitdemoError where there is none of this name.
+    Args:
+        name: as in ``load_model``.
+        pretrained: whether its weights are to be those of that name.
+
+    Returns:
+        None for a model that needs values to be built.
+
+    Raises:
+        VitdemoError: where there is none of this name.
     """
     try:
         with torch.device("meta"):
@@ -198,35 +218,14 @@ def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
         return None
 
 
-def _check_memory(name: str, *, pretrained: bool) -> None:
+def _check_memory(name: str, plan: Plan | None) -> None:
     """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
-    plan = shapes_of(name, pretrained=pretrained)
-    if plan is None:
-        return
-    needed, free = sum(tensor.nbytes for tensor in plan.module.parameters()), free_memory_bytes()
-    if needed > free:
+    needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
+    if needed > (free := free_memory_bytes()):
         raise VitdemoError(
             f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "
             "smaller model, or close other programs"
         )
-
-
-@contextmanager
-def _seeded():
-    """The same random numbers every time, leaving torch's global seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-class _ParametersAsAllocated(TorchFunctionMode):
-    """Skips the initial values of a model whose weights are read from a file next: a large model's take seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
-        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        return target if in_place and isinstance(target, nn.Parameter) else func(*args, **kwargs)
 
 
 def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
@@ -248,7 +247,7 @@ def _plan_from_files(find: Callable[..., Path]) -> Plan:
     path = find("config.json")
     config = read_config(path)
     layout = huggingface if huggingface.is_config(config) else timm_models
-    return layout.plan_from_config(config, find, str(path))
+    return layout.plan_from_config(path, config, find)
 
 
 def _in_folder(folder: Path, *names: str) -> Path:
