@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.artifacts import Recipe, Ticket, artifacts_root
+from vitdemo.engines.artifacts import Recipe, artifacts_root
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
@@ -108,9 +108,9 @@ class EngineBench:
         return peak_memory_bytes() if sys.platform == "linux" else None
 
 
-def open_bench(source: Recipe | Ticket, threads: int) -> EngineBench:
+def open_bench(source: Recipe, threads: int) -> EngineBench:
     """source: the ticket of an engine that reads an artifact; what any other engine is made from."""
-    if isinstance(source, Ticket):
+    if source.model is None:
         engine = source.load(artifacts_root() / source.folder_name, threads)
     else:
         engine = source.engine(threads)

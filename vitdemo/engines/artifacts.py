@@ -12,11 +12,10 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,6 +30,7 @@ from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.machine import cores, free_memory_bytes, installed_version, now
+from vitdemo.models.loading import weights_sha256
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import PART, cache_root
 from vitdemo.precisions import ABSENT, EMULATED
@@ -177,85 +177,123 @@ def recipe_for(
     device = resolve_device(device, cls)
     _say_what_is_not_native(cls, precision, device)
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
-    model = Model(model.module, model.info)  # hashed anew: its weights may have been changed since
-    return Recipe(model, cls, precision, device, images)
+    return Recipe.of(model, cls, precision, device, images)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an artifact is made from."""
+    """What an engine is made from, and how the cache knows it.
 
-    model: Model
+    hashes: of the architecture, of the code that builds, and of the calibration images. model, calibration: of which
+    it is built; None in a ``ticket``.
+    """
+
     cls: type[Engine]
     precision: str
     device: str
+    info: ModelInfo
+    hashes: dict[str, str | None]
+    model: Model | None
     calibration: Calibration | None
 
-    @cached_property
+    @classmethod
+    def of(
+        cls, model: Model, engine: type[Engine], precision: str, device: str, calibration: Calibration | None = None
+    ) -> "Recipe":
+        """For ``model`` as it is now."""
+        weights_sha256(model.module)  # reads them anew, as nobody else sees what was written through ``.data``
+        model = Model(model.module, model.info)
+        hashes = {
+            "architecture": architecture_sha256(model.module) or f"{UNKNOWN} {uuid4()}",
+            "builder": _sha256(f"{_source(inspect.getmodule(engine) or engine)}\n{_source(graph)}".encode()),
+            "calibration": calibration and calibration.fingerprint,
+        }
+        return cls(engine, precision, device, model.info, hashes, model, calibration)
+
+    @property
     def ingredients(self) -> dict:
-        """Everything that shapes the artifact, as JSON can hold it."""
+        """Everything that shapes the engine on this machine, as JSON can hold it."""
+        packages = ("vitdemo", "torch", "torchvision", "timm", *self.cls.packages)
         return {
             "engine": self.cls.name,
             "precision": self.precision,
             "device": self.device,
-            "model": self.model.info.to_dict(),
-            "architecture": architecture_sha256(self.model.module) or f"{UNKNOWN} {uuid4()}",
-            "builder": _sha256(f"{_source(inspect.getmodule(self.cls) or self.cls)}\n{_source(graph)}".encode()),
-            "calibration": self.calibration and self.calibration.fingerprint,
-            **built_for(self.cls),
+            "model": self.info.to_dict(),
+            **self.hashes,
+            "versions": {name: installed_version(name) for name in packages},
+            "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
         }
 
-    @cached_property
+    @property
     def key(self) -> str:
-        """sha256 of the ingredients."""
+        """sha256 of the ingredients, so another one on a machine that needs another artifact."""
         return _sha256(json.dumps(self.ingredients, sort_keys=True).encode())
-
-    def engine(self, threads: int, force: bool = False) -> Engine:
-        """The engine, from the cache if it is one that is built."""
-        if issubclass(self.cls, CompiledEngine):
-            with named_errors(artifacts_root()):
-                ready = self.cached(threads, force)
-        else:
-            card = {"key": self.key, **self.ingredients}  # before the clock starts
-            start = now()
-            with self._named("cannot be made ready"):
-                ready = self.cls(self.model, self.precision, device=self.device, threads=threads)
-            ready.card, ready.load_s = card, now() - start
-        ready.recipe = self
-        return ready
-
-    def ticket(self) -> "Ticket":
-        """What another process needs to get the same engine."""
-        what = self.cls, self.precision, self.device, self.model.info
-        return Ticket(self.folder_name, self.key, *what, built_for(self.cls))
 
     @property
     def folder_name(self) -> str:
-        name = re.sub(r"[^\w.]+", "_", self.model.info.tag)
+        name = re.sub(r"[^\w.]+", "_", self.info.tag)
         return f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
 
-    def cached(self, threads: int, force: bool) -> Engine:
-        """The engine from the cache, where it is built first if it is not there or ``force`` is given."""
+    def ticket(self) -> "Recipe":
+        """This without the model: what another process needs to get the same engine from a cache."""
+        return replace(self, model=None, calibration=None)
+
+    def engine(self, threads: int, force: bool = False) -> Engine:
+        """The engine; from the cache, where it is built first if it is not there or ``force`` is given."""
+        if issubclass(self.cls, CompiledEngine):
+            with named_errors(artifacts_root()):
+                ready = self._cached(threads, force)
+        else:
+            card = {"key": self.key, **self.ingredients}  # before the clock starts
+            with self._named("cannot be made ready"):
+                ready = self._ready(card, threads, self.model)
+        ready.recipe = self
+        return ready
+
+    def open(self, recipe: "Callable[[], Recipe]", threads: int) -> Engine:
+        """A ticket's engine, from this machine's cache; made from ``recipe`` where it has none."""
+        folder = artifacts_root() / self.folder_name
+        if folder.exists():
+            with suppress(Exception), FileLock(f"{folder}.lock"):  # on any failure go on, and build
+                return self.load(folder, threads)
+        return recipe().engine(threads)
+
+    def load(self, folder: Path, threads: int) -> Engine:
+        """The engine that was built into ``folder``. Raises anything when it is damaged or another one."""
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if card["key"] != self.key:
+            raise ValueError("its card is that of another artifact")
+        if card["files"] != _files(folder):
+            raise ValueError("its files have not the sizes of those that were built")
+        return self._ready(card, threads, folder, self.info)
+
+    def _ready(self, card: dict, threads: int, *source) -> Engine:
+        start = now()
+        ready = self.cls(*source, self.precision, device=self.device, threads=threads)
+        ready.card, ready.load_s = card, now() - start
+        return ready
+
+    def _cached(self, threads: int, force: bool) -> Engine:
         folder = artifacts_root() / self.folder_name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
             if folder.exists() and not force:
                 try:
-                    return self.ticket().load(folder, threads)
+                    return self.load(folder, threads)
                 except VitdemoError:  # what this machine lacks a new build would not put right
                     raise
                 except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
                     print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
             self._build(folder)
             with self._named("it was built, and cannot be loaded"):
-                return self.ticket().load(folder, threads)
+                return self.load(folder, threads)
 
     def _build(self, folder: Path) -> None:
         partial = folder.with_name(folder.name + PART)
         shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
         self._check_room(folder.parent)
         partial.mkdir()
-        print(f"building {self.cls.name} {self.precision} of {self.model.info.tag}, once", file=sys.stderr)
+        print(f"building {self.cls.name} {self.precision} of {self.info.tag}, once", file=sys.stderr)
         try:
             start = now()
             pixels = self.calibration.pixels if self.calibration else None
@@ -268,7 +306,7 @@ class Recipe:
             shutil.rmtree(folder, ignore_errors=True)
             Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
             partial.rename(folder)
-            if self.ingredients["architecture"].startswith(UNKNOWN):  # nobody will find it again
+            if self.hashes["architecture"].startswith(UNKNOWN):  # nobody will find it again
                 atexit.register(shutil.rmtree, folder, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -281,7 +319,7 @@ class Recipe:
         except (VitdemoError, OSError):
             raise
         except Exception as error:
-            own = f"{self.cls.name} {self.precision} of {self.model.info.tag}"
+            own = f"{self.cls.name} {self.precision} of {self.info.tag}"
             raise VitdemoError(
                 f"{own}: {what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
             ) from error
@@ -299,64 +337,9 @@ class Recipe:
         needed, free = BUILD_MEMORY * weights, free_memory_bytes()
         if needed > free:
             raise VitdemoError(
-                f"{self.cls.name} {self.precision} of {self.model.info.tag}: building may take {needed / 1e9:.1f} GB "
+                f"{self.cls.name} {self.precision} of {self.info.tag}: building may take {needed / 1e9:.1f} GB "
                 f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
             )
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What another process, perhaps on another machine, needs to get an engine: where it lies in a cache, and whose.
-
-    built_for: the versions and the instruction set that the artifact holds for.
-    """
-
-    folder_name: str
-    key: str
-    cls: type[Engine]
-    precision: str
-    device: str
-    info: ModelInfo
-    built_for: dict
-
-    def open(self, recipe: Callable[[], Recipe], threads: int) -> Engine:
-        """The engine from this machine's cache; built from ``recipe`` where it has none, or is another machine."""
-        folder = artifacts_root() / self.folder_name
-        if folder.exists() and self.built_for == built_for(self.cls):
-            with suppress(Exception), FileLock(f"{folder}.lock"):  # on any failure go on, and build
-                return self.load(folder, threads)
-        return replace(recipe()).engine(threads)  # without the cached key, which holds the other machine's versions
-
-    def load(self, folder: Path, threads: int) -> Engine:
-        """Raises anything when the artifact is damaged or another one."""
-        start = now()
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if card["key"] != self.key:
-            raise ValueError("its card is that of another artifact")
-        if {name: file["bytes"] for name, file in card["files"].items()} != _sizes(folder):
-            raise ValueError("its files have not the sizes of those that were built")
-        with ThreadPoolExecutor(1) as pool:  # reading every byte takes as long as getting ready to run
-            files = pool.submit(_files, folder)
-            if self.cls.machine_code:
-                _check_files(card, files.result())
-            ready = self.cls(folder, self.info, self.precision, device=self.device, threads=threads)
-            _check_files(card, files.result())
-        ready.card, ready.load_s = card, now() - start
-        return ready
-
-
-def built_for(cls: type[Engine]) -> dict:
-    """The versions and the CPU's instructions here that an artifact of ``cls`` depends on."""
-    packages = ("vitdemo", "torch", "torchvision", "timm", *cls.packages)
-    return {
-        "versions": {name: installed_version(name) for name in packages},
-        "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
-    }
-
-
-def _check_files(card: dict, files: dict) -> None:
-    if card["files"] != files:
-        raise ValueError("its files are not those that were built")
 
 
 def _engine_class(engine: str, precision: str) -> type[Engine]:
@@ -391,19 +374,10 @@ def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> N
         )
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file of an artifact, the card left out."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-
-
 def _files(folder: Path) -> dict[str, dict]:
-    """Size in bytes and sha256 of every file of an artifact, the card left out."""
-    found = {}
-    for name, size in _sizes(folder).items():
-        with open(folder / name, "rb") as file:
-            found[name] = {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    return found
+    """Size in bytes of every file of an artifact, the card left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size} for path in paths}
 
 
 def _sha256(data: bytes) -> str:

@@ -144,12 +144,9 @@ class CompiledEngine(Engine):
     """An engine whose runtime reads files: ``build`` writes them once, ``__init__`` loads them.
 
     calibrated: the precisions whose ``build`` needs images to find the ranges of the activations.
-    machine_code: whether an artifact is code of the CPU's, which is not loaded before all of it is known to be whole;
-    any other is checked while it is loaded.
     """
 
     calibrated: ClassVar[tuple[str, ...]] = ()
-    machine_code: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,13 +13,14 @@ from tqdm.auto import tqdm
 
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.artifacts import CARD, VERIFIED, artifacts_root
+from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe, artifacts_root
 from vitdemo.engines.contract import Engine, EngineFailure
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import data_root, replacing
+from vitdemo.precisions import TORCH_TYPES
 from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
 
@@ -66,7 +66,8 @@ def verify(
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
     report = make_report(engine, model.info, data, comparisons)
-    if engine.recipe and replace(engine.recipe, model=Model(model.module, model.info)).key == engine.card["key"]:
+    made = engine.recipe
+    if made and Recipe.of(model, made.cls, made.precision, made.device, made.calibration).key == engine.card["key"]:
         _keep(report, engine)  # which was not held against another model, to see it fail
     return report
 
@@ -144,10 +145,13 @@ def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[st
     if precision == "fp32":
         one_thread = EagerEngine(model, "fp32", device="cpu", threads=1)
         return {"one thread": one_thread.layers, "one by one": one_by_one, "plain attention": plain_attention}
-    if precision == "bf16":
-        return {"eager bf16": EagerEngine(model, "bf16", device="cpu", threads=reference.threads).layers}
-    rounded = Model(_rounded(model.module), model.info)
-    return {"weights in 8 bits": EagerEngine(rounded, "fp32", device="cpu", threads=reference.threads).layers}
+    if precision == "int8":
+        rounded = Model(_rounded(model.module), model.info)
+        return {"weights in 8 bits": EagerEngine(rounded, "fp32", device="cpu", threads=reference.threads).layers}
+    if precision in TORCH_TYPES:
+        eager = EagerEngine(model, precision, device="cpu", threads=reference.threads)
+        return {f"eager {precision}": eager.layers}
+    raise VitdemoError(f"{precision}: no other way to compute in it is known, so no noise floor to verify by")
 
 
 def _rounded(module: nn.Module) -> nn.Module:
