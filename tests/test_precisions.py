@@ -14,7 +14,7 @@ from vitdemo.benchmarking.pairs import Pair, choose_pairs
 from vitdemo.doctor import examine
 from vitdemo.engines import artifacts
 from vitdemo.models.model import FlopsByPrecision
-from vitdemo.precisions import MASKS, named_as_run, support_of, torch_product, torch_support
+from vitdemo.precisions import MASKS, shares_that_ran, support_of, torch_product, torch_support
 
 
 @pytest.fixture
@@ -60,9 +60,10 @@ def test_one_hiccup_decides_nothing(unmasked):
 
 
 def test_an_emulated_precision_is_named_so_in_what_ran():
-    ran = named_as_run({"bf16": 0.9, "fp32": 0.1}, {"fp32": "native", "bf16": "emulated"})
+    ran = shares_that_ran({"bf16": 9, "fp32": 1}, {"fp32": "native", "bf16": "emulated"})
     assert ran == {"bf16 emulated": 0.9, "fp32": 0.1}
-    assert named_as_run({"int8": 1.0}, {"int8": "native"}) == {"int8": 1.0}
+    assert shares_that_ran({"int8": 99.1}, {"int8": "native"}, expected=100) == {"int8": 1.0}
+    assert shares_that_ran({"int8": 75}, {}, expected=100) == {"int8": 0.75, "unknown": 0.25}
 
 
 def test_products_multiply_what_they_say():

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 import torch
@@ -13,6 +14,14 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number
 # Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
 # says of the processor does not follow them.
 MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+# What torch, ONNX Runtime and OpenVINO call them.
+NAMES = {
+    "fp32": ("float32", "float", "f32"),
+    "fp16": ("float16", "f16"),
+    "bf16": ("bfloat16",),
+    "int8": ("uint8", "i8", "u8"),
+}
+PRECISION_OF = {theirs: precision for precision, names in NAMES.items() for theirs in names}
 SIDE, ROUNDS = 256, 15  # of the small product that decides, and how often it is timed
 
 Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
@@ -85,6 +94,19 @@ def torch_support() -> dict[str, str]:
     return {name: NATIVE if name == "fp32" else support_of(name, words, torch_product) for name in TORCH_TYPES}
 
 
-def named_as_run(shares: dict[str, float], support: dict[str, str]) -> dict[str, float]:
-    """``shares`` of multiply-accumulates by precision, with an emulated one called ``bf16 emulated``."""
-    return {f"{name} {EMULATED}" if support.get(name) == EMULATED else name: share for name, share in shares.items()}
+def shares_that_ran(work: Mapping[str, float], support: Mapping[str, str], expected: float = 0.0) -> dict[str, float]:
+    """The share of a model's work in each precision; one that is emulated is called ``bf16 emulated``.
+
+    Args:
+        work: multiply-accumulates that were seen, or FLOPs, by precision or a runtime's name of it.
+        support: how each precision is computed here.
+        expected: the model's work. Where more than 1 % of it was not seen, in kernels of an unknown kind, that is
+            "unknown".
+    """
+    seen: Counter[str] = Counter()
+    for name, count in work.items():
+        precision = PRECISION_OF.get(name, name)
+        seen[f"{precision} {EMULATED}" if support.get(precision) == EMULATED else precision] += count
+    if (missing := expected - seen.total()) > 0.01 * expected:
+        seen["unknown"] = missing
+    return {name: count / seen.total() for name, count in seen.items()}

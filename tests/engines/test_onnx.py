@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import onnx
@@ -11,19 +10,10 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from vitdemo import Model, VitdemoError, convert, load_model, reference_crop
+from tests.engines.near import relative_l2
+from vitdemo import Model, VitdemoError, convert
 from vitdemo.engines.artifacts import artifacts_root
 from vitdemo.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
-
-
-@pytest.fixture(scope="module")
-def crops(shapes20, vit_shapes20) -> torch.Tensor:
-    return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(200)])
-
-
-@pytest.fixture(scope="module")
-def reference(eager, crops) -> torch.Tensor:
-    return in_batches(eager, crops)
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +50,6 @@ def small(vit_shapes20) -> Model:
     return Model.from_module(Small(), vit_shapes20.info.preprocessing, name="small")
 
 
-def in_batches(engine, x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([engine(batch) for batch in x.split(8)])
-
-
-def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of logits centred over the images."""
-    return float(torch.corrcoef(torch.stack([(each - each.mean(0)).flatten() for each in (a, b)]))[0, 1])
-
-
-def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a.argmax(1) == b.argmax(1)).float().mean().item()
-
-
 def loaded(model: Model, precision: str, folder, pixels: torch.Tensor | None = None) -> ONNXEngine:
     """Built into ``folder`` and loaded from it, without a cache."""
     ONNXEngine.build(model, precision, folder, device="cpu", calibration=pixels)
@@ -87,56 +60,6 @@ def unknown_of_twice_the_work(folder, model: Model, precision: str) -> float:
     """The share of multiplications that is missing when the model says twice as many as torch counts: half of them."""
     info = replace(model.info, flops_per_image=2 * model.info.flops_per_image)
     return ONNXEngine(folder, info, precision, device="cpu", threads=2).precision_ran["unknown"]
-
-
-def test_fp32_is_eager(engines, crops, reference):
-    assert relative_l2(in_batches(engines["fp32"], crops), reference) <= 1e-4
-
-
-def test_int8_answers_as_eager_does(engines, crops, reference):
-    logits = in_batches(engines["int8"], crops)
-    assert agreement(logits, reference) >= 0.98 and pearson(logits, reference) >= 0.98
-    assert relative_l2(logits, reference) > 1e-4  # rounded it is
-
-
-@pytest.mark.soak
-def test_int8_agreement_over_all_of_shapes20(engines, eager, shapes20):
-    x = torch.stack([reference_crop(sample.jpeg, eager.info.preprocessing) for sample in shapes20])
-    expected, logits = in_batches(eager, x), in_batches(engines["int8"], x)
-    print(f"agreement {agreement(logits, expected)}, Pearson {pearson(logits, expected)}")
-    assert agreement(logits, expected) >= 0.98 and pearson(logits, expected) >= 0.98
-
-
-@pytest.mark.parametrize("precision", ONNXEngine.precisions)
-def test_an_image_is_answered_alike_in_any_batch(engines, crops, precision):
-    engine = engines[precision]
-    expected = in_batches(engine, crops[:34])
-    for size in (1, 3, 17, 34):
-        torch.testing.assert_close(engine(crops[:size]), expected[:size], atol=1e-4, rtol=1e-4)
-
-
-def test_calls_from_several_threads(engines, crops):
-    engine = engines["int8"]
-    batches = crops[:40].split(5)
-    expected = [engine(batch) for batch in batches]
-    with ThreadPoolExecutor(4) as pool:
-        assert all(map(torch.equal, pool.map(engine, batches), expected))
-
-
-def test_input_in_any_memory_layout_is_left_alone(engines, crops):
-    x = crops[:4].contiguous(memory_format=torch.channels_last)
-    assert torch.equal(engines["fp32"](x), engines["fp32"](crops[:4]))
-    assert torch.equal(x, crops[:4])
-
-
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("int8", 5e-2)])
-def test_layers_are_near_eagers(engines, eager, crops, precision, tolerance):
-    expected, layers = eager.layers(crops[:8]), engines[precision].layers(crops[:8])
-    assert list(layers) == list(expected) and list(layers)[-1] == "logits"
-    for name, values in layers.items():
-        assert values.dtype == torch.float32 and values.shape == expected[name].shape
-        assert relative_l2(values, expected[name]) <= tolerance, name
-    assert relative_l2(layers["logits"], engines[precision](crops[:8])) <= 1e-5  # the twin is the artifact's
 
 
 def test_precision_that_ran(engines, vit_shapes20):
@@ -193,15 +116,6 @@ def test_normalisation_is_not_rounded(folders):
     assert value == "x" and chain == ["Div", "Sub", "Div", "Cast"]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "taps.json"])
-def test_truncated_files_are_refused(folders, vit_shapes20, tmp_path, name):
-    shutil.copytree(folders["fp32"], tmp_path, dirs_exist_ok=True)
-    data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(Exception, match="."):
-        ONNXEngine(tmp_path, vit_shapes20.info, "fp32", device="cpu", threads=2)
-
-
 def test_an_idle_engine_leaves_the_cores_alone(engines, crops):
     busy = 0.0
     for _ in range(10):
@@ -210,23 +124,6 @@ def test_an_idle_engine_leaves_the_cores_alone(engines, crops):
         time.sleep(0.05)
         busy += time.process_time() - start
     assert busy < 0.05  # threads that spin would make it 0.2 and more
-
-
-@pytest.mark.parametrize("precision", ONNXEngine.precisions)
-def test_resnet18(precision):
-    model = load_model("resnet18.tv_in1k", weights="random")
-    x = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    reference, engine = convert(model), convert(model, "onnx", precision, calibration=x)
-    assert engine.precision_ran == {precision: pytest.approx(1)}
-    logits, expected = engine(x), reference(x)
-    layers, of_eager = engine.layers(x), reference.layers(x)
-    folded = {"conv1"} if precision == "int8" else set()  # into the batch norm that follows
-    assert list(layers) == [name for name in of_eager if name not in folded]
-    assert all(values.shape == of_eager[name].shape for name, values in layers.items())
-    if precision == "fp32":
-        assert relative_l2(logits, expected) <= 1e-4
-    else:
-        assert pearson(logits, expected) >= 0.98
 
 
 def test_building_is_quiet_and_leaves_the_model_alone(small, tmp_path, capfd):

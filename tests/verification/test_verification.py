@@ -318,6 +318,13 @@ def test_bad_input_is_one_line(vit_shapes20, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_precision_of_an_unknown_noise_floor_is_refused(vit_shapes20, monkeypatch):
+    """And not held against int8's, which is wider than that of any other."""
+    monkeypatch.setitem(TOLERANCES, "fp12", TOLERANCES["bf16"])
+    with pytest.raises(VitdemoError, match="fp12: no other way to compute in it is known, so no noise floor"):
+        verify(Altered(vit_shapes20, "fp12"), vit_shapes20, images=1, progress=False)
+
+
 def test_models_and_data_that_do_not_belong_together(eager, vit_shapes20, shapes20):
     resnet = load_model("resnet18", "random")
     info = replace(resnet.info, preprocessing=replace(resnet.info.preprocessing, crop_pct=0.5))

@@ -152,11 +152,21 @@ def convert(
 ) -> Engine:
     """``model`` in ``engine`` and ``precision``, ready to run: from the cache, or built now and kept there.
 
-    calibration: the images that int8 needs, see ``calibration_for``. device: "cpu", "cuda", or "auto" (CUDA where
-    there is one). threads: CPU threads a call may use, all cores by default. force: build anew. Raises VitdemoError for
-    an unknown engine, precision or device, listing those there are, for a precision that the runtime does not have on
-    this processor, for a runtime that is not installed, and when calibration images are missing. An emulated precision
-    is said so on stderr.
+    An emulated precision is said so on stderr.
+
+    Args:
+        model: what it computes, and with which weights, is looked at anew in each call.
+        engine: its name, one of ``find_engines()``.
+        precision: one of the engine's ``precisions``.
+        calibration: the images that int8 needs, see ``calibration_for``.
+        device: "cpu", "cuda", or "auto" (CUDA where there is one).
+        threads: CPU threads a call may use, all cores by default.
+        force: build anew.
+
+    Raises:
+        VitdemoError: for an unknown engine, precision or device, listing those there are, for a precision that the
+            runtime does not have on this processor, for a runtime that is not installed, and when calibration images
+            are missing.
     """
     if threads is not None and threads < 1:
         raise VitdemoError(f"threads {threads}: must be at least 1")

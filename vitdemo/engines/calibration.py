@@ -46,9 +46,13 @@ class Calibration:
 def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
     """Up to 256 images for ``model``, spread evenly over what is given.
 
-    given: a data set, its path (a val set's, or a train set's with no val set beside it), a plain tar of JPEGs, or
-    pixels, uint8[N, 3, H, W]. None takes the bundled ones for vit_shapes20 and random pixels for random weights.
-    Raises VitdemoError when there are none, or none that fit.
+    Args:
+        model: whose crop they get.
+        given: a data set, its path (a val set's, or a train set's with no val set beside it), a plain tar of JPEGs, or
+            pixels, uint8[N, 3, H, W]. None takes the bundled ones for vit_shapes20, random pixels for random weights.
+
+    Raises:
+        VitdemoError: when there are none, or none that fit.
     """
     info = model.info
     if given is None:

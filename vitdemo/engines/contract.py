@@ -87,8 +87,16 @@ class Engine(ABC):
 
     @classmethod
     def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
-        """A call that multiplies an [m, k] matrix by a [k, n] one, by which precisions and roofs are measured; None
-        where the runtime does not multiply in ``precision`` here, or has no plain products."""
+        """A call that multiplies an [m, k] matrix by a [k, n] one, by which precisions and roofs are measured.
+
+        Args:
+            precision: of both matrices.
+            shape: m, k, n.
+            threads: CPU threads that it uses.
+
+        Returns:
+            None where the runtime does not multiply in ``precision`` here, or has no plain products.
+        """
         return None
 
     @abstractmethod
@@ -164,8 +172,15 @@ class CompiledEngine(Engine):
     ) -> None:
         """Write the artifact of ``model`` into the empty ``folder``; nothing else is kept.
 
-        calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, else None. Raises VitdemoError for what
-        the user can put right, such as a missing compiler.
+        Args:
+            model: is left as it is.
+            precision: one of ``precisions``.
+            folder: whose files the runtime will read.
+            device: "cpu" or "cuda".
+            calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, else None.
+
+        Raises:
+            VitdemoError: for what the user can put right, such as a missing compiler.
         """
 
 
@@ -179,7 +194,15 @@ def find_engines() -> dict[str, type[Engine]]:
 
 
 def resolve_device(device: str, cls: type[Engine]) -> str:
-    """ "cpu" or "cuda" for ``cls``. Raises VitdemoError for a device that is unknown, missing, or not the engine's."""
+    """ "cpu" or "cuda" for an engine.
+
+    Args:
+        device: "auto" takes CUDA where there is one and the engine runs on it.
+        cls: the engine.
+
+    Raises:
+        VitdemoError: for a device that is unknown, missing, or not the engine's.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
     if device not in ("cpu", "cuda"):

@@ -8,9 +8,7 @@ import torch
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.graph import Normalised, tap_points
 from vitdemo.models.model import FlopsByPrecision, Model
-from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, Call, Shape, named_as_run, torch_product, torch_support
-
-PRECISION_OF = {str(dtype).removeprefix("torch."): precision for precision, dtype in TORCH_TYPES.items()}
+from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, Call, Shape, shares_that_ran, torch_product, torch_support
 
 
 class EagerEngine(Engine):
@@ -70,6 +68,4 @@ class EagerEngine(Engine):
         self.has_run = True
         with torch.no_grad(), FlopsByPrecision() as counter:
             self._module(x)
-        total = sum(counter.flops.values())
-        shares = {PRECISION_OF.get(dtype, dtype): flops / total for dtype, flops in counter.flops.items()}
-        return named_as_run(shares, self.support(self.device))
+        return shares_that_ran(counter.flops, self.support(self.device))

@@ -1,6 +1,7 @@
 """The graph that every engine runs, uint8 pixels -> normalised floats -> the model -> logits, and views into it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from timm.models import VisionTransformer
@@ -40,19 +41,26 @@ class Normalised(nn.Module):
             return self.module(x).float()
         taken: dict[str, torch.Tensor] = {}
 
-        def take(name: str, output: torch.Tensor | tuple) -> None:
+        def take(name: str, _, output: torch.Tensor | tuple) -> None:
             taken[name] = _first(output).clone()  # as a ReLU that works in place would change what was taken
 
-        hooks = [
-            self.module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: take(name, output))
-            for name in self.taps
-        ]
-        try:
+        with watched(self.module, self.taps, take):
             logits = self.module(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return logits.float(), *(taken[name].float() for name in self.taps)
+
+
+@contextmanager
+def watched(module: nn.Module, names: Iterable[str], note: Callable[[str, tuple, object], None]) -> Iterator[None]:
+    """Inside, ``note(name, inputs, output)`` is called whenever one of the submodules called ``names`` has run."""
+    hooks = [
+        module.get_submodule(name).register_forward_hook(lambda _, *seen, name=name: note(name, *seen))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
@@ -62,6 +70,10 @@ def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str
     residual stream, each block, and the last norm. Of any other module its children that have parameters, those of a
     list or a dict of modules one by one, but for the last one, which gives the logits. Only what gives a tensor when
     a black image runs through counts: some parts of a model are for training alone.
+
+    Args:
+        module: is run once.
+        input_size: (3, H, W) of that image.
     """
     if isinstance(module, VisionTransformer):
         blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
@@ -79,25 +91,16 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, int]) -> tuple[str, ...]:
-    known = dict(module.named_modules())
-    ran: dict[str, None] = {}
+    ran: set[str] = set()
 
-    def note(name: str, output: object) -> None:
+    def note(name: str, _, output: object) -> None:
         if isinstance(_first(output), torch.Tensor):
-            ran[name] = None
+            ran.add(name)
 
-    hooks = [
-        known[name].register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name in names
-        if name in known
-    ]
     like = next(module.parameters(), torch.empty(0))
-    try:
-        with torch.no_grad():
-            module(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    known = {name for name, _ in module.named_modules()}
+    with torch.no_grad(), watched(module, known.intersection(names), note):
+        module(torch.zeros(1, *input_size, dtype=like.dtype, device=like.device))
     return tuple(name for name in names if name in ran)
 
 
@@ -108,7 +111,10 @@ def _first(output: object) -> object:
 def export_graph(model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] = ()) -> ExportedProgram:
     """``model``, its normalisation before it, by ``torch.export``: uint8[B, 3, H, W] in, any B >= 1, logits out.
 
-    ``dtype``: what the model computes in; its parameters must be of it. ``taps`` as in ``Normalised``.
+    Args:
+        model: is not changed.
+        dtype: what the model computes in; its parameters must be of it.
+        taps: as in ``Normalised``.
     """
     graph = Normalised(model.module, model.info.preprocessing, dtype, taps).eval()
     # A batch of 1 would be taken for a constant.

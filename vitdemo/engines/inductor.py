@@ -13,11 +13,10 @@ from torch.export import ExportedProgram
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.engines.contract import CompiledEngine
-from vitdemo.engines.eager import PRECISION_OF
 from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
-from vitdemo.precisions import TORCH_TYPES, named_as_run, torch_support
+from vitdemo.precisions import TORCH_TYPES, shares_that_ran, torch_support
 
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 
@@ -45,7 +44,6 @@ class InductorEngine(CompiledEngine):
 
     name = "inductor"
     precisions = ("bf16",)
-    machine_code = True
 
     @classmethod
     def check_requirements(cls) -> None:
@@ -77,11 +75,11 @@ class InductorEngine(CompiledEngine):
         taps = tap_points(cast.module, model.info.preprocessing.input_size)
         torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
         flops = _compile(export_graph(cast, dtype=dtype), folder / PACKAGE)
-        facts = {"taps": taps, "precision_ran": _shares(flops, model.info.flops_per_image)}
+        facts = {"taps": taps, "flops": flops}
         (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
-        super().__init__(folder, info, precision, device="cpu", threads=threads)
+        super().__init__(folder, info, precision, device=device, threads=threads)
         self._folder = folder
         self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         self._run = _load(folder / PACKAGE)
@@ -111,7 +109,7 @@ class InductorEngine(CompiledEngine):
         it put in shows. Multiply-accumulates of the model that are not found there again are "unknown".
         It does not show how oneDNN multiplies; that comes from ``support``, asked here and not where it was built.
         """
-        return named_as_run(self._facts["precision_ran"], self.support("cpu"))
+        return shares_that_ran(self._facts["flops"], self.support(self.device), self.info.flops_per_image)
 
     @cached_property
     def _twin(self) -> torch.nn.Module:
@@ -158,15 +156,6 @@ def _at_batch_1(count: int | torch.SymInt) -> int:
         return count
     expression = count.node.expr
     return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
-
-
-def _shares(flops: Counter[str], expected: int) -> dict[str, float]:
-    """``flops`` as shares; what is missing of ``expected`` is "unknown"."""
-    counts = dict(flops)
-    if (missing := expected - flops.total()) > 0:
-        counts["unknown"] = missing
-    total = sum(counts.values())
-    return {PRECISION_OF.get(name, name): count / total for name, count in counts.items()}
 
 
 def _load(package: Path):

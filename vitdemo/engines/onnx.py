@@ -16,6 +16,7 @@ from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.errors import VitdemoError
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
+from vitdemo.precisions import shares_that_ran
 
 GRAPH, TAPS = "model.onnx", "taps.json"  # the weights lie in model.onnx.data, as a graph's file holds 2 GB at most
 
@@ -26,7 +27,6 @@ PROVIDERS = {
 }
 ON_CUDA = {"TensorrtExecutionProvider", "CUDAExecutionProvider"}
 
-PRECISION_OF = {"float": "fp32", "uint8": "int8", "int8": "int8", "float16": "fp16", "bfloat16": "bf16"}
 # The build for CUDA is another distribution of the same module.
 RUNTIME = "onnxruntime-gpu" if installed_version("onnxruntime-gpu") else "onnxruntime"
 CALIBRATION_BATCH = 2  # images whose every activation is in memory at once; more are no faster
@@ -108,11 +108,8 @@ class ONNXEngine(CompiledEngine):
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(self._folder / GRAPH, profile=Path(folder))
             session.run(None, feed(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8)))
-            macs = macs_by_precision(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
-        total = self.info.flops_per_image / 2
-        if sum(macs.values()) < 0.99 * total:  # a kind of kernel that this does not know, such as TensorRT's own
-            macs["unknown"] = total - sum(macs.values())
-        return {precision: count / sum(macs.values()) for precision, count in macs.items()}
+            macs = macs_by_type(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
+        return shares_that_ran(macs, self.support(self.device), self.info.flops_per_image / 2)
 
     @classmethod
     def build(
@@ -160,8 +157,12 @@ def quantise(exported: Path, path: Path, pixels: torch.Tensor) -> None:
 
     Rounded are their inputs (uint8) and their weights (int8, a scale for each channel out). What a layer gives stays
     in float32, but for a convolution's, which has no kernel for that. So do the two products in attention: rounded
-    as well, they more than tripled the error and were no faster. The ranges are the least and the greatest values
-    seen on ``pixels``, uint8[N, 3, H, W].
+    as well, they more than tripled the error and were no faster. The ranges are the least and the greatest values seen.
+
+    Args:
+        exported: the graph's file, in a folder that may be written to.
+        path: where the quantised graph goes.
+        pixels: calibration images, uint8[N, 3, H, W].
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -218,11 +219,12 @@ def computed_values(path: Path) -> set[str]:
     return {value for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
 
 
-def macs_by_precision(events: list[dict]) -> Counter[str]:
+def macs_by_type(events: list[dict]) -> Counter[str]:
     """Multiply-accumulates in an ONNX Runtime profile, by the type of the first of the two that are multiplied.
 
-    Of convolutions and matrix products under all the names that the runtime has for them (FusedMatMul, QLinearConv,
-    MatMulIntegerToFloat …). A product has a row of its output for each row of its first operand.
+    By the runtime's own name of it. Of convolutions and matrix products under all the names that it has for them
+    (FusedMatMul, QLinearConv, MatMulIntegerToFloat …). A product has a row of its output for each row of its first
+    operand.
     """
     macs: Counter[str] = Counter()
     for kernel in (event["args"] for event in events if "input_type_shape" in event.get("args", ())):
@@ -236,5 +238,5 @@ def macs_by_precision(events: list[dict]) -> Counter[str]:
             count = prod(out) * prod(weights[1:])
         else:
             count = prod(data) * out[-1]
-        macs[PRECISION_OF.get(kind, kind)] += count
+        macs[kind] += count
     return macs

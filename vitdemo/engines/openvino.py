@@ -21,10 +21,9 @@ from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
-from vitdemo.precisions import NATIVE, Call, Shape, named_as_run, support_of
+from vitdemo.precisions import NATIVE, PRECISION_OF, Call, Shape, shares_that_ran, support_of
 
 GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
-PRECISION_OF = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
 
 class OpenVINOEngine(CompiledEngine):
@@ -43,7 +42,7 @@ class OpenVINOEngine(CompiledEngine):
     depth = 2  # the next batch lies ready when one is done
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
-        super().__init__(folder, info, precision, device="cpu", threads=threads)
+        super().__init__(folder, info, precision, device=device, threads=threads)
         self._graph = shared_core().read_model(folder / GRAPH)
         self._taps: dict[str, list] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
         self._compiled = self._compile(self._graph)
@@ -51,12 +50,7 @@ class OpenVINOEngine(CompiledEngine):
         self._idle: SimpleQueue = SimpleQueue()  # requests that nobody is using
 
     def _compile(self, graph):
-        options = {
-            "INFERENCE_PRECISION_HINT": hint(self.precision),  # its own choice would be bfloat16 where the CPU has it
-            "INFERENCE_NUM_THREADS": self.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        return shared_core().compile_model(graph, "CPU", options)
+        return compiled(graph, hint(self.precision), self.threads)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -83,11 +77,7 @@ class OpenVINOEngine(CompiledEngine):
         """Read off the runtime's own graph, as it was fused and rounded when it ran one black image."""
         self(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8))
         macs = macs_by_precision(self._compiled.get_runtime_model())
-        total = self.info.flops_per_image / 2
-        if macs.total() < 0.99 * total:  # there is a kind of node that is not counted
-            macs["unknown"] = total - macs.total()
-        shares = {precision: count / macs.total() for precision, count in macs.items()}
-        return named_as_run(shares, self.support("cpu"))
+        return shares_that_ran(macs, self.support(self.device), self.info.flops_per_image / 2)
 
     @classmethod
     def support(cls, device: str) -> dict[str, str]:
@@ -155,20 +145,31 @@ def product(precision: str, shape: Shape, threads: int) -> Call | None:
     if precision == "int8":
         y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
     graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
-    options = {
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-    }
     try:
-        compiled = shared_core().compile_model(graph, "CPU", options)
+        ready = compiled(graph, "bf16" if precision == "bf16" else "f32", threads)
     except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
         return None
-    request = compiled.create_infer_request()
+    request = ready.create_infer_request()
     bits = request.get_input_tensor().data.view(np.uint8)
     bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
     request.infer()
-    return request.infer if set(macs_by_precision(compiled.get_runtime_model())) == {precision} else None
+    return request.infer if set(macs_by_precision(ready.get_runtime_model())) == {precision} else None
+
+
+def compiled(graph, precision: str, threads: int):
+    """A graph for the CPU, ready to run.
+
+    Args:
+        graph: an ``openvino.Model``.
+        precision: OpenVINO's name of what everything runs in that is not rounded to int8.
+        threads: CPU threads that it uses.
+    """
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,  # its own choice would be bfloat16 where the CPU has it
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return shared_core().compile_model(graph, "CPU", options)
 
 
 def run(request, x: torch.Tensor) -> list[torch.Tensor]:
@@ -207,11 +208,14 @@ def import_silently(name: str) -> ModuleType:
 
 
 def with_outputs(graph, nodes: Iterable[tuple[str, int]], *, apart: bool):
-    """A copy of ``graph`` that also gives these outputs of its nodes, each by name and index.
+    """A copy of ``graph`` with further outputs.
 
-    apart: after each point a node that changes nothing and that the runtime moves no factor across. In a quantised
-    graph it gets the factors of a layer with two readers wrong otherwise: what ResNet-18's first convolution gave
-    came out 42,000 times too small in OpenVINO 2026.4.
+    Args:
+        graph: an ``openvino.Model``.
+        nodes: whose outputs they are, each by the node's name and the output's index.
+        apart: after each point a node that changes nothing and that the runtime moves no factor across. In a quantised
+            graph it gets the factors of a layer with two readers wrong otherwise: what ResNet-18's first convolution
+            gave came out 42,000 times too small in OpenVINO 2026.4.
     """
     from openvino import opset13
 
@@ -231,7 +235,12 @@ def with_outputs(graph, nodes: Iterable[tuple[str, int]], *, apart: bool):
 
 
 def quantised(graph, pixels: torch.Tensor):
-    """``graph`` with NNCF's int8 rounding; pixels: the calibration images, uint8[N, 3, H, W], run one by one."""
+    """A graph with NNCF's int8 rounding.
+
+    Args:
+        graph: an ``openvino.Model``.
+        pixels: the calibration images, uint8[N, 3, H, W], run one by one.
+    """
     nncf = import_silently("nncf")
     nncf.set_log_level(logging.ERROR)
     transformer = any(node.get_type_name() in ("ScaledDotProductAttention", "Softmax") for node in graph.get_ops())

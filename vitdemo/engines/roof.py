@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vitdemo.engines.contract import Engine, find_engines, precisions_here
+from vitdemo.engines.graph import watched
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.model import Model
@@ -58,14 +59,19 @@ class Roof:
 
 
 def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = False) -> Roof:
-    """The roof of this machine in ``precision``: "fp32", "bf16" or "int8".
+    """The roof of this machine in a precision, from the cache or measured now, in ten to twenty seconds as a rule.
 
-    The best of square products and of ``shapes``, such as a model's own (``linear_shapes``), in every engine that has
-    plain products and the precision natively; the median call of the best shape, the best of three rounds, the last
-    two of them among the three fastest. What was measured is kept in the cache, for this machine, these versions and
-    shapes, until ``fresh`` asks for it anew. Ten to twenty seconds as a rule: a product that takes more
-    than a second is left out, with all larger ones.
-    Raises VitdemoError where nothing here multiplies natively in that precision.
+    The best of square products and of ``shapes`` in every engine that has plain products and the precision natively;
+    the median call of the best shape, the best of three rounds, the last two of them among the three fastest. A product
+    that takes more than a second is left out, with all larger ones.
+
+    Args:
+        precision: "fp32", "bf16" or "int8".
+        shapes: of further products, such as a model's own (``linear_shapes``).
+        fresh: measure anew what is kept for this machine, these versions and shapes.
+
+    Raises:
+        VitdemoError: where nothing here multiplies natively in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
     path, key = cache_root() / FILE, _key(precision, shapes)
@@ -103,18 +109,13 @@ def linear_shapes(model: Model, batch: int) -> list[Shape]:
     """The matrix products of ``model``'s linear layers for ``batch`` images, each once, from input to output."""
     shapes: dict[Shape, None] = {}
 
-    def note(layer: nn.Linear, inputs: tuple[torch.Tensor], _) -> None:
+    def note(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         k = inputs[0].shape[-1]
-        shapes[inputs[0].numel() // k, k, layer.out_features] = None
+        shapes[inputs[0].numel() // k, k, output.shape[-1]] = None
 
-    layers = [part for part in model.module.modules() if isinstance(part, nn.Linear)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        with torch.inference_mode():
-            model.module(torch.zeros(1, *model.info.preprocessing.input_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [name for name, part in model.module.named_modules() if isinstance(part, nn.Linear)]
+    with torch.inference_mode(), watched(model.module, layers, note):
+        model.module(torch.zeros(1, *model.info.preprocessing.input_size))
     return [(m * batch, k, n) for m, k, n in shapes]
 
 

@@ -21,7 +21,12 @@ SMALLEST = 1e-8  # no error at all is drawn here, as there is no zero on a logar
 
 
 def engine_look(engine: str, precision: str) -> dict:
-    """How every figure of the course draws this pair: matplotlib's ``plot`` takes it, label included."""
+    """How every figure of the course draws an engine in a precision: what matplotlib's ``plot`` takes, label included.
+
+    Args:
+        engine: its name; one without a colour of its own gets orange.
+        precision: one without a line of its own gets dashes and dots, and diamonds.
+    """
     known = dict(color=COLORS.get(engine, OTHER), linestyle=DASHES.get(precision, "-."))
     return known | dict(marker=MARKERS.get(precision, "D"), markersize=5, linewidth=1.3, label=f"{engine} {precision}")
 
@@ -30,7 +35,13 @@ def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
     """Relative L2 error of each layer, from the input on, one line per report; grey: each precision's tolerance.
 
     On real images where all reports have some, else on random ones. An engine that fuses a layer with the next does not
-    show it: its line passes by. Raises VitdemoError for reports without layers, or with those of different models.
+    show it: its line passes by.
+
+    Args:
+        reports: of one model.
+
+    Raises:
+        VitdemoError: for reports without layers, or with those of different models.
     """
     pairs = {(report.engine, report.precision): report for report in reports}
     kind = REAL if all(REAL in set(report.layers["kind"]) for report in reports) else RANDOM
@@ -56,9 +67,14 @@ def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
 
 
 def plot_flips(report: Report, data: ImageNetVal, count: int = 12) -> Figure:
-    """Up to ``count`` images whose answer flipped: the reference's answer, → the candidate's, and the true class.
+    """Images whose answer flipped: the reference's answer, → the candidate's, and the true class.
 
-    Blue: the candidate is right; orange: the reference is; grey: neither. data: the set that was verified on.
+    Blue: the candidate is right; orange: the reference is; grey: neither.
+
+    Args:
+        report: of one engine.
+        data: the set that was verified on.
+        count: images at most.
     """
     if report.flips.empty:
         figure = plt.figure(figsize=(5, 1))

@@ -13,16 +13,22 @@ LOGITS = "logits"  # what engines call the last of their layers
 
 
 def compare_logits(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str, float]:
-    """The distance of ``candidate`` from ``reference``, both float32[N, C], in double precision.
+    """The distance of two sides' logits, in double precision.
 
-    - ``max_abs``, ``mean_abs``: of the differences, in units of the logits.
-    - ``relative_l2``: ``|candidate - reference| / |reference|`` over all logits.
-    - ``pearson``: the correlation of all logits, after each class's mean over the images is taken off: with random
-      weights the logits are nearly the same for every image, and what is the same would correlate by itself. NaN for
-      one image, which is its own mean.
-    - ``top1_agree``, ``top5_agree``: for how many images the reference's answer is the candidate's, or is among its
-      first five.
-    - ``not_finite``: how many logits are NaN or infinite on either side.
+    Args:
+        reference: float32[N, C].
+        candidate: the same images' on the other side.
+
+    Returns:
+        - ``images``: N.
+        - ``max_abs``, ``mean_abs``: of the differences, in units of the logits.
+        - ``relative_l2``: ``|candidate - reference| / |reference|`` over all logits.
+        - ``pearson``: the correlation of all logits, after each class's mean over the images is taken off: with random
+          weights the logits are nearly the same for every image, and what is the same would correlate by itself. NaN
+          for one image, which is its own mean.
+        - ``top1_agree``, ``top5_agree``: for how many images the reference's answer is the candidate's, or is among its
+          first five.
+        - ``not_finite``: how many logits are NaN or infinite on either side.
     """
     difference = candidate.double() - reference.double()
     a, b = (logits.double() - logits.double().mean(dim=0) for logits in (reference, candidate))
@@ -45,11 +51,15 @@ def ranking(logits: torch.Tensor) -> torch.Tensor:
 
 
 def compare_answers(answers: pd.DataFrame) -> dict:
-    """Accuracy of two sides on the same images; columns label, reference and candidate, class indices.
+    """Accuracy of two sides on the same images.
 
-    Counts, with 95 % Wilson score intervals as fractions. ``worse``, ``better``: images that only the reference, or
-    only the candidate, got right. ``mcnemar_p``: the two-sided p of McNemar's exact test: how often two sides that are
-    equally good come to counts as uneven as these.
+    Args:
+        answers: one row per image; columns label, reference and candidate, class indices.
+
+    Returns:
+        Counts, with 95 % Wilson score intervals as fractions. ``worse``, ``better``: images that only the reference, or
+        only the candidate, got right. ``mcnemar_p``: the two-sided p of McNemar's exact test: how often two sides that
+        are equally good come to counts as uneven as these.
     """
     right = {side: answers[side] == answers["label"] for side in ("reference", "candidate")}
     worse = int((right["reference"] & ~right["candidate"]).sum())

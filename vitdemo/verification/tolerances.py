@@ -152,9 +152,13 @@ def _plain(value):
 def make_report(
     engine: Engine, model: ModelInfo, data: ImageNetVal | None, comparisons: dict[str, Comparison]
 ) -> Report:
-    """The tables of what was gathered, a Comparison a kind of images, and their judgement.
+    """The tables of what was gathered, and their judgement.
 
-    model: the reference's. data: where the real images came from.
+    Args:
+        engine: the candidate.
+        model: the reference's.
+        data: where the real images came from.
+        comparisons: what was gathered, by kind of images.
     """
     logits = {kind: (torch.cat(c.reference), torch.cat(c.candidate)) for kind, c in comparisons.items()}
     answers = _answers(data, comparisons[REAL].indices, logits[REAL]) if data is not None else NO_ANSWERS

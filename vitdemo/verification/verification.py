@@ -41,18 +41,28 @@ def verify(
 ) -> Report:
     """Hold ``engine`` against ``model`` in torch eager fp32 on the CPU, on real images and on random ones.
 
-    data: a data set or its path, of which ``images`` are taken, spread evenly; those that cannot be read are left out.
-    None takes the bundled shapes20 for a model with its classes. Random pixels, up to 32 images, the same ones every
-    time, are added to them, and are all there is for any other model. Both sides get the same pixels. Layers are
-    compared on every image, batch by batch, so that memory does not grow with their number.
+    Random pixels, up to 32 images, the same ones every time, are added to the real ones, and are all there is where
+    there is no data. Both sides get the same pixels. Layers are compared on every image, batch by batch, so that memory
+    does not grow with their number.
 
     The noise floor is how far other legitimate ways to compute the same lie from the reference, on the first 16 images
     of each kind. fp32: on one thread, image by image, and with attention as plain matrix products. bf16: torch eager in
     bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``tolerances.py``.
 
     Where the engine came from the cache, the report is also written beside its folder, as ``<folder>.verified.json``.
-    Raises VitdemoError for a model or data of other classes, images of another size or crop, images < 1, and a
-    precision that has no tolerances; EngineFailure when the engine breaks.
+
+    Args:
+        engine: the candidate.
+        model: the reference, which the engine was made from.
+        data: a data set or its path; images that cannot be read are left out. None takes the bundled shapes20 for a
+            model with its classes.
+        images: how many of them are taken, spread evenly.
+        progress: whether a bar is drawn.
+
+    Raises:
+        VitdemoError: for a model or data of other classes, images of another size or crop, images < 1, and a precision
+            that has no tolerances or no noise floor.
+        EngineFailure: when the engine breaks.
     """
     _check_input(engine, model, images)
     data = _data_for(model.info, data)
