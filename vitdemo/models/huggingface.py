@@ -131,25 +131,20 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
     Raises VitdemoError that names ``source`` and the entry that timm's module cannot express.
     """
     values = _with_defaults(config)
-    width, img_size, patch_size = values["hidden_size"], _pair(values["image_size"]), _pair(values["patch_size"])
     expressible = {
         "architectures": values["architectures"] == [ARCHITECTURE],
         "hidden_act": values["hidden_act"] in tuple(ACTIVATIONS),
         "num_channels": values["num_channels"] == 3,
-        "num_labels": _are_numbers([values["num_labels"]]) and values["num_labels"] > 0,
-        "qkv_bias": isinstance(values["qkv_bias"], bool),
-        "image_size": img_size is not None,
-        "patch_size": patch_size is not None,
     }
     _refuse(expressible, values, source, f"{ARCHITECTURE} with 3 channels and one of {', '.join(ACTIVATIONS)}")
     return VisionTransformer(
-        img_size=img_size,
-        patch_size=patch_size,
+        img_size=_pair(values["image_size"]),
+        patch_size=_pair(values["patch_size"]),
         num_classes=values["num_labels"],
-        embed_dim=width,
+        embed_dim=values["hidden_size"],
         depth=values["num_hidden_layers"],
         num_heads=values["num_attention_heads"],
-        mlp_ratio=(values["intermediate_size"] + 0.5) / width,  # timm rounds the product with the width down
+        mlp_ratio=(values["intermediate_size"] + 0.5) / values["hidden_size"],  # timm rounds their product down
         qkv_bias=values["qkv_bias"],
         norm_layer=partial(LayerNorm, eps=float(values["layer_norm_eps"])),
         act_layer=ACTIVATIONS[values["hidden_act"]],
@@ -205,12 +200,10 @@ def preprocessing_of(processor: Mapping, img_size: tuple[int, int], source: str)
         **{step: values[step] is usual for step, usual in PROCESSOR_DEFAULTS.items() if step.startswith("do_")},
         "size": _pair(size) == img_size,
         "resample": values["resample"] in tuple(INTERPOLATIONS),
-        "rescale_factor": _are_numbers([values["rescale_factor"]])
+        "rescale_factor": _are_numbers([values["rescale_factor"]], 1)
         and math.isclose(values["rescale_factor"], 1 / 255, rel_tol=1e-6),
-        "image_mean": _are_numbers(values["image_mean"]) and len(values["image_mean"]) == 3,
-        "image_std": _are_numbers(values["image_std"])
-        and len(values["image_std"]) == 3
-        and min(values["image_std"]) > 0,
+        "image_mean": _are_numbers(values["image_mean"], 3),
+        "image_std": _are_numbers(values["image_std"], 3) and min(values["image_std"]) > 0,
     }
     steps = f"a resize to {img_size} by resample 2 or 3, a division by 255, image_mean and image_std"
     _refuse(expressible, values, source, steps)
@@ -268,16 +261,15 @@ def _with_defaults(config: Mapping) -> dict:
     return values | ({"num_labels": len(labels)} if isinstance(labels, dict) and labels else {})
 
 
-def _pair(value: object) -> tuple[int, int] | None:
-    """(height, width) of one number or two; None for anything else."""
-    pair = value if isinstance(value, list) else [value, value]
-    valid = _are_numbers(pair) and len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)
-    return tuple(pair) if valid else None
+def _pair(value: object) -> tuple:
+    """(height, width) of one number or two."""
+    return tuple(value) if isinstance(value, list) else (value, value)
 
 
-def _are_numbers(values: object) -> bool:
-    """Whether it is a list of finite numbers; JSON's true is none."""
-    return isinstance(values, list) and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+def _are_numbers(values: object, count: int) -> bool:
+    """Whether it is a list of ``count`` finite numbers; JSON's true is none."""
+    known = isinstance(values, list) and all(type(each) in (int, float) and math.isfinite(each) for each in values)
+    return known and len(values) == count
 
 
 def _refuse(expressible: Mapping[str, bool], values: Mapping, source: str, known: str) -> None:

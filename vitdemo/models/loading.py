@@ -47,7 +47,14 @@ class Plan(NamedTuple):
 
 
 def read_config(path: Path) -> dict:
-    """The object in a JSON file. Raises VitdemoError when there is none."""
+    """The object in a JSON file.
+
+    Args:
+        path: of that file.
+
+    Raises:
+        VitdemoError: when there is none.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,7 +71,11 @@ def read_config(path: Path) -> dict:
 def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
     """The tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
 
-    Raises VitdemoError for a missing or damaged file and for a pickle that holds anything but tensors.
+    Args:
+        path: of that file; ``~`` is not expanded.
+
+    Raises:
+        VitdemoError: for a missing or damaged file, and for a pickle that holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():

@@ -99,10 +99,16 @@ class Model:
     ) -> "Model":
         """Any ``torch.nn.Module`` that classifies images.
 
-        The module itself is taken, not a copy: it is put into evaluation mode and its parameters are frozen.
+        Args:
+            module: itself, not a copy: it is put into evaluation mode and its parameters are frozen.
+            preprocessing: what its weights expect of an image.
+            name: the ``tag`` of its info.
+            classes: the wnid of each output, or whatever the data's classes are called.
+            weights: where they came from.
 
-        Raises VitdemoError when its parameters are not float32 on the CPU, when it does not run on
-        float32[1, 3, H, W], or when ``classes`` is not as long as its output.
+        Raises:
+            VitdemoError: when its parameters are not float32 on the CPU, when it does not run on float32[1, 3, H, W],
+                or when ``classes`` is not as long as its output.
         """
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
