@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import nn
 
 from vitdemo import CompiledEngine, Model, VitdemoError, convert, reference_crop
-from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe, cached_artifacts, clear_cache
+from vitdemo.engines.artifacts import CARD, Recipe, cached_artifacts, clear_cache
 from vitdemo.engines.graph import export_graph
 from vitdemo.paths import PART
 
@@ -354,14 +354,3 @@ def test_clearing_leaves_what_is_being_built(tiny, cache):
     with FileLock(f"{folder}.lock"):
         assert clear_cache() == 0 and folders(cache) == [folder]
     assert clear_cache() > 10_000 and folders(cache) == []
-
-
-def test_a_report_does_not_outlive_what_it_verified(tiny, cache):
-    recipe(tiny).engine(1)
-    (folder,) = folders(cache)
-    report = Path(f"{folder}{VERIFIED}")
-    report.write_text("{}")
-    recipe(tiny).engine(1)
-    assert report.exists()
-    recipe(tiny).engine(1, force=True)
-    assert not report.exists()

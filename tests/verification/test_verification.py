@@ -1,7 +1,6 @@
 """verify: the measures against other people's, faults that are planted, and what is refused."""
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +22,6 @@ from vitdemo import (
     load_model,
     reference_crop,
 )
-from vitdemo.engines.artifacts import artifacts_root
 from vitdemo.engines.calibration import calibration_for
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.plots.verification import engine_look, plot_error_over_depth, plot_flips
@@ -124,7 +122,6 @@ def test_eager_passes_and_its_report_says_it_all(eager_reports):
         text = str(report)
         assert f"eager {precision} against eager fp32" in text and text.endswith("passed")
         assert "noise floor, " in text and "McNemar's p" in text and "layers: nearest to its tolerance" in text
-        assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is True
     assert (eager_reports["fp32"].overall["max_abs"] == 0).all()
     floor = eager_reports["fp32"].floors.groupby("way")["relative_l2"].max()
     assert set(floor.index) == {"one thread", "one by one", "plain attention"}
@@ -165,7 +162,6 @@ def test_nan_and_infinity_fail_also_on_both_sides(vit_shapes20, shapes20, value)
         report = verify(convert(broken), reference, shapes20, images=2, progress=False)
         assert not report.ok and report.first_bad_layer == "logits"
         assert any("2 logits on real images are NaN or infinite" in failure for failure in report.failures)
-        json.dumps(report.to_dict(), allow_nan=False)
 
 
 class Altered(Engine):
@@ -238,7 +234,6 @@ def test_engine_that_shows_no_layers(vit_shapes20, shapes20):
     )
     assert report.ok and report.twin_l2 is None and report.layers.empty and report.first_bad_layer is None
     assert "layers: this engine shows none" in str(report)
-    assert json.dumps(report.to_dict())
     with pytest.raises(VitdemoError, match="of engines that show their layers"):
         plot_error_over_depth([report])
 
@@ -379,14 +374,10 @@ def openvino(vit_shapes20):
     return convert(vit_shapes20, "openvino", "fp32")
 
 
-def test_compiled_engine_passes_and_its_report_lies_beside_it(openvino, vit_shapes20, shapes20):
+def test_compiled_engine_passes_and_another_model_does_not(openvino, vit_shapes20, shapes20):
     report = verify(openvino, vit_shapes20, shapes20, images=8, progress=False)
     assert report.ok, str(report)
     assert 0 < report.layers["relative_l2"].max() < 1e-5
-    (path,) = artifacts_root().glob(f"*-{openvino.card['key'][:16]}.verified.json")
-    kept = json.loads(path.read_text())
-    assert kept["ok"] is True and kept["artifact"] == openvino.card["key"]
-    assert convert(vit_shapes20, "openvino", "fp32").card["built"] == openvino.card["built"]  # still whole
     module, own = copy.deepcopy(vit_shapes20.module), vit_shapes20.info.preprocessing
     module.norm.eps = 1.0
     for other in (  # of the same weights
@@ -394,17 +385,6 @@ def test_compiled_engine_passes_and_its_report_lies_beside_it(openvino, vit_shap
         Model(vit_shapes20.module, replace(vit_shapes20.info, preprocessing=replace(own, mean=(0.1,) * 3))),
     ):
         assert not verify(openvino, other, shapes20, images=8, progress=False).ok
-    assert json.loads(path.read_text()) == kept
-
-
-def test_a_damaged_card_costs_no_report(openvino, vit_shapes20, shapes20):
-    (card,) = artifacts_root().glob(f"*-{openvino.card['key'][:16]}/card.json")
-    content = card.read_bytes()
-    try:
-        card.write_bytes(content[:10])
-        assert verify(openvino, vit_shapes20, shapes20, images=8, progress=False).ok
-    finally:
-        card.write_bytes(content)
 
 
 @pytest.mark.soak

@@ -91,7 +91,6 @@ def _values(value: object) -> Iterator[str | None]:
 
 
 CARD = "card.json"
-VERIFIED = ".verified.json"  # after the artifact's name, as nothing is added to an artifact once it is built
 CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
 
 
@@ -129,7 +128,6 @@ def clear_cache() -> int:
             with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
                 freed += _bytes_below(folder)
                 shutil.rmtree(folder, ignore_errors=True)
-                Path(f"{whole}{VERIFIED}").unlink(missing_ok=True)
     return freed  # the lock files stay, as somebody may be waiting for one
 
 
@@ -314,7 +312,6 @@ class Recipe:
             card["calibration"] = self.calibration and self.calibration.to_dict()
             (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
-            Path(f"{folder}{VERIFIED}").unlink(missing_ok=True)  # of what was there before
             partial.rename(folder)
             if self.hashes["architecture"].startswith(UNKNOWN):  # nobody will find it again
                 atexit.register(shutil.rmtree, folder, ignore_errors=True)

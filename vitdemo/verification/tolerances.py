@@ -15,7 +15,7 @@ floor that ``verify`` measures, see ``loosened``.
 """
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 import pandas as pd
 import torch
@@ -58,8 +58,7 @@ def loosened(start: float, floor: float) -> float:
 class Report:
     """What ``verify`` found.
 
-    engine, precision: the candidate's. info: its model's. reference_sha256: of the reference's weights.
-    artifact: ``card["key"]``, the hash of how it was made.
+    engine, precision: the candidate's. info: its model's.
     overall: one row per kind of images, real and random, with what ``compare_logits`` gives.
     layers: from input to output, the logits last, one row per layer and kind: relative_l2, floor, tolerance.
     floors: how far other ways to compute the same lie from the reference, one row per way, kind and layer.
@@ -72,8 +71,6 @@ class Report:
     engine: str
     precision: str
     info: ModelInfo
-    reference_sha256: str
-    artifact: str | None
     overall: pd.DataFrame
     layers: pd.DataFrame
     floors: pd.DataFrame
@@ -91,11 +88,6 @@ class Report:
         """The layer nearest to the input that left its tolerance on either kind of images."""
         bad = self.layers[~(self.layers["relative_l2"] <= self.layers["tolerance"])]
         return None if bad.empty else bad["layer"].iloc[0]
-
-    def to_dict(self) -> dict:
-        """A dict that JSON can hold; what is NaN or infinite is None in it."""
-        content = {"ok": self.ok, "first_bad_layer": self.first_bad_layer, **vars(self)}
-        return _plain(content | {"info": self.info.to_dict()})
 
     def __str__(self) -> str:
         formats = dict.fromkeys(("max_abs", "mean_abs", "relative_l2"), "{:.1e}".format) | {"pearson": "{:.5f}".format}
@@ -139,16 +131,6 @@ def _accuracy_line(images: int, reference: dict, candidate: dict, worse: int, be
     )
 
 
-def _plain(value):
-    if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
 def make_report(
     engine: Engine, model: ModelInfo, data: ImageNetVal | None, comparisons: dict[str, Comparison]
 ) -> Report:
@@ -169,8 +151,6 @@ def make_report(
         engine=engine.name,
         precision=engine.precision,
         info=engine.info,
-        reference_sha256=model.weights_sha256,
-        artifact=engine.card.get("key"),
         overall=pd.DataFrame([{"kind": kind, **compare_logits(*sides)} for kind, sides in logits.items()]),
         layers=_layers(comparisons, floors, TOLERANCES[engine.precision].layer_l2),
         floors=floors,

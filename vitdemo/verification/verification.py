@@ -1,7 +1,6 @@
 """verify: an engine against the fp32 eager reference of its model, at the logits and layer by layer."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from tqdm.auto import tqdm
 from vitdemo.bundled import SHAPES20
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.imagenet import ImageNetVal
-from vitdemo.engines.artifacts import CARD, VERIFIED, Recipe, artifacts_root
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo, check_classes
-from vitdemo.paths import data_root, replacing
+from vitdemo.paths import data_root
 from vitdemo.precisions import TORCH_TYPES
 from vitdemo.stats import spread
 from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
@@ -51,8 +49,6 @@ def verify(
     of each kind. fp32: on one thread, image by image, and with attention as plain matrix products. bf16: torch eager in
     bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``tolerances.py``.
 
-    Where the engine came from the cache, the report is also written beside its folder, as ``<folder>.verified.json``.
-
     Args:
         engine: the candidate.
         model: the reference, which the engine was made from.
@@ -77,11 +73,7 @@ def verify(
     sources[RANDOM] = _random_batches(drawn, model.info)
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
-    report = make_report(engine, model.info, data, comparisons)
-    made = engine.recipe
-    if made and Recipe.of(model, made.cls, made.precision, made.device, made.calibration).key == engine.card["key"]:
-        _keep(report, engine)  # which was not held against another model, to see it fail
-    return report
+    return make_report(engine, model.info, data, comparisons)
 
 
 def _check_input(engine: Engine, model: Model, images: int) -> None:
@@ -209,17 +201,3 @@ def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
         raise
     except Exception as error:  # runtimes have types of their own
         raise EngineFailure(f"the {engine.name} engine failed: {reason_of(error)}") from error
-
-
-def _keep(report: Report, engine: Engine) -> None:
-    """Write the report beside the engine's folder in the cache, if it still holds the files that were verified."""
-    folder = artifacts_root() / engine.recipe.folder_name
-    try:
-        kept = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none is kept of this engine, or it was removed or damaged meanwhile
-        return
-    if kept != engine.card:  # built anew since
-        return
-    path = folder.with_name(folder.name + VERIFIED)
-    with named_errors(path), replacing(path) as file:
-        json.dump(report.to_dict(), file, indent=2)
