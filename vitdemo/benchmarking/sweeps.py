@@ -1,4 +1,4 @@
-"""benchmark: models x engines x precisions x batch sizes on random pixels, by turns, a row each."""
+"""benchmark: models x engines x precisions x batch sizes on random pixels, by turns, one row for each."""
 
 import sys
 from collections import Counter

@@ -123,7 +123,7 @@ def has_attention(model: Model) -> bool:
 def _transformer(model: Model) -> VisionTransformer:
     if not has_attention(model):
         raise VitdemoError(
-            f"{model.info.tag}: is no VisionTransformer of timm's with a class token and one attention a block, and "
+            f"{model.info.tag}: is no VisionTransformer of timm's with a class token and one attention per block, and "
             "only of those patches and attention are shown; take a ViT"
         )
     return model.module

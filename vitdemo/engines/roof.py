@@ -1,4 +1,4 @@
-"""The roof: what this machine was measured to reach, a precision, in plain matrix products.
+"""The roof: what this machine was measured to reach in plain matrix products, for each precision.
 
 A model's own rate over the roof says how much of the machine it uses. It is measured, not read off a data sheet: the
 clock that a processor holds, and the share that other programs take, are in no data sheet.

@@ -31,8 +31,8 @@ from vitdemo.stats import percentiles_ms
 class Evaluation:
     """What ``evaluate`` gives.
 
-    rows: one an image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder. times: a
-    row a batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
+    rows: one row per image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder.
+    times: one row per batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
     """
 
     rows: pd.DataFrame

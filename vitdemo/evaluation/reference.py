@@ -111,7 +111,7 @@ def flagperf_row(
     """One row of FlagPerf's table. Rates are of the images that were run in this session.
 
     Args:
-        runs: the engine's over the same images, one a repeat.
+        runs: the engine's over the same images, one per repeat.
         reference: the reference's run over them.
         e2e_s: seconds of everything, from loading the weights to the last row, where it was done in one go.
         roof: what the machine reaches in the precision that most of the engine ran in.
@@ -119,7 +119,7 @@ def flagperf_row(
     Returns:
         The row by FlagPerf's column names; None where nothing was measured:
 
-    - ``precision``, ``bs``: what the engine was asked for; images a batch.
+    - ``precision``, ``bs``: what the engine was asked for; images per batch.
     - ``e2e_time``: ``e2e_s``.
     - ``p_val_whole`` (the reference), ``p_infer_whole`` (the engine, all repeats together): images/s of the whole loop,
       images / ``wall_s``.

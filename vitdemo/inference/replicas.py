@@ -109,7 +109,7 @@ class Replicas(AbstractContextManager):
         with Replicas(engine, data, 2) as replicas:
             evaluation = evaluate(engine, data, replicas=replicas)
 
-    One replica a device: a GPU each for an engine on CUDA; otherwise a share of each machine's cores, to which its
+    One replica per device: a GPU each for an engine on CUDA; otherwise a share of each machine's cores, to which its
     process is bound before a runtime is loaded. More replicas than cores share cores.
 
     Args:

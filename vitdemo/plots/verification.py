@@ -11,7 +11,7 @@ from vitdemo.errors import VitdemoError
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 from vitdemo.verification.tolerances import RANDOM, REAL, Report
 
-# Okabe and Ito's palette, safe for colour-blind readers: an engine a colour; a precision a line and a marker.
+# Okabe and Ito's palette, safe for colour-blind readers: one colour per engine, one line and marker per precision.
 COLORS = {"eager": "#000000", "inductor": "#CC79A7", "onnx": "#009E73", "openvino": "#0072B2"}
 OTHER = "#E69F00"
 DASHES = {"fp32": "-", "bf16": "--", "int8": ":"}
