@@ -160,17 +160,15 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
             Path("/proc/self/oom_score_adj").write_text("1000")
     tqdm.set_lock(RLock())  # its own is a semaphore, which a process that is killed leaves behind
     bench = None
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the other end is closed, or its process was killed
+        while True:
             name, *arguments = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            if bench is None:
-                bench = {"engine": open_bench, "roof": RoofBench}[name](*arguments)
-                answer = None
-            else:
-                answer = getattr(bench, name)(*arguments)
-        except Exception as error:  # a runtime may raise anything; it becomes a row that says so
-            answer = Failed(reason_of(error))
-        pipe.send_bytes(pickle.dumps(answer))
+            try:
+                if bench is None:
+                    bench = {"engine": open_bench, "roof": RoofBench}[name](*arguments)
+                    answer = None
+                else:
+                    answer = getattr(bench, name)(*arguments)
+            except Exception as error:  # a runtime may raise anything; it becomes a row that says so
+                answer = Failed(reason_of(error))
+            pipe.send_bytes(pickle.dumps(answer))
