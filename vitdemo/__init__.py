@@ -9,69 +9,48 @@ from collections.abc import Callable
 from importlib import import_module
 
 
-def front(package: str, home: dict[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use.
+def front(package: str, names_of: dict[str, str]) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
+    """The ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use.
 
     Args:
         package: its dotted name, for errors.
-        home: the file of each name, below ``vitdemo``.
+        names_of: of each file below ``vitdemo`` the names that come from it, with blanks between.
     """
+    home = {name: file for file, names in names_of.items() for name in names.split()}
 
     def get(name: str) -> object:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"vitdemo.{home[name]}"), name)
 
-    return get, lambda: sorted(home)
+    return list(home), get, lambda: sorted(home)
 
 
-_HOME = {
-    "VitdemoError": "errors",
-    "data_path": "paths",
-    "results_folder": "paths",
-    "ImageNetVal": "dataset.imagenet",
-    "Sample": "dataset.imagenet",
-    "extract": "dataset.extraction",
-    "Preprocessing": "dataset.decoding",
-    "check_images": "dataset.checking",
-    "reference_crop": "dataset.decoding",
-    "fast_crop": "dataset.decoding",
-    "Model": "models.model",
-    "ModelInfo": "models.model",
-    "load_model": "models.model",
-    "Engine": "engines.contract",
-    "EngineFailure": "errors",
-    "find_engines": "engines.contract",
-    "CompiledEngine": "engines.contract",
-    "precisions_here": "engines.contract",
-    "convert": "engines.artifacts",
-    "verify": "verification.verification",
-    "describe_machine": "machine",
-    "machine_record": "machine",
-    "machine_roof": "engines.roof",
-    "Evaluation": "evaluation.evaluation",
-    "evaluate": "evaluation.evaluation",
-    "agreement": "evaluation.reference",
-    "flagperf_row": "evaluation.reference",
-    "roof_of": "evaluation.reference",
-    "run_random_input": "inference.random_input",
-    "Replicas": "inference.replicas",
-    "stop_ray": "inference.cluster",
-    "benchmark": "benchmarking.sweeps",
-    "merge": "benchmarking.files",
-    "summary": "benchmarking.tables",
-    "styled": "benchmarking.tables",
-    "write_table": "benchmarking.tables",
-    "aitemplate_table": "benchmarking.tables",
-    "ttmetal_table": "benchmarking.tables",
-    "published_performance": "benchmarking.others",
-    "choose_engine": "benchmarking.choice",
-    "write_script": "benchmarking.choice",
-    "memory_bandwidth": "engines.roof",
-    "wilson_interval": "stats",
-    "compare_published": "evaluation.published",
-    "published_accuracy": "evaluation.published",
-    "diagnose": "evaluation.diagnosis",
+_NAMES_OF = {
+    "errors": "VitdemoError EngineFailure",
+    "paths": "data_path results_folder",
+    "dataset.imagenet": "ImageNetVal Sample",
+    "dataset.extraction": "extract",
+    "dataset.decoding": "Preprocessing reference_crop fast_crop",
+    "dataset.checking": "check_images",
+    "models.model": "Model ModelInfo load_model",
+    "engines.contract": "Engine find_engines CompiledEngine precisions_here",
+    "engines.artifacts": "convert",
+    "verification.verification": "verify",
+    "machine": "describe_machine machine_record",
+    "engines.roof": "machine_roof memory_bandwidth",
+    "evaluation.evaluation": "Evaluation evaluate",
+    "evaluation.reference": "agreement flagperf_row roof_of",
+    "inference.random_input": "run_random_input",
+    "inference.replicas": "Replicas",
+    "inference.cluster": "stop_ray",
+    "benchmarking.sweeps": "benchmark",
+    "benchmarking.files": "merge",
+    "benchmarking.tables": "summary styled write_table aitemplate_table ttmetal_table",
+    "benchmarking.others": "published_performance",
+    "benchmarking.choice": "choose_engine write_script",
+    "stats": "wilson_interval",
+    "evaluation.published": "compare_published published_accuracy",
+    "evaluation.diagnosis": "diagnose",
 }
-__all__ = list(_HOME)
-__getattr__, __dir__ = front("vitdemo", _HOME)
+__all__, __getattr__, __dir__ = front("vitdemo", _NAMES_OF)

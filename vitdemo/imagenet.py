@@ -2,15 +2,11 @@
 
 from vitdemo import front
 
-_HOME = {
-    "ARCHIVE_MD5": "dataset.tars",
-    "devkit_of": "dataset.devkit",
-    "val_tar": "dataset.trees",
-    "ImageNetTrain": "dataset.imagenet",
-    "read_devkit": "dataset.devkit",
-    "index_tar": "dataset.tars",
-    "md5": "dataset.tars",
-    "image_facts": "dataset.decoding",
+_NAMES_OF = {
+    "dataset.tars": "ARCHIVE_MD5 index_tar md5",
+    "dataset.devkit": "devkit_of read_devkit",
+    "dataset.trees": "val_tar",
+    "dataset.imagenet": "ImageNetTrain",
+    "dataset.decoding": "image_facts",
 }
-__all__ = list(_HOME)
-__getattr__, __dir__ = front("vitdemo.imagenet", _HOME)
+__all__, __getattr__, __dir__ = front("vitdemo.imagenet", _NAMES_OF)

@@ -6,32 +6,18 @@ without solutions (``write_workshop``).
 
 from vitdemo import front
 
-_HOME = {
-    "attention_maps": "course.attention",
-    "rollout": "course.attention",
-    "most_looked_at": "course.attention",
-    "mask_patches": "course.attention",
-    "look_at": "course.looks",
-    "names_of": "course.looks",
-    "answers_under": "course.looks",
-    "answers_masked": "course.looks",
-    "disagreements": "course.looks",
-    "measured_and_published": "course.performance",
-    "browse": "course.browsing",
-    "plot_looks": "course.figures",
-    "plot_blocks": "course.figures",
-    "plot_disagreements": "course.figures",
-    "image_explorer": "course.widgets",
-    "benchmark_explorer": "course.widgets",
-    "dataset_browser": "course.widgets",
-    "BUGS": "course.buggy_scripts",
-    "buggy_run": "course.buggy_scripts",
-    "hunt": "course.bug_hunt",
-    "crop_picture": "dataset.decoding",
-    "choose_notebooks": "course.notebooks",
-    "parse_parameter": "course.notebooks",
-    "run_notebooks": "course.runner",
-    "write_workshop": "course.workshop",
+_NAMES_OF = {
+    "course.attention": "attention_maps rollout most_looked_at mask_patches",
+    "course.looks": "look_at names_of answers_under answers_masked disagreements",
+    "course.performance": "measured_and_published",
+    "course.browsing": "browse",
+    "course.figures": "plot_looks plot_blocks plot_disagreements",
+    "course.widgets": "image_explorer benchmark_explorer dataset_browser",
+    "course.buggy_scripts": "BUGS buggy_run",
+    "course.bug_hunt": "hunt",
+    "dataset.decoding": "crop_picture",
+    "course.notebooks": "choose_notebooks parse_parameter",
+    "course.runner": "run_notebooks",
+    "course.workshop": "write_workshop",
 }
-__all__ = list(_HOME)
-__getattr__, __dir__ = front("vitdemo.course", _HOME)
+__all__, __getattr__, __dir__ = front("vitdemo.course", _NAMES_OF)

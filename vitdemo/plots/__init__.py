@@ -2,27 +2,11 @@
 
 from vitdemo import front
 
-_HOME = {
-    "folder_preview": "plots.dataset",
-    "plot_class_histogram": "plots.dataset",
-    "plot_crops": "plots.dataset",
-    "plot_gallery": "plots.dataset",
-    "plot_error_over_depth": "plots.verification",
-    "plot_flips": "plots.verification",
-    "plot_latency_throughput": "plots.benchmarking",
-    "plot_speedups": "plots.benchmarking",
-    "plot_roofline": "plots.benchmarking",
-    "plot_accuracy_speed": "plots.benchmarking",
-    "plot_prediction": "plots.benchmarking",
-    "plot_diagnosis": "plots.inference",
-    "plot_mistakes": "plots.inference",
-    "plot_per_class": "plots.inference",
-    "plot_predictions": "plots.inference",
-    "plot_time": "plots.inference",
-    "plot_timeline": "plots.inference",
-    "plot_schedule": "plots.inference",
-    "plot_replicas": "plots.inference",
-    "plot_scaling": "plots.inference",
+_NAMES_OF = {
+    "plots.dataset": "folder_preview plot_class_histogram plot_crops plot_gallery",
+    "plots.verification": "plot_error_over_depth plot_flips",
+    "plots.benchmarking": "plot_latency_throughput plot_speedups plot_roofline plot_accuracy_speed plot_prediction",
+    "plots.inference": "plot_diagnosis plot_mistakes plot_per_class plot_predictions plot_time plot_timeline "
+    "plot_schedule plot_replicas plot_scaling",
 }
-__all__ = list(_HOME)
-__getattr__, __dir__ = front("vitdemo.plots", _HOME)
+__all__, __getattr__, __dir__ = front("vitdemo.plots", _NAMES_OF)
