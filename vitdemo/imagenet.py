@@ -5,7 +5,7 @@ from vitdemo import front
 _NAMES_OF = {
     "dataset.tars": "ARCHIVE_MD5 index_tar md5",
     "dataset.devkit": "devkit_of read_devkit",
-    "dataset.trees": "val_tar",
+    "dataset.trees": "split_tar",
     "dataset.imagenet": "ImageNetTrain",
     "dataset.decoding": "image_facts",
 }

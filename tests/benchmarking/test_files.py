@@ -47,11 +47,9 @@ def test_old_and_new_files_are_joined_by_name(copied, sweep_folder):
     ("spoil", "what"),
     [
         (lambda text: text.replace("images_per_s", "fps", 1), "the column 'images_per_s' is missing"),
-        (lambda text: text.replace("p90_ms", "p50_ms", 1), "has the column 'p50_ms' 2 times"),
-        (lambda text: text.replace("p50_ms,", "", 1), r"row 1 has \d+ values for \d+ columns"),
+        (lambda text: text.replace("p50_ms,", "", 1), "its rows have more values"),
         (lambda text: "file,label\na,1\n", "the column 'model' is missing"),
-        (lambda text: "", "the column 'model' is missing"),
-        (lambda text: text + 'a,"b\n', "row 7 has 2 values"),
+        (lambda text: "", "not a table of vitdemo's"),
         (lambda text: text + 'a,"b\n' + "c" * 200_000, "not a table of vitdemo's"),
         (lambda text: "\x00\x01", "not a table of vitdemo's"),
     ],

@@ -45,6 +45,8 @@ def test_a_row_for_every_pair_and_batch(rows):
     assert list(zip(pair_of(rows), rows["device_batch_size"], strict=True)) == [(p, b) for b in (1, 3) for p in PAIRS]
     assert set(rows["status"]) == {"ok"} and set(rows["turns"]) == {"together"}
     assert set(COLUMNS) <= set(rows)
+    stems = {re.sub("_(low|high|pairs)$", "", name) for name in COLUMNS}
+    assert stems <= set(re.findall(r"``(\w+)``", benchmark.__doc__)), "each column is described"
 
 
 def test_rates_are_total_over_total(rows):
@@ -74,7 +76,7 @@ def test_a_speedup_is_over_eager_of_the_same_batch(rows):
 
 
 def test_a_ratio_is_the_median_of_its_rounds():
-    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
+    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=COLUMNS)
     fp32, int8 = ({"device": "cpu", "precision_ran": {precision: 0.9}} for precision in ("fp32", "int8"))
     slow = Measured(Pair("eager", "fp32"), 2, fp32, rounds=[[0.4, 0.2], [0.8], [0.4]], roof=[np.nan] * 3)
     fast = Measured(Pair("onnx", "int8"), 2, int8, rounds=[[0.1], [0.1], []], roof=[1e12, 2e12, 1e12])
@@ -89,7 +91,7 @@ def test_a_ratio_is_the_median_of_its_rounds():
 
 
 def test_equal_precision_is_what_ran_on_the_same_device():
-    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=list(COLUMNS))
+    info, none = load_model("vit_shapes20").info, pd.DataFrame(columns=COLUMNS)
     eager = Measured(Pair("eager", "bf16"), 1, {"device": "cpu", "precision_ran": {"bf16": 1.0}}, rounds=[[0.4]])
 
     def ratio(speedup="speedup_equal_precision", **facts):

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.loop import predict
 from vitdemo.inference.random_input import run_random_input
-from vitdemo.machine import Phases, cores, describe_machine, machine_record, now
+from vitdemo.machine import Phases, describe_machine, machine_record, now
 from vitdemo.paths import REPOSITORY
 
 BATCH, THREADS = 8, 2
@@ -52,7 +53,7 @@ class Images(Dataset):
     """A map-style dataset as a user would write it, over samples that are in memory."""
 
     def __init__(self, samples: list[Sample], preprocessing: Preprocessing):
-        self.samples, self.transform = samples, create_transform(**preprocessing.to_dict(), is_training=False)
+        self.samples, self.transform = samples, create_transform(**asdict(preprocessing), is_training=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,8 +78,7 @@ def input_variants(samples: list[Sample], preprocessing: Preprocessing) -> dict[
                 pass
 
     def batches(input_path: str) -> None:
-        options = dict(input_path=input_path, workers=THREADS)
-        for _ in prefetched_batches(samples, range(len(samples)), preprocessing, BATCH, **options):
+        for _ in prefetched_batches(samples, range(len(samples)), preprocessing, BATCH, input_path=input_path):
             pass
 
     def loader() -> None:
@@ -96,7 +96,7 @@ def input_variants(samples: list[Sample], preprocessing: Preprocessing) -> dict[
 
 def whole_way(engine: Engine, samples: list[Sample], input_path: str = "fast") -> int:
     """From files to rows; how many are right."""
-    options = dict(device_batch_size=BATCH, input_path=input_path, workers=cores(), phases=Phases(), times=[])
+    options = dict(device_batch_size=BATCH, input_path=input_path, phases=Phases(), times=[])
     rows = predict(engine, samples, range(len(samples)), **options)
     return sum(row.correct for batch in rows for row in batch)
 

@@ -21,7 +21,6 @@ from vitdemo.course import (
     crop_picture,
     disagreements,
     look_at,
-    looks,
     measured_and_published,
     names_of,
 )
@@ -113,14 +112,6 @@ def test_disagreements_of_two_engines(eager, bf16, shapes20):
     assert worst["reference"] == q.argmax()
     assert worst["reference_probability"] == pytest.approx(q.max().item(), abs=1e-4)
     assert found["distance"].max() > 0
-
-
-def test_disagreements_are_decoded_on_every_core(eager, bf16, shapes20, monkeypatch):
-    asked, batches = [], looks.prefetched_batches
-    monkeypatch.setattr(looks, "cores", lambda: 5)
-    monkeypatch.setattr(looks, "prefetched_batches", lambda *a, **o: asked.append(o["workers"]) or batches(*a, **o))
-    disagreements(bf16, eager, shapes20, limit=2, progress=False)
-    assert asked == [5]
 
 
 def test_an_engine_does_not_disagree_with_itself(eager, shapes20):

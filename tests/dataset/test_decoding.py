@@ -3,7 +3,7 @@
 import io
 import random
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import time
 
 import numpy as np
@@ -48,7 +48,7 @@ def jpegs(request) -> list[bytes]:
 
 def timm_reference(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """timm's evaluation transform to its end, normalised float32, as timm.data.ImageDataset applies it."""
-    transform = create_transform(**preprocessing.to_dict(), is_training=False)
+    transform = create_transform(**asdict(preprocessing), is_training=False)
     return transform(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pandas as pd
 import pytest
@@ -48,7 +48,7 @@ def by_reference(eager, shapes20):
 
 def test_predictions_are_those_of_a_plain_timm_loop(by_reference, shapes20, vit_shapes20):
     evaluation = by_reference
-    transform = create_transform(**vit_shapes20.info.preprocessing.to_dict(), is_training=False)
+    transform = create_transform(**asdict(vit_shapes20.info.preprocessing), is_training=False)
     images = [Image.open(io.BytesIO(shapes20[i].jpeg)).convert("RGB") for i in range(101)]
     with torch.no_grad():
         logits = vit_shapes20.module(torch.stack([transform(image) for image in images]))

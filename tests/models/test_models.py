@@ -5,7 +5,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -52,7 +52,7 @@ def test_bundled_model_info(vit_shapes20, shapes20):
     info = vit_shapes20.info
     assert (info.tag, info.weights) == ("vit_shapes20", "pretrained")
     assert list(info.classes) == shapes20.classes
-    json.dumps(info.to_dict())
+    json.dumps(asdict(info))
     assert not vit_shapes20.module.training
     assert not any(p.requires_grad for p in vit_shapes20.module.parameters())
 

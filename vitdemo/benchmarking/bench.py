@@ -123,7 +123,7 @@ class RoofBench:
             return
         try:
             products = self._products[precision] = Products(precision, self._shapes)
-            products.keep(1, EXPLORE_S, least=1)
+            products.best(EXPLORE_S, least=1, keep=1)
         except VitdemoError:
             self._products[precision] = None
 

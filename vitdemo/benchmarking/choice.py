@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jinja2
 import pandas as pd
 import torch
 
@@ -20,6 +21,7 @@ from vitdemo.paths import PART, claim_folder, replacing
 from vitdemo.precisions import TORCH_TYPES
 
 SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
+TEMPLATE = Path(__file__).with_name(f"{SCRIPT}.j2")
 
 
 def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy_loss: float) -> pd.Series:
@@ -77,8 +79,9 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
         for file in _model_files(engine, Path(part)):
             file.rename(out / file.name)
         (out / CLASSES).write_text("\n".join(class_names or engine.info.classes or ()), encoding="utf-8")
+        template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
         with replacing(out / SCRIPT) as file:
-            file.write(_script(engine))
+            file.write(template.render(engine=engine, crop=preprocessing))
     return out / SCRIPT
 
 
@@ -95,55 +98,3 @@ def _model_files(engine: Engine, folder: Path) -> list[Path]:
         module = copy.deepcopy(engine.recipe.model.module).to(dtype)
         torch.export.save(export_graph(Model(module, engine.info), dtype=dtype), folder / PROGRAM)
     return sorted(folder.iterdir())
-
-
-def _script(engine: Engine) -> str:
-    preprocessing = engine.info.preprocessing
-    side = preprocessing.input_size[1]
-    squash = preprocessing.crop_mode == "squash"
-    return TEMPLATE.format(
-        what=f"{engine.info.tag} in {engine.name} {engine.precision}",
-        key=engine.card["key"][:16],
-        side=side,
-        resized=int(side / preprocessing.crop_pct),
-        interpolation=preprocessing.interpolation.upper(),
-        size=SQUASHED if squash else COVERING,
-        runtime=engine.script.strip(),
-    )
-
-
-COVERING = "size = [int(RESIZED * s / min(image.size)) for s in image.size]"
-SQUASHED = "size = RESIZED, RESIZED"
-TEMPLATE = '''"""{what}, artifact {key}, as written by vitdemo.
-
-python classify.py IMAGE …"""
-
-import sys
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
-
-HERE, SIDE, RESIZED = Path(__file__).parent, {side}, {resized}
-CLASSES = (HERE / "classes.txt").read_text(encoding="utf-8").splitlines()
-
-{runtime}
-
-
-def pixels(path):
-    """uint8[1, 3, SIDE, SIDE]; the model itself takes off the mean and divides by the deviation."""
-    image = Image.open(path).convert("RGB")
-    {size}
-    image = image.resize(size, Image.Resampling.{interpolation})
-    left, top = (round((s - SIDE) / 2) for s in image.size)
-    cut = image.crop((left, top, left + SIDE, top + SIDE))
-    return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1)[None])
-
-
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        z = logits(pixels(path))[0].astype(np.float64)
-        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        best = np.argsort(-p, kind="stable")[:3]
-        print(path, *(f"{{p[k]:.1%}} {{CLASSES[k] if CLASSES else k}}" for k in best), sep="\\t")
-'''

@@ -1,6 +1,5 @@
 """The files of sweeps: one CSV each, its machine's record beside it; read back, and joined by column name."""
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,8 @@ from vitdemo.machine import cores, machine_record
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
 PATTERN = "perf_*.csv"
-KEY = ["engine", "precision", "device_batch_size"]
-NEEDED = ["model", *KEY, "batch", "status", "images_per_s", "machine", "commit"]  # without these a row says nothing
+# Without these a row says nothing.
+NEEDED = "model engine precision device_batch_size batch status images_per_s machine commit".split()
 HASHES = ("commit", "artifact")  # of digits alone, or with an e among them, they would read as numbers
 
 
@@ -33,9 +32,9 @@ class Sweep:
     rows: pd.DataFrame
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Put ``rows`` in the place of those of the same pair and batch size, and write the file."""
+        """Put ``rows`` among the others, and write the file."""
         both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
-        table = pd.concat(both, ignore_index=True).drop_duplicates(KEY, keep="last")
+        table = pd.concat(both, ignore_index=True)
         order = {pair: place for place, pair in enumerate(self.settings["pairs"])}
         place = (table["engine"] + ":" + table["precision"]).map(order)
         table = table.assign(place=place).sort_values(["device_batch_size", "place"]).drop(columns="place")
@@ -60,7 +59,7 @@ def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
         machine = machine_record() | {"engines": precisions_here()}
         record = {"settings": settings, "machine": machine, "finished": False}
         write_json(path.with_suffix(".json"), record)
-        yield Sweep(path, settings, pd.DataFrame(columns=list(COLUMNS)))
+        yield Sweep(path, settings, pd.DataFrame(columns=COLUMNS))
         write_json(path.with_suffix(".json"), record | {"finished": True})
 
 
@@ -75,23 +74,17 @@ def read_perf(path: Path) -> pd.DataFrame:
     """The rows of one sweep's file.
 
     Raises:
-        VitdemoError: naming it, where it is none, a column is there twice, or a row is longer or shorter than the
-            header.
+        VitdemoError: naming it, where it is none, or where rows have more values than the header.
     """
     with named_errors(path):
         try:
-            with open(path, encoding="utf-8", newline="") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
-            for number, row in enumerate(rows, 1):
-                if len(row) != len(header):
-                    raise VitdemoError(f"{path}: row {number} has {len(row)} values for {len(header)} columns; mend it")
-            table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str")) if header else pd.DataFrame()
-        except (UnicodeDecodeError, pd.errors.ParserError, csv.Error):
+            table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str"))
+        except ValueError:  # pandas' own errors are of this type, and that of bytes that are no text
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
-    if (times := header.count(name := max(header, key=header.count, default=""))) > 1:
-        raise VitdemoError(f"{path}: has the column {name!r} {times} times; take one out")
-    if missing := [name for name in NEEDED if name not in header]:
+    if missing := [name for name in NEEDED if name not in table]:
         raise VitdemoError(f"{path}: not a table of vitdemo's, the column {missing[0]!r} is missing; take it out")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first values for the rows' names
+        raise VitdemoError(f"{path}: its rows have more values than its header has names; mend it, or take it out")
     return table
 
 

@@ -16,62 +16,13 @@ from vitdemo.stats import median_interval, percentiles_ms
 OK, WARM = "ok", "warm"
 MFU_CONVENTION = "FLOPs = 2 x MACs, of the roof measured here"
 
-COLUMNS = {  # name -> what it says
-    "model": "the full tag",
-    "weights": "pretrained, random, or the file",
-    "engine": "",
-    "precision": "as asked for",
-    "parameters": "numbers that the model has learnt",
-    "flops_per_image": "2 x multiply-accumulates of one image",
-    "input_bytes": "of one image's pixels",
-    "precision_ran": "share of multiply-accumulates in each, read back from the runtime",
-    "device": "cpu or cuda",
-    "threads": "CPU threads of a call (of one replica's)",
-    "replicas": "how many share each batch",
-    "device_batch_size": "images a replica gets at once",
-    "batch": "device_batch_size x replicas",
-    "status": "ok; skipped or failed, and why",
-    "turns": "together: by turns with the others; alone: after them",
-    "build_s": "making the artifact, when it was made",
-    "load_s": "making it ready: reading the artifact, or casting eager's weights, or starting the replicas",
-    "first_run_s": "load_s and the first call; warm: this process had run before",
-    "second_run_s": "the call after",
-    "compile_s": "first_run_s - second_run_s",
-    "warm_up_s": "calls before the timed ones",
-    "calls": "timed calls; the first one after waking is not, where calls are short",
-    "p50_ms": "latency of a call: median, 90th and 99th percentile, mean, standard deviation",
-    "p90_ms": "",
-    "p99_ms": "",
-    "mean_ms": "",
-    "std_ms": "",
-    "images_per_s": "all images of the timed calls over all their seconds",
-    "speedup_over_eager_fp32": "rate over eager fp32's, median of the rounds; mixed precision unless precision is fp32",
-    "speedup_over_eager_fp32_low": "and the interval that holds the true median with 95 %, of six rounds or more",
-    "speedup_over_eager_fp32_high": "",
-    "speedup_over_eager_fp32_pairs": "rounds that it is the median of",
-    "speedup_equal_precision": "rate over eager's in the same precision, if both ran natively in it, on one device",
-    "speedup_equal_precision_low": "",
-    "speedup_equal_precision_high": "",
-    "speedup_equal_precision_pairs": "",
-    "tflops": "images_per_s x flops_per_image / 10^12",
-    "roof_tflops": "what plain matrix products in this precision reached in the same rounds, their median",
-    "of_roof": "rate over the roof's, median of the rounds; none where another precision, or an emulated one, ran",
-    "of_roof_low": "",
-    "of_roof_high": "",
-    "mfu": "rate of all calls over roof_tflops",
-    "mfu_convention": "how operations are counted, and what the peak is",
-    "peak_memory_bytes": "largest resident size of the pair's process, so far, since the engine was ready",
-    "accuracy": "top-1 and agreement for people, or why there is none",
-    "top1": "fraction",
-    "images": "that top1 and agreement are of",
-    "calibrated_on_scored": "how many of these int8's ranges were found on",
-    "agreement": "share of images with eager fp32's answer",
-    "relative_l2": "distance of the logits from eager fp32's, over their size, on random pixels",
-    "artifact": "hash of everything that shaped the engine",
-    "measured": "when, UTC",
-    "machine": "",
-    "commit": "of vitdemo's source",
-}
+# What they say is told at ``benchmark``.
+COLUMNS = """model weights engine precision parameters flops_per_image input_bytes precision_ran device threads replicas
+device_batch_size batch status turns build_s load_s first_run_s second_run_s compile_s warm_up_s calls p50_ms p90_ms
+p99_ms mean_ms std_ms images_per_s speedup_over_eager_fp32 speedup_over_eager_fp32_low speedup_over_eager_fp32_high
+speedup_over_eager_fp32_pairs speedup_equal_precision speedup_equal_precision_low speedup_equal_precision_high
+speedup_equal_precision_pairs tflops roof_tflops of_roof of_roof_low of_roof_high mfu mfu_convention peak_memory_bytes
+accuracy top1 images calibrated_on_scored agreement relative_l2 artifact measured machine commit""".split()
 
 
 @dataclass
@@ -136,7 +87,7 @@ def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns:
         found: one per pair, which took turns.
         info: the model's.
         before: the sweep's rows so far, among which a pair that ran alone finds its eager.
-        turns: see COLUMNS.
+        turns: as at ``benchmark``.
     """
     good = {measured.pair: measured for measured in found if not measured.status}
     rows = []
@@ -146,7 +97,7 @@ def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns:
             row |= _latency(measured) | _speedups(measured, good, before)
             row |= _of_roof(measured, info.flops_per_image)
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _identity(measured: Measured, info: ModelInfo) -> dict:

@@ -259,13 +259,13 @@ def benchmark(
     calibration: Path | str | None = None,
     out: Path | str,
 ) -> pd.DataFrame:
-    """Measure every model in every engine and batch size; the rows, which are also in ``out``, one file per model.
+    """Measure every model in every engine and batch size.
 
     Each pair of engine and precision lives in a process of its own. All take turns, in ROUNDS rounds: a turn is
     TURN_S seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the
     rounds; where one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays
     loaded while the others take their turns; those that do not all fit into memory are measured afterwards, one at a
-    time, and their rows say ``turns`` = alone. What fails is a row that says why. The columns are in ``rows.COLUMNS``.
+    time, and their rows say ``turns`` = alone. What fails is a row that says why.
 
     What was measured before a sweep is stopped stays in its file; ``merge`` joins it with a sweep of the batch sizes
     that are missing.
@@ -282,7 +282,41 @@ def benchmark(
         data: images for the accuracy; None is the bundled ones for vit_shapes20, and no accuracy for others.
         images: how many of ``data``, from the first.
         calibration: images for int8, as in ``convert``.
-        out: the folder of ``perf_<model>_<setting>_<time>.csv`` and the machine's record beside it.
+        out: the folder of ``perf_<model>_<setting>_<time>.csv``, one file per model, its machine's record beside it.
+
+    Returns:
+        One row per model, engine, precision and batch size, which is also in ``out``:
+
+    - ``model``, ``weights``: the full tag; pretrained, random, or the file. ``engine``, ``precision``: as asked for.
+    - ``parameters``: numbers that the model has learnt. ``flops_per_image``: 2 x the multiply-accumulates of one image.
+      ``input_bytes``: of one image's pixels.
+    - ``precision_ran``: the share of multiply-accumulates in each precision, read back from the runtime.
+    - ``device``: cpu or cuda. ``threads``: CPU threads of a call (of one replica's). ``replicas``: how many share each
+      batch. ``device_batch_size``: images that a replica gets at once. ``batch``: device_batch_size x replicas.
+    - ``status``: ok; skipped or failed, and why. ``turns``: together (by turns with the others), or alone (after them).
+    - ``build_s``: making the artifact, when it was made. ``load_s``: making it ready: reading the artifact, casting
+      eager's weights, or starting the replicas.
+    - ``first_run_s``: load_s and the first call; "warm" where this process had run before. ``second_run_s``: the call
+      after. ``compile_s``: first_run_s - second_run_s. ``warm_up_s``: of the calls before the timed ones.
+    - ``calls``: timed calls; the first one after waking is not, where calls are short. ``p50_ms``, ``p90_ms``,
+      ``p99_ms``, ``mean_ms``, ``std_ms``: latency of a call: percentiles, mean, standard deviation.
+    - ``images_per_s``: all images of the timed calls over all their seconds.
+    - ``speedup_over_eager_fp32``: the rate over eager fp32's, the median of the rounds; mixed precision unless
+      ``precision`` is fp32. ``…_low``, ``…_high``: the interval that holds the true median with 95 %, of six rounds or
+      more. ``…_pairs``: rounds that it is the median of.
+    - ``speedup_equal_precision``, with the same three: the rate over eager's in the same precision, where both ran
+      natively in it, on one device.
+    - ``tflops``: images_per_s x flops_per_image / 10^12. ``roof_tflops``: what plain matrix products in this precision
+      reached in the same rounds, their median. ``of_roof``, ``of_roof_low``, ``of_roof_high``: the rate over the
+      roof's, the median of the rounds; none where another precision, or an emulated one, ran. ``mfu``: the rate of all
+      calls over roof_tflops. ``mfu_convention``: how operations are counted, and what the peak is.
+    - ``peak_memory_bytes``: the largest resident size of the pair's process, so far, since the engine was ready.
+    - ``accuracy``: top-1 and agreement for people, or why there is none. ``top1``: a fraction. ``images``: that top1
+      and agreement are of. ``calibrated_on_scored``: how many of these int8's ranges were found on.
+    - ``agreement``: the share of images with eager fp32's answer. ``relative_l2``: the distance of the logits from
+      eager fp32's, over their size, on random pixels.
+    - ``artifact``: hash of everything that shaped the engine. ``measured``: when, UTC. ``machine``. ``commit``: of
+      vitdemo's source.
 
     Raises:
         VitdemoError: for bad input, before anything is measured.

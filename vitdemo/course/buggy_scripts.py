@@ -184,5 +184,5 @@ def _batches(bug: str | None) -> list[list[int]]:
 def _pixels(data: ImageNetVal, model: Model) -> torch.Tensor:
     """The scored images as uint8[IMAGES, 3, H, W]."""
     crop = model.info.preprocessing
-    batches = prefetched_batches(data, range(IMAGES), crop, BATCH, input_path="fast", workers=cores())
+    batches = prefetched_batches(data, range(IMAGES), crop, BATCH, input_path="fast")
     return torch.cat([batch.pixels for batch in batches])

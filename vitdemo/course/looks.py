@@ -205,7 +205,7 @@ def disagreements(
     if candidate.info.preprocessing != preprocessing or candidate.info.classes != reference.info.classes:
         raise VitdemoError("disagreements: the engines have other classes or preprocessing; give two of one model")
     indices, tables = range(min(len(data), len(data) if limit is None else limit)), []
-    batches = prefetched_batches(data, indices, preprocessing, device_batch_size, input_path="fast", workers=cores())
+    batches = prefetched_batches(data, indices, preprocessing, device_batch_size, input_path="fast")
     with closing(batches), tqdm(total=len(indices), unit="image", disable=not progress) as bar:
         for batch in batches:
             table = _compared(batch, *(_logits(engine, batch.pixels) for engine in (candidate, reference)))

@@ -67,12 +67,11 @@ def prefetched_batches(
     device_batch_size: int,
     *,
     input_path: str = "reference",
-    workers: int | None = None,
     ahead: int = 2,
 ) -> Iterator[Batch]:
     """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
 
-    Closing the iterator stops the threads.
+    One thread per core decodes: the decoders work outside Python's lock. Closing the iterator stops the threads.
 
     Args:
         data: the samples.
@@ -80,13 +79,12 @@ def prefetched_batches(
         preprocessing: the crop that the model's weights expect.
         device_batch_size: images in a batch.
         input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can.
-        workers: threads that decode, by default one per core; the decoders work outside Python's lock.
         ahead: batches that wait at the most, so that memory does not grow with the data set.
 
     Yields:
         Batches; an image that cannot be read is a row of zeros with its error.
     """
-    pool = ThreadPoolExecutor(workers or cores(), thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")
     waiting, buffers = deque(), []
 
     def begin(start):

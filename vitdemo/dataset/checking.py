@@ -65,7 +65,7 @@ class ImageReport:
             counts[name] = ", ".join(f"{count:,} {state}" for state, count in s[name].items()) or "none"
         lines = [
             f"{s['images']:,} images decoded: {s['errors']:,} unreadable, {s['warnings']:,} with a decoder's warning; "
-            f"{counts['modes']}; EXIF: {counts['exif']}; {s['images_per_s']:,.0f} images/s, {s['workers']} threads",
+            f"{counts['modes']}; EXIF: {counts['exif']}; {s['images_per_s']:,.0f} images/s, {s['threads']} threads",
             f"sha256 over the set: {s['sha256'] or 'none, as some files could not be read from the disk'}",
         ]
         damaged = self.damaged
@@ -80,11 +80,14 @@ def check_images(
     data: ImageNetSplit,
     out: Path | str | None = None,
     *,
-    workers: int | None = None,
     limit: int | None = None,
     progress: bool = True,
 ) -> ImageReport:
     """Read, hash and strictly decode each image once.
+
+    One thread per core decodes, outside Python's lock. It computes all coefficients of an image, but its pixels at an
+    eighth of the size only: no step after the coefficients can fail. Each holds one image, which takes 0.9 GB at the
+    very worst beside its file of 256 MiB at the most.
 
     A check that is interrupted writes nothing: a report is of one pass over the files.
 
@@ -104,9 +107,6 @@ def check_images(
             file is of another format than its name says); sha256. images.json: its summary, with counts of modes, EXIF
             states, errors and warnings, the damaged per wnid; min, median, max of width, height, bytes; sha256 of the
             set; rate and machine. An earlier report there is replaced.
-        workers: threads that decode, by default one per core, outside Python's lock. They compute all coefficients of
-            an image, but its pixels at an eighth of the size only: no step after the coefficients can fail. Each holds
-            one image, which takes 0.9 GB at the very worst beside its file of 256 MiB at the most.
         limit: check the first so many only.
         progress: show a bar.
 
@@ -114,10 +114,10 @@ def check_images(
         The report, with one row per image.
 
     Raises:
-        VitdemoError: for bad ``workers`` or ``limit`` and for a folder that cannot be written.
+        VitdemoError: for a bad ``limit`` and for a folder that cannot be written.
     """
-    at_least_1(workers=workers, limit=limit)
-    out, workers = user_path(out) if out is not None else None, workers or cores()
+    at_least_1(limit=limit)
+    out = user_path(out) if out is not None else None
     images = len(data) if limit is None else min(limit, len(data))
     if out:
         with named_errors(out):
@@ -125,12 +125,12 @@ def check_images(
             remove_leftovers(out, IMAGES, SUMMARY)
     rows, start = [], now()
     bar = tqdm(total=images, unit="image", desc="check images", disable=not progress)
-    with bar, closing(_checked(data, images, workers)) as chunks:
+    with bar, closing(_checked(data, images)) as chunks:
         for some in chunks:
             rows += some
             bar.update(len(some))
     table = pd.DataFrame(rows, columns=COLUMNS)
-    report = ImageReport(table, _summarise(table, data, workers, now() - start), data.class_names, out)
+    report = ImageReport(table, _summarise(table, data, now() - start), data.class_names, out)
     if out:
         with named_errors(out), replacing(out / SUMMARY) as summary, replacing(out / IMAGES) as csv:
             table.to_csv(csv, index=False, lineterminator="\n")
@@ -138,10 +138,10 @@ def check_images(
     return report
 
 
-def _checked(data: ImageNetSplit, images: int, workers: int) -> Iterator[list[tuple]]:
+def _checked(data: ImageNetSplit, images: int) -> Iterator[list[tuple]]:
     """The rows of the first ``images`` samples in their order, a chunk at a time. Closing it stops the threads."""
     chunks = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="check")
     try:
         yield from pool.map(lambda chunk: [_row(data, index) for index in chunk], chunks)
     finally:
@@ -195,7 +195,7 @@ def _pil_error(jpeg: bytes) -> str:
     return ""
 
 
-def _summarise(table: pd.DataFrame, data: ImageNetSplit, workers: int, wall_s: float) -> dict:
+def _summarise(table: pd.DataFrame, data: ImageNetSplit, wall_s: float) -> dict:
     damaged = table[(table["error"] != "") | (table["warning"] != "")]
     seen = table[table["mode"] != UNREADABLE]
     digest = hashlib.sha256()
@@ -215,7 +215,7 @@ def _summarise(table: pd.DataFrame, data: ImageNetSplit, workers: int, wall_s: f
         "sha256": digest.hexdigest() if all(table["sha256"]) else None,
         "finished": datetime.now().isoformat(timespec="seconds"),
         "decoder": f"simplejpeg {installed_version('simplejpeg')}",
-        "workers": workers,
+        "threads": cores(),
         "wall_s": wall_s,
         "images_per_s": len(table) / wall_s,
         "machine": machine_record(),

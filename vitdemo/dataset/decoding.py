@@ -151,10 +151,6 @@ class Preprocessing:
         if len(self.input_size) != 3 or self.input_size[0] != 3:
             raise VitdemoError(f"preprocessing: input_size {self.input_size} is not (3, height, width)")
 
-    def to_dict(self) -> dict:
-        """A dict that JSON can hold."""
-        return asdict(self)
-
 
 @lru_cache(maxsize=8)
 def _timm_transform(preprocessing: Preprocessing):

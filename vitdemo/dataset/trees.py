@@ -44,7 +44,7 @@ def expected(split: str) -> str:
     return f"expected <name>_img_{split}.tar{devkit}, or {split}/ with one folder per class, named n01440764 …"
 
 
-def split_tar(path: Path, split: str) -> Path:
+def split_tar(path: Path, split: str = "val") -> Path:
     """The tar of a split.
 
     Args:
@@ -63,11 +63,6 @@ def split_tar(path: Path, split: str) -> Path:
         names = ", ".join(tar.name for tar in tars)
         raise VitdemoError(f"{path}: holds {len(tars)} {split} tars ({names}); name the one")
     return tars[0]
-
-
-def val_tar(path: Path) -> Path:
-    """``split_tar`` of the validation set."""
-    return split_tar(path, "val")
 
 
 def find_tree(path: Path, split: str) -> Path | None:

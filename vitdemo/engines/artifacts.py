@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
-from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.errors import VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.machine import cores, free_memory_bytes, installed_version, now
 from vitdemo.models.loading import weights_sha256
 from vitdemo.models.model import Model, ModelInfo
@@ -166,8 +166,7 @@ def convert(
             runtime does not have on this processor, for a runtime that is not installed, and when calibration images
             are missing.
     """
-    if threads is not None and threads < 1:
-        raise VitdemoError(f"threads {threads}: must be at least 1")
+    at_least_1(threads=threads)
     what = recipe_for(model, engine, precision, calibration=calibration, device=device)
     return what.engine(threads or cores(), force)
 
@@ -226,7 +225,7 @@ class Recipe:
             "engine": self.cls.name,
             "precision": self.precision,
             "device": self.device,
-            "model": self.info.to_dict(),
+            "model": asdict(self.info),
             **self.hashes,
             "versions": {name: installed_version(name) for name in packages},
             "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],

@@ -8,7 +8,7 @@ import torch
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.graph import Normalised, tap_points
 from vitdemo.models.model import FlopsByPrecision, Model
-from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, Call, Shape, shares_that_ran, torch_product, torch_support
+from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, shares_that_ran, torch_product, torch_support
 
 
 class EagerEngine(Engine):
@@ -16,6 +16,7 @@ class EagerEngine(Engine):
 
     name = "eager"
     precisions = ("fp32", "bf16")
+    product = staticmethod(torch_product)
     script = """
 import torch
 
@@ -43,10 +44,6 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
             return torch_support()
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # not run
         return {"fp32": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
-
-    @classmethod
-    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
-        return torch_product(precision, shape, threads)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)

@@ -26,6 +26,36 @@ from vitdemo.precisions import NATIVE, PRECISION_OF, Call, Shape, shares_that_ra
 GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
 
 
+def product(precision: str, shape: Shape, threads: int) -> Call | None:
+    """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
+    openvino = import_silently("openvino")
+    from openvino import opset13 as ops
+
+    m, k, n = shape
+    if (kind := {"fp32": "f32", "bf16": "bf16", "int8": "u8"}.get(precision)) is None:
+        return None
+    random = np.random.default_rng(0)
+    x = ops.parameter([m, k], getattr(openvino.Type, kind))
+    weights = random.integers(-127, 128, (n, k), dtype=np.int8)
+    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
+        left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
+    else:
+        left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
+    y = ops.matmul(left, right, False, True)
+    if precision == "int8":
+        y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
+    graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
+    try:
+        ready = compiled(graph, "bf16" if precision == "bf16" else "f32", threads)
+    except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
+        return None
+    request = ready.create_infer_request()
+    bits = request.get_input_tensor().data.view(np.uint8)
+    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
+    request.infer()
+    return request.infer if set(macs_by_precision(ready.get_runtime_model())) == {precision} else None
+
+
 class OpenVINOEngine(CompiledEngine):
     """The graph on the CPU, compiled for the shortest latency; one compiled model serves every batch size.
 
@@ -40,6 +70,7 @@ class OpenVINOEngine(CompiledEngine):
     packages = ("openvino", "nncf")
     calibrated = ("int8",)
     depth = 2  # the next batch lies ready when one is done
+    product = staticmethod(product)
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
         super().__init__(folder, info, precision, device=device, threads=threads)
@@ -90,10 +121,6 @@ class OpenVINOEngine(CompiledEngine):
         return every | {"bf16": bf16_support()} if installed_version("openvino") else every
 
     @classmethod
-    def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
-        return product(precision, shape, threads)
-
-    @classmethod
     def build(
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
@@ -142,36 +169,6 @@ def hint(precision: str) -> str:
     if precision == "int8":
         return "bf16" if bf16_support() == NATIVE else "f32"
     return {"fp32": "f32", "bf16": "bf16"}[precision]
-
-
-def product(precision: str, shape: Shape, threads: int) -> Call | None:
-    """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
-    openvino = import_silently("openvino")
-    from openvino import opset13 as ops
-
-    m, k, n = shape
-    if (kind := {"fp32": "f32", "bf16": "bf16", "int8": "u8"}.get(precision)) is None:
-        return None
-    random = np.random.default_rng(0)
-    x = ops.parameter([m, k], getattr(openvino.Type, kind))
-    weights = random.integers(-127, 128, (n, k), dtype=np.int8)
-    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
-        left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
-    else:
-        left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
-    y = ops.matmul(left, right, False, True)
-    if precision == "int8":
-        y = ops.fake_quantize(y, np.float32(0), np.float32(255), np.float32(0), np.float32(255), 256)
-    graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
-    try:
-        ready = compiled(graph, "bf16" if precision == "bf16" else "f32", threads)
-    except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
-        return None
-    request = ready.create_infer_request()
-    bits = request.get_input_tensor().data.view(np.uint8)
-    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
-    request.infer()
-    return request.infer if set(macs_by_precision(ready.get_runtime_model())) == {precision} else None
 
 
 def compiled(graph, precision: str, threads: int):

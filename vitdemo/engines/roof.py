@@ -83,7 +83,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
         if fresh or key not in kept:
             products = Products(precision, shapes)
             print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
-            rounds = [products.keep(FASTEST, seconds=2, least=1)]
+            rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
             rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
             kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
             with replacing(path) as file:
@@ -131,27 +131,16 @@ class Products:
         if not self._calls:
             raise VitdemoError(f"no roof in {precision} here: nothing installed has it natively; see vitdemo doctor")
 
-    def keep(self, count: int, seconds: float, least: int = 2) -> Roof:
-        """As ``best``; from now on only the ``count`` fastest take part."""
-        rates = self._rates(seconds, least)
-        fastest = sorted(rates, key=rates.get, reverse=True)[:count]
-        self._calls = {key: self._calls[key] for key in fastest}
-        return self._roof(rates)
-
-    def best(self, seconds: float, least: int = 2) -> Roof:
+    def best(self, seconds: float, least: int = 2, keep: int | None = None) -> Roof:
         """Time each product for an equal part of ``seconds``, ``least`` calls after a cold one; the fastest, by its
-        median call."""
-        return self._roof(self._rates(seconds, least))
-
-    def _rates(self, seconds: float, least: int) -> dict[tuple[str, Shape], float]:
+        median call. From then on only the ``keep`` fastest take part."""
         rates = {}
         for (runtime, shape), call in self._calls.items():
             median = statistics.median(_timed(call, seconds / len(self._calls), least))
             rates[runtime, shape] = 2 * math.prod(shape) / median
-        return rates
-
-    def _roof(self, rates: dict[tuple[str, Shape], float]) -> Roof:
-        runtime, shape = max(rates, key=rates.get)
+        fastest = sorted(rates, key=rates.get, reverse=True)
+        self._calls = {key: self._calls[key] for key in fastest[:keep]}
+        runtime, shape = fastest[0]
         measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
 

@@ -23,7 +23,7 @@ from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
-from vitdemo.machine import cores, now
+from vitdemo.machine import now
 from vitdemo.models.model import Model, check_classes
 from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
@@ -172,7 +172,7 @@ def answer(runs: list[Variant], sample: Subset, device_batch_size: int, progress
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
         for crop in dict.fromkeys(run.crop for run in runs):
             sharing, start = [run for run in runs if run.crop == crop], now()
-            batches = prefetched_batches(sample, range(len(sample)), crop, device_batch_size, workers=cores())
+            batches = prefetched_batches(sample, range(len(sample)), crop, device_batch_size)
             with closing(batches):
                 for batch in batches:
                     readable = np.array([not error for error in batch.errors])

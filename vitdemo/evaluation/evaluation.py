@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import process_time, time
 
@@ -157,7 +157,7 @@ def _here(
 ) -> Iterator[tuple[int, list[Row]]]:
     """The first image's number and the rows of each batch, from this process."""
     cpu = process_time()
-    options |= dict(workers=cores(), phases=session.phases, times=session.times)
+    options |= dict(phases=session.phases, times=session.times)
     for span in merge_ranges(todo):
         first = span.start
         with closing(predict(engine, data, span, **options)) as batches:
@@ -206,7 +206,7 @@ def _check_replicas(
 def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:
     """All that shapes the predictions: a run may be resumed only under the very same."""
     return {
-        "model": engine.info.to_dict() | {"classes": len(engine.info.classes)},
+        "model": asdict(engine.info) | {"classes": len(engine.info.classes)},
         "engine": engine.name,
         "precision": engine.precision,
         "device": engine.device,

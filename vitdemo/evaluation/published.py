@@ -111,14 +111,13 @@ class Comparison:
 
     verdict: "agrees", "below" or "above" when the published value lies in, above or below the measured 95 % interval;
     "not published", "not measured". The interval is that of a sample. Where all the images of the data set were run,
-    both sides saw the same ones, and less than the interval's half-width can already be a loss: ``points`` (measured -
-    published, in points of per cent) says how much.
+    both sides saw the same ones, and less than the interval's half-width can already be a loss: the text says how
+    many points of per cent it is.
     """
 
     verdict: str
     text: str
     published: Published | None = None
-    points: float | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -143,4 +142,4 @@ def compare_published(evaluation: Evaluation) -> Comparison:
     measured = f"{m['correct']}/{m['images']} = {m['top1']:.1%}, 95 % interval {low:.1%} to {high:.1%}"
     part = "" if m["images"] == published.images else f", on a part of its {published.images:,} images"
     says = {"agrees": "measured agrees", "below": "measured is below", "above": "measured is above"}[verdict]
-    return Comparison(verdict, f"{text}: {says}: {measured}, {points:+.2f} points{part}", published, points)
+    return Comparison(verdict, f"{text}: {says}: {measured}, {points:+.2f} points{part}", published)

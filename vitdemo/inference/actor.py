@@ -91,7 +91,7 @@ class Replica:
         from vitdemo.machine import Phases, peak_memory_bytes
 
         rows, times, phases = [], [], Phases()
-        options = dict(device_batch_size=device_batch_size, input_path=input_path, workers=cores())
+        options = dict(device_batch_size=device_batch_size, input_path=input_path)
         start, cpu = now(), time.process_time()
         for batch in predict(self._engine, self._data, indices, **options, phases=phases, times=times):
             rows += batch

@@ -14,6 +14,7 @@ from vitdemo.dataset.imagenet import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, reason_of
 from vitdemo.machine import Phases
+from vitdemo.verification.comparison import ranking
 
 
 def batches_of(images: range, device_batch_size: int) -> list[range]:
@@ -92,7 +93,6 @@ def predict(
     *,
     device_batch_size: int,
     input_path: str,
-    workers: int,
     phases: Phases,
     times: list[BatchTimes],
 ) -> Iterator[list[Row]]:
@@ -104,7 +104,6 @@ def predict(
         indices: which of them, without a step.
         device_batch_size: images in a batch, from ``indices.start``; the last one is as long as what is left.
         input_path: as in ``prefetched_batches``.
-        workers: threads that decode.
         phases: gets the seconds that this thread waited for decoded batches ("decode_wait") and for the engine
             ("compute_wait") and made rows ("postprocess").
         times: gets one ``BatchTimes`` per batch.
@@ -113,9 +112,7 @@ def predict(
         EngineFailure: when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
-    batches = prefetched_batches(
-        data, indices, engine.info.preprocessing, device_batch_size, input_path=input_path, workers=workers
-    )
+    batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, input_path=input_path)
 
     def finish() -> tuple[Batch, torch.Tensor]:
         oldest = in_flight.popleft()
@@ -160,7 +157,7 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
 
 def _rows(batch: Batch, logits: torch.Tensor) -> list[Row]:
     """Equal logits rank by class index, so that a tie is broken the same way everywhere."""
-    classes = logits.sort(dim=1, descending=True, stable=True).indices  # small probabilities tie at 0
+    classes = ranking(logits)  # and not of the probabilities: small ones tie at 0
     probabilities = logits.softmax(dim=1).gather(1, classes)
     rows = []
     samples = zip(batch.files, batch.labels, batch.wnids, batch.errors, strict=True)

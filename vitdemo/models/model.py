@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +46,6 @@ class ModelInfo:
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     flops_per_image: int
-
-    def to_dict(self) -> dict:
-        """A dict that JSON can hold."""
-        return asdict(self)
 
     def random_pixels(self, *counts: int) -> torch.Tensor:
         """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""

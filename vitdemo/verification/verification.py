@@ -16,7 +16,6 @@ from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
-from vitdemo.machine import cores
 from vitdemo.models.model import Model, ModelInfo, check_classes
 from vitdemo.paths import data_root
 from vitdemo.precisions import TORCH_TYPES
@@ -117,7 +116,7 @@ def _real_batches(data: ImageNetVal, images: int, info: ModelInfo) -> Iterator[t
     indices = spread(len(data), images)
     read = 0
     chosen = Subset(data, indices)
-    for batch in prefetched_batches(chosen, range(images), info.preprocessing, BATCH, workers=cores()):
+    for batch in prefetched_batches(chosen, range(images), info.preprocessing, BATCH):
         readable = [k for k, error in enumerate(batch.errors) if not error]
         read += len(readable)
         if readable:
