@@ -21,14 +21,8 @@ BLOCK = re.compile(r"(?<=```\nvitdemo/\n).+?(?=```)", re.DOTALL)
 LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
 
 
-def modules() -> dict[str, Path]:
-    """Every file of the package by its dotted name."""
-    paths = sorted((REPOSITORY / "vitdemo").rglob("*.py"))
-    names = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in paths}
-    return {name: path for name, path in names.items() if path.name != "__init__.py"}
-
-
-MODULES = modules()
+PATHS = sorted(path for path in (REPOSITORY / "vitdemo").rglob("*.py") if path.name != "__init__.py")
+MODULES = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in PATHS}
 
 
 def imported_by(path: Path) -> set[str]:

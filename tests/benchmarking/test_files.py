@@ -10,13 +10,7 @@ from data.results import record as recorded_module
 from data.results.record import BEGIN, END, readme_table, recorded, shown
 from vitdemo import VitdemoError, merge
 from vitdemo.benchmarking.files import PATTERN, read_perf
-from vitdemo.benchmarking.tables import (
-    aitemplate_table,
-    laid_out,
-    markdown,
-    page,
-    ttmetal_table,
-)
+from vitdemo.benchmarking.tables import aitemplate_table, laid_out, markdown, page, ttmetal_table
 from vitdemo.cli import main
 from vitdemo.paths import REPOSITORY
 

@@ -6,13 +6,7 @@ import pandas as pd
 import pytest
 
 from vitdemo import VitdemoError, memory_bandwidth, published_performance
-from vitdemo.plots import (
-    plot_accuracy_speed,
-    plot_latency_throughput,
-    plot_prediction,
-    plot_roofline,
-    plot_speedups,
-)
+from vitdemo.plots import plot_accuracy_speed, plot_latency_throughput, plot_prediction, plot_roofline, plot_speedups
 
 FIGURES = {
     "latency": plot_latency_throughput,

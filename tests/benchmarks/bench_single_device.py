@@ -123,37 +123,18 @@ def input_path(samples: list[Sample], rounds: int) -> Part:
 
 
 def engine_variants(model: Model, samples: list[Sample], engines: list[tuple[str, str]]) -> dict[str, Variant]:
-    """For each engine: from files; random input with as many batches in flight as it takes; one call at a time."""
+    """For each engine: from files, and on random input with as many batches in flight as it takes."""
     variants = {}
     for name, precision in engines:
         engine = convert(model, name, precision)
-        alone = RandomInput(engine)
-        variants[f"{name} {precision}, files"] = lambda engine=engine: whole_way(engine, samples)
-        variants[f"{name} {precision}, random input"] = alone.in_flight
-        variants[f"{name} {precision}, one call at a time"] = alone.single
+        variants[f"{name} {precision}, files"] = partial(whole_way, engine, samples)
+        variants[f"{name} {precision}, random input"] = partial(random_input, engine)
     return variants
 
 
-class RandomInput:
-    """The two rates of one random-input run, as two variants."""
-
-    def __init__(self, engine: Engine):
-        self.engine, self.last = engine, None
-
-    def in_flight(self) -> float:
-        self.last = run_random_input(self.engine, device_batch_size=BATCH, seconds=4)
-        return self.last["images_per_s"]
-
-    def single(self) -> float:
-        """By the mean call; of the run that the other variant made, or else one of its own."""
-        run = self.last or run_random_input(self.engine, device_batch_size=BATCH, seconds=4)
-        self.last = None
-        return BATCH * 1e3 / run["latency_ms"]["mean"]
-
-
-def overlap(found: dict[str, Turns], engine: str) -> tuple[str, list[float], None]:
-    alone = ratio(found, f"{engine}, random input", f"{engine}, one call at a time")
-    return (f"{engine}, random input: in flight / one call at a time", alone, None)
+def random_input(engine: Engine) -> float:
+    """Images/s."""
+    return run_random_input(engine, device_batch_size=BATCH, seconds=4)["images_per_s"]
 
 
 def small_model(samples: list[Sample], rounds: int) -> Part:
@@ -172,7 +153,6 @@ def small_model(samples: list[Sample], rounds: int) -> Part:
         bound = Turns([1 / (1 / d + 1 / e) for d, e in zip(decoding, found[alone].rates, strict=True)])
         lines.append((f"{files} / decoding, then computing", ratio(found | {"bound": bound}, files, "bound"), 0.85))
         lines.append((f"{files} / baseline, mixed precision", ratio(found, files, "baseline"), 3))
-        lines.append(overlap(found, name))
     return Part(f"vit_shapes20, {len(samples)} bundled images", found, lines)
 
 
@@ -195,7 +175,6 @@ def big_model(samples: list[Sample], rounds: int) -> Part:
     ]
     alone = ratio(found, "openvino int8, files", "openvino int8, random input")
     lines = [("openvino int8, files / random input", alone, 0.94), *mixed]
-    lines += [overlap(found, name) for name in map(" ".join, FEWER_BITS)]
     return Part(f"{BIG}, random weights (accuracy: not measured), {len(samples)} photographs", found, lines)
 
 

@@ -189,6 +189,11 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+@pytest.fixture
+def tar(tmp_path) -> Path:
+    return write_tar(tmp_path / "some.tar", {name: name.encode() * 300 for name in ("a.bin", "b.bin", "c.bin")})
+
+
 def meta_mat(ids: dict[str, int], compress: bool = True) -> bytes:
     """A ``meta.mat`` with the wnids of ``ids`` as leaves, and two ancestors that have none of the leaves' IDs."""
     leaves = [(id, wnid, f"{wnid} word, {wnid} synonym", "a gloss", 0, [], 0, 1300) for wnid, id in ids.items()]

@@ -6,16 +6,7 @@ import shutil
 import pytest
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from tests.dataset.conftest import (
-    Archives,
-    TrainArchives,
-    extracted,
-    md5_of,
-    refused,
-    tar_bytes,
-    tree,
-    write_tar,
-)
+from tests.dataset.conftest import Archives, TrainArchives, extracted, md5_of, refused, tar_bytes, tree, write_tar
 from vitdemo import ImageNetVal, extract
 from vitdemo.dataset.tars import ARCHIVE_MD5
 from vitdemo.imagenet import ImageNetTrain

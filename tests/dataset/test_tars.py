@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset.conftest import as_nobody, refused, val_name, write_tar
+from tests.dataset.conftest import as_nobody, refused, val_name
 from vitdemo.dataset.tars import Member, index_tar, md5
-
-
-@pytest.fixture
-def tar(tmp_path):
-    return write_tar(tmp_path / "some.tar", {name: name.encode() * 300 for name in ("a.bin", "b.bin", "c.bin")})
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

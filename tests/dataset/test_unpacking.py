@@ -8,14 +8,9 @@ import tarfile
 
 import pytest
 
-from tests.dataset.conftest import largest_file, refused, tree, write_tar
+from tests.dataset.conftest import largest_file, refused, tree
 from vitdemo.dataset.extraction import extract_members
 from vitdemo.dataset.tars import index_tar
-
-
-@pytest.fixture
-def tar(tmp_path):
-    return write_tar(tmp_path / "some.tar", {name: name.encode() * 300 for name in ("a.bin", "b.bin", "c.bin")})
 
 
 @pytest.fixture

@@ -203,10 +203,7 @@ def assert_named(diagnosis, name: str, regained: float) -> None:
     assert found.cure in diagnosis.verdict
 
 
-ORDERS = {
-    "ILSVRC order": ilsvrc_ranks(),
-    "the order of numbers as text": np.argsort(sorted(range(20), key=str)),
-}
+ORDERS = {"ILSVRC order": ilsvrc_ranks(), "the order of numbers as text": np.argsort(sorted(range(20), key=str))}
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -30,20 +30,10 @@ SMALL = {
     "num_labels": 5,
 }
 # What the two repositories of Google's hold, the older file and the newer.
-GOOGLE_PROCESSORS = [
-    {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224},
-    {
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "ViTImageProcessor",
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 2,
-        "rescale_factor": 0.00392156862745098,
-        "size": {"height": 224, "width": 224},
-    },
-]
+OLDER = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224}
+NEWER = OLDER | {"do_rescale": True, "image_processor_type": "ViTImageProcessor", "resample": 2}
+NEWER |= {"rescale_factor": 0.00392156862745098, "size": {"height": 224, "width": 224}}
+GOOGLE_PROCESSORS = [OLDER, NEWER]
 NAMES = ImageNetInfo("imagenet-1k").label_descriptions()
 WNIDS = tuple(ImageNetInfo("imagenet-1k").label_names())
 
@@ -125,7 +115,7 @@ def test_googles_base_model_at_full_size(tmp_path):
     oracle = ViTForImageClassification(ViTConfig(num_labels=1000)).eval()
     saved(oracle, tmp_path)
     edited(tmp_path / "config.json", **id2label(NAMES))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(GOOGLE_PROCESSORS[0]))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(OLDER))
     model = load_model(tmp_path)
     assert_same_logits(model, oracle)
     assert model.info.flops_per_image / 2e9 == pytest.approx(17.58, rel=0.01)
@@ -262,8 +252,8 @@ def test_preprocessing_must_be_there(folder):
     "processor",
     [
         *GOOGLE_PROCESSORS,
-        GOOGLE_PROCESSORS[1] | {"resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
-        GOOGLE_PROCESSORS[1] | {"size": {"height": 24, "width": 40}},
+        NEWER | {"resample": 3, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+        NEWER | {"size": {"height": 24, "width": 40}},
     ],
 )
 def test_preprocessing_is_that_of_transformers(tmp_path, processor):

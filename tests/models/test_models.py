@@ -328,11 +328,7 @@ def shared_layer() -> torch.nn.Sequential:
 
 @pytest.mark.parametrize(
     "make, flops",
-    [
-        (WithPlainTensor, 2 * 3 * 4),
-        (WithCache, 0),
-        (shared_layer, CONVNET_FLOPS + 2 * 2 * 4 * 4),
-    ],
+    [(WithPlainTensor, 2 * 3 * 4), (WithCache, 0), (shared_layer, CONVNET_FLOPS + 2 * 2 * 4 * 4)],
     ids=["plain tensor", "cache", "shared layer"],
 )
 def test_from_module_leaves_odd_modules_working(make, flops):

@@ -120,10 +120,7 @@ BREAKS = {
             attribute("extracted", labels=lambda d: [*d.labels[1:], (d.labels[0] + 1) % len(d.classes)]),
             name("members", lambda members: members[:-1]),
         ],
-        [
-            attribute("from_tar", fingerprint=lambda d: d.fingerprint[::-1]),
-            name("from_tar", lambda d: Reread(d)),
-        ],
+        [attribute("from_tar", fingerprint=lambda d: d.fingerprint[::-1]), name("from_tar", lambda d: Reread(d))],
         [part("report", "rows", lambda report: report.rows.assign(error="", warning=""))],
         [part("diagnosis", "hypotheses", lambda d: [replace(h, correct=h.before) for h in d.tested])],
         [sick],
@@ -164,10 +161,7 @@ BREAKS = {
             name("metrics", lambda m: m | {"errors": 3}),
             name("metrics", lambda m: m | {"precision_ran": {"fp32": 0.5}}),
         ],
-        [
-            name("same", lambda same: same // 2),
-            metric("other", precision_ran={"fp16": 1.0}),
-        ],
+        [name("same", lambda same: same // 2), metric("other", precision_ran={"fp16": 1.0})],
         [
             *undone("rates", "tuned"),
             name("rates", lambda rates: {1: rates[1]}),

@@ -77,11 +77,7 @@ class ImageReport:
 
 
 def check_images(
-    data: ImageNetSplit,
-    out: Path | str | None = None,
-    *,
-    limit: int | None = None,
-    progress: bool = True,
+    data: ImageNetSplit, out: Path | str | None = None, *, limit: int | None = None, progress: bool = True
 ) -> ImageReport:
     """Read, hash and strictly decode each image once.
 
