@@ -1,4 +1,4 @@
-"""Chooses the images that int8 engines are calibrated on; their runtimes' own tools find the ranges."""
+"""Chooses the images on which ``onnx`` and ``openvino`` find the ranges of int8, by their runtimes' own tools."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -22,9 +22,9 @@ class Engine(ABC):
 
     ``(x / 255 - mean) / std`` happens inside, in float32, before the cast to the engine's precision.
 
-    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and answers ``_infer``.
-    It builds itself in ``__init__(self, model, precision, *, device, threads)``; one whose runtime reads a file is a
-    ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
+    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and has ``_infer`` and
+    ``precision_ran``. It builds itself in ``__init__(self, model, precision, *, device, threads)``; one whose runtime
+    reads a file is a ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
     costs only its own engine.
 
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.

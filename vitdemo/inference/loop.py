@@ -1,4 +1,4 @@
-"""Runs an engine over samples and makes its logits rows, one per image, in order; decoding and computing overlap."""
+"""Runs an engine over samples and turns its logits into rows, one per image; decoding and computing overlap."""
 
 import time
 from collections import deque, namedtuple
