@@ -72,7 +72,7 @@ def test_a_product_that_takes_long_is_called_once(monkeypatch):
     monkeypatch.setattr(module, "find_engines", lambda: {"eager": EagerEngine})
     monkeypatch.setattr(module, "precisions_here", lambda device: {"eager": {"fp32": "native"}})
     monkeypatch.setattr(module, "LONGEST_S", 0.1)
-    roof = Products("fp32", [(10, 1, 1), (20, 1, 1), (200, 1, 10**9)]).keep(1, seconds=0.2)
+    roof = Products("fp32", [(10, 1, 1), (20, 1, 1), (200, 1, 10**9)]).best(seconds=0.2, keep=1)
     assert calls.count((200, 1, 10**9)) == 1 and roof.shape in ((10, 1, 1), (20, 1, 1))
 
 
