@@ -47,6 +47,12 @@ def test_conda_environment_installs_the_same():
     assert pip == {"pip": ["--constraint constraints.txt", "--editable .[engines,parallel]"]}
 
 
+def test_a_wheel_takes_the_templates_along():
+    package, tool = REPOSITORY / "vitdemo", tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
+    taken = {path for pattern in tool["setuptools"]["package-data"]["vitdemo"] for path in package.glob(pattern)}
+    assert {path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")} <= taken
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile"])
 def test_no_registry_address_in_a_project_file(name):
     assert not re.search(r"https?://|index-url|find-links|@ file", (REPOSITORY / name).read_text())
