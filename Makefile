@@ -63,6 +63,7 @@ constraints:
 	$(VENV)-constraints/bin/python -m pip install --quiet --editable '.[dev]'
 	$(VENV)-constraints/bin/python -m pip freeze --all --exclude-editable | grep -v ' @ \|^pip==' > $(VENV)-constraints/pins
 	mv $(VENV)-constraints/pins constraints.txt
+	$(VENV)-constraints/bin/python -m tests.test_project
 	rm -rf $(VENV)-constraints
 
 clean:
@@ -77,8 +78,9 @@ $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(BIN)/pip: # what venv writes last
+$(BIN)/pip: # what venv writes last, and uv's does not at all
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
 	  { echo "Python 3.11 to 3.14 is needed; name it: make PYTHON=python3.12 …" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; } # half an environment would look like a whole one
-	@echo "installing into $(VENV): about 5 GB and 3 minutes, once"
+	if [ -x $(BIN)/python ]; then $(BIN)/python -m ensurepip --default-pip; \
+	  else $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; fi # half an environment would look like a whole one
+	@echo "installing into $(VENV): up to 7 GB and 3 minutes, once"

@@ -1,4 +1,5 @@
 import json
+import os
 import platform
 import re
 import subprocess
@@ -86,6 +87,28 @@ def test_a_container_s_limits_hold(tmp_path, monkeypatch):
         (tmp_path / "a" / f"memory.{name}").write_text(content)
     assert clock.cores() == 1 and free_memory_bytes() == 250 < whole
     assert memory_bytes() == 1000 < all_of_it
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("inside", ["docker/4711", ""], ids=["its own", "the root of what it sees"])
+def test_07_the_limits_of_the_older_control_groups_hold(tmp_path, monkeypatch, inside):
+    monkeypatch.setattr(clock, "GROUPS", tmp_path)
+    monkeypatch.setattr(clock, "OWN_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text("9:memory:/docker/4711\n4:cpu,cpuacct:/docker/4711\n1:name=systemd:/x\n0::/x\n")
+    files = {
+        "cpu": {"cfs_quota_us": 100_000, "cfs_period_us": 100_000},
+        "memory": {"limit_in_bytes": 1 << 30, "usage_in_bytes": 600 << 20, "stat": "rss 7\ntotal_inactive_file 1024"},
+    }
+    for controller, values in files.items():
+        group = tmp_path / controller / inside
+        group.mkdir(parents=True)
+        for name, value in values.items():
+            (group / f"{controller}.{name}").write_text(f"{value}\n")
+    assert clock.cores() == 1 and memory_bytes() == 1 << 30
+    assert free_memory_bytes() == (1 << 30) - (600 << 20) + 1024
+    (tmp_path / "cpu" / inside / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "memory" / inside / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert clock.cores() == len(os.sched_getaffinity(0)) and memory_bytes() > 1 << 30
 
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="/proc/cpuinfo elsewhere")

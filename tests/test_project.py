@@ -1,4 +1,7 @@
-"""The project's own files agree with each other, and the bundled archives are the ones that were recorded."""
+"""The project's own files agree with each other, and the bundled archives are the ones that were recorded.
+
+``python -m tests.test_project`` writes environment.yml anew from pyproject.toml and constraints.txt.
+"""
 
 import hashlib
 import inspect
@@ -39,12 +42,22 @@ def test_every_dependency_is_pinned_within_its_range():
         assert requirement.specifier.contains(version), f"{text} but constraints.txt pins {version}"
 
 
+def conda_environment() -> str:
+    """environment.yml, with the pins themselves: some tools look for a file of pins where they have their own copy."""
+    extras, pins = PROJECT["optional-dependencies"], {canonicalize_name(name): pin for name, pin in PINS.items()}
+    texts = [*PROJECT["dependencies"], *extras["engines"], *extras["parallel"]]
+    names = [canonicalize_name(Requirement(text).name) for text in texts]
+    head = (REPOSITORY / "environment.yml").read_text().partition("  - pip:\n")[0]
+    return "".join(
+        [head, "  - pip:\n", *(f"      - {name}=={pins[name]}\n" for name in names), "      - --editable .\n"]
+    )
+
+
 def test_conda_environment_installs_the_same():
-    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text())
-    *packages, pip = environment["dependencies"]
-    assert environment["name"] == PROJECT["name"]
+    text = (REPOSITORY / "environment.yml").read_text()
+    *packages, _ = yaml.safe_load(text)["dependencies"]
     assert packages == [f"python{PROJECT['requires-python']}", "pip", "cxx-compiler"]
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[engines,parallel]"]}
+    assert text == conda_environment(), "python -m tests.test_project"
 
 
 def test_a_wheel_takes_the_templates_along():
@@ -134,3 +147,7 @@ def test_results_folder_is_new_or_empty(tmp_path):
     (tmp_path / "new" / "file").touch()
     with pytest.raises(vitdemo.VitdemoError, match="already holds something"):
         results_folder("x", tmp_path / "new")
+
+
+if __name__ == "__main__":
+    (REPOSITORY / "environment.yml").write_text(conda_environment())

@@ -7,6 +7,7 @@ able to set its CPU affinity after ``import vitdemo`` and before torch is loaded
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 
 def front(package: str, names_of: dict[str, str]) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
@@ -21,6 +22,8 @@ def front(package: str, names_of: dict[str, str]) -> tuple[list[str], Callable[[
     def get(name: str) -> object:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if find_spec("fcntl") is None:
+            raise ImportError("vitdemo runs on Linux and macOS; on Windows use it in WSL")
         return getattr(import_module(f"vitdemo.{home[name]}"), name)
 
     return list(home), get, lambda: sorted(home)

@@ -1,16 +1,18 @@
 """``vitdemo …``: a thin door to the library's verbs. Exit codes: 0 done, 1 a check failed, 2 bad input."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import vitdemo
 from vitdemo import course
-from vitdemo.errors import EngineFailure, VitdemoError
+from vitdemo.errors import EngineFailure, VitdemoError, terminate_as_interrupt
 from vitdemo.paths import user_path
 
 
@@ -53,9 +55,18 @@ def flag(name: str, help: str) -> tuple:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Bad input is one line on stderr."""
+    if find_spec("fcntl") is None:
+        print("vitdemo: runs on Linux and macOS; on Windows use it in WSL, the Linux in Windows", file=sys.stderr)
+        return 2
     options = vars(PARSER.parse_args(argv))
     try:
-        return options.pop("run")(**options) or 0
+        with terminate_as_interrupt():
+            code = options.pop("run")(**options) or 0
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # of `| head`: nobody reads on; what is written to files is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (VitdemoError, EngineFailure) as error:
         print(f"vitdemo: {error}", file=sys.stderr)
         return 2 if isinstance(error, VitdemoError) else 1
@@ -79,9 +90,11 @@ def _sizes(text: str) -> list[int]:
 MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
 MODEL = option("model", "MODEL", MODEL_HELP)
 WEIGHTS = option("--weights", "W", "pretrained, random, or a file")
+DEVICE = option("--device", "D", "cpu, cuda, or auto (the default): CUDA where it is and the engine runs on it")
 ENGINE = (
     option("--engine", "E", "eager (the default), openvino, onnx, inductor"),
     option("--precision", "P", "fp32 (the default), bf16, int8"),
+    DEVICE,
     WEIGHTS,
 )
 CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or a tar of JPEGs")
@@ -138,7 +151,7 @@ def _extract(out: str, **options) -> int | None:
 def _engine_of(options: dict[str, Any]) -> tuple:
     """The model and the engine that ``options`` ask for, which are no longer in them."""
     model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights"))
-    return model, vitdemo.convert(model, **_taken(options, "engine", "precision", "calibration", "force"))
+    return model, vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration", "force"))
 
 
 @verb(MODEL, *ENGINE, CALIBRATION, flag("--force", "build anew"))
@@ -184,6 +197,7 @@ def _cache(clear: bool = False) -> None:
         print(table.to_string(index=False, formatters={"build_s": "{:.1f}".format}))
 
 
+DIAGNOSE_HELP = "look for what costs accuracy: takes as long as six more runs over 256 images"
 SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
 
 
@@ -199,10 +213,11 @@ SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all d
     option("--ray-address", "A", "a Ray cluster: host:port of its head, or auto"),
     option("--repeat", "N", "run the engine N times", int),
     flag("--skip-validation", "leave out the reference's run, eager fp32, over the same images"),
+    flag("--diagnose", DIAGNOSE_HELP),
     flag("--resume", "go on with an interrupted run in --out"),
     option("--out", "DIR", "a new folder for the results", user_path, required=True),
 )
-def _evaluate(data: str, out: Path, **options) -> int | None:
+def _evaluate(data: str, out: Path, diagnose: bool = False, **options) -> int | None:
     """Run a model over a data set: accuracy and speed."""
     from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
     from vitdemo.machine import now
@@ -217,16 +232,18 @@ def _evaluate(data: str, out: Path, **options) -> int | None:
         return _stopped(out, (out / "run.json").exists(), "the same command with --resume goes on")
     e2e_s = None if "resume" in options else now() - start  # of what was done in one go
     evaluation = runs[0]
+    roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
+    row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
+    write_row(row, evaluation.out)  # before the first line, after which nobody may read on
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")
-    roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
-    row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
-    write_row(row, evaluation.out)
     print("FlagPerf row:", describe_row(row))
     published = vitdemo.compare_published(evaluation)
     print(f"{published}\nmachine: {vitdemo.describe_machine(vitdemo.machine_record())}\nresults: {evaluation.out}")
-    if published.verdict == "below":
+    if published.verdict == "below" and not diagnose:
+        print("below: the same command with --diagnose and a new --out looks for the cause")
+    if diagnose:
         try:
             print(vitdemo.diagnose(engine, model, dataset))
         except EngineFailure as failure:
@@ -246,6 +263,7 @@ AGAINST_HELP = "a sweep to hold the ratios to eager against; exit code 1 where o
     option("models", "MODEL", MODEL_HELP, nargs="+"),
     option("--engines", "E,…", "such as openvino,onnx:int8; by default all, natively; eager always"),
     option("--device-batch-sizes", "B,…", "1,2,4, … 256 by default", _sizes),
+    DEVICE,
     WEIGHTS,
     option("--replicas", "N", "share each batch among N processes, by Ray", int),
     option("--row-budget-s", "S", "seconds that a row's calls may take (20)", float),

@@ -50,8 +50,10 @@ def _line(otherwise: str, look: Callable[..., object], *arguments: object) -> st
 
 def _machine() -> list[str]:
     from vitdemo.machine import describe_machine, machine_record
+    from vitdemo.precisions import no_cuda
 
-    return [f"Python {platform.python_version()}", describe_machine(machine_record())]
+    lines = [f"Python {platform.python_version()}", describe_machine(machine_record())]
+    return [*lines, f"no CUDA: {no_cuda()}"] if no_cuda() else lines
 
 
 def _packages() -> list[str]:
@@ -102,11 +104,12 @@ def _data() -> list[str]:
 
 
 def _hub() -> list[str]:
-    from vitdemo.models.loading import hub_resolves
+    from vitdemo.models.loading import constants, hub_resolves
 
     if hub_resolves():
         return ["ok       the Hugging Face hub answers: timm tags are downloaded at their first use"]
-    return ["skipped  the Hugging Face hub does not answer: timm tags need a cached or local file; vit_shapes20 works"]
+    why = "is not asked, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "does not answer"
+    return [f"skipped  the Hugging Face hub {why}: timm tags need a cached or local file; vit_shapes20 works"]
 
 
 def _notebooks() -> list[str]:

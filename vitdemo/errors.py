@@ -1,12 +1,15 @@
 """What a user can put right and what an engine breaks on, as two exceptions; the system's refusals as the first."""
 
 import errno
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
 CURES = {
     errno.ENOENT: "no such file or folder; check the path",
     errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
+    errno.EROFS: "on a disk that is read-only; choose a place on another",
+    errno.ENOTDIR: "is no folder; check the path",
     errno.ENOSPC: "the disk is full; make room and run again (evaluate with --resume)",
 }
 
@@ -48,10 +51,32 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def named_errors(path: Path | str):
-    """Turn the system's refusals inside the block into one line that names the file, ``path`` if none is known."""
+def named_errors(path: Path | str, instead: str = ""):
+    """Turn the system's refusals inside the block into one line.
+
+    Args:
+        path: is named where the system names no file.
+        instead: what else the user can do, after the usual cure.
+    """
     try:
         yield
     except OSError as error:
         cure = CURES.get(error.errno, f"{error.strerror or error}; put that right and run again")
-        raise VitdemoError(f"{error.filename or path}: {cure}") from None
+        raise VitdemoError(f"{error.filename or path}: {cure}{instead}") from None
+
+
+@contextmanager
+def terminate_as_interrupt():
+    """Within the block SIGTERM, and SIGHUP of a terminal that goes, raise KeyboardInterrupt, as Ctrl-C does: all end in
+    the same clean-up. ``nohup`` stays in force."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, interrupt) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

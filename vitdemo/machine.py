@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import resource
 import subprocess
 import time
@@ -63,44 +62,58 @@ def _proc_field(path: str, name: str) -> str | None:
 def cores() -> int:
     """CPU cores this process may use, of the machine's and of what a container is given."""
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    for group in _control_groups():
+    for group in _control_groups("cpu"):
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
-            quota, period = map(int, (group / "cpu.max").read_text().split())
-            counts.append(ceil(quota / period))
+            quota, period = map(int, _read(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
+            counts += [ceil(quota / period)] if quota > 0 else []  # version 1 says -1
     return min(counts)
 
 
 def memory_bytes() -> int:
     """The machine's memory in bytes, or what a container is given of it."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for group in _control_groups():
+    for group in _control_groups("memory"):
         with suppress(OSError, ValueError):
-            sizes.append(int((group / "memory.max").read_text()))
+            sizes.append(int(_read(group, "memory.max", "memory.limit_in_bytes")[0]))
     return min(sizes)
 
 
 def free_memory_bytes() -> int:
     """What can still be taken without swapping, of the machine's memory and of what a container is given."""
     rooms = [psutil.virtual_memory().available]
-    for group in _control_groups():
+    for group in _control_groups("memory"):
         with suppress(OSError, ValueError):
-            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            limit = int(_read(group, "memory.max", "memory.limit_in_bytes")[0])
+            used = int(_read(group, "memory.current", "memory.usage_in_bytes")[0])
             pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            rooms.append(limit - used + int(pages["inactive_file"]))  # files read before, given back when asked for
+            files = pages.get("total_inactive_file") or pages["inactive_file"]  # read before, given back when asked for
+            rooms.append(limit - used + int(files))
     return max(0, min(rooms))
 
 
-def _control_groups() -> list[Path]:
-    """This process's cgroup (version 2) and those around it, whose limits hold as well; none but on Linux.
+def _control_groups(controller: str) -> list[Path]:
+    """This process's cgroups and those around them, whose limits hold as well; none but on Linux.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    Version 2 has one tree, version 1 one for each controller; where both are there, either may have the limits.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and …/cgroup-v1/index.html
+
+    Args:
+        controller: "cpu" or "memory".
     """
-    try:
-        own = re.search(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
-    except OSError:
-        return []
-    inner = GROUPS / own[1] if own else GROUPS
-    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(GROUPS)]
+    found: list[Path] = []
+    with suppress(OSError):
+        for _, names, place in (line.split(":", 2) for line in OWN_GROUP.read_text().splitlines()):
+            if not names or controller in names.split(","):
+                root = GROUPS / (controller if names else "")
+                inner = root / place.lstrip("/")  # in a container its own path may be out of sight: then the root
+                found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+    return found
+
+
+def _read(group: Path, name: str, *older: str) -> list[str]:
+    """The values in a file of a cgroup; of version 1, in each of the files that say the same there."""
+    files = [group / name] if (group / name).exists() else [group / each for each in older]
+    return [value for file in files for value in file.read_text().split()]
 
 
 def versions() -> dict[str, str | None]:
@@ -128,7 +141,7 @@ def machine_record() -> dict:
     """
     import torch
 
-    from vitdemo.precisions import torch_support
+    from vitdemo.precisions import no_cuda, torch_support
 
     return {
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -136,7 +149,7 @@ def machine_record() -> dict:
         "memory_bytes": memory_bytes(),
         "isa": _instructions(),
         "precisions": dict(torch_support()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None if no_cuda() else torch.cuda.get_device_name(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": versions(),

@@ -10,6 +10,7 @@ from vitdemo.errors import VitdemoError
 PART = ".part"  # the suffix of a file or a folder that is not whole yet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+IN_A_CLONE = (REPOSITORY / "pyproject.toml").exists()  # else it was installed from a wheel, without data and notebooks
 
 
 def user_path(path: Path | str) -> Path:
@@ -29,8 +30,9 @@ def cache_root() -> Path:
 
 
 def runs_root() -> Path:
-    """The folder for executed notebooks and their results: ``runs/`` of the clone."""
-    return REPOSITORY / "runs"
+    """The folder for executed notebooks and their results: ``VITDEMO_RUNS``, or ``runs/`` of the clone."""
+    own = REPOSITORY if IN_A_CLONE else Path.cwd()
+    return user_path(os.environ.get("VITDEMO_RUNS") or own / "runs")
 
 
 def data_path(name: str) -> Path:
@@ -40,7 +42,7 @@ def data_path(name: str) -> Path:
     """
     path = data_root() / name
     if not path.exists():
-        raise VitdemoError(f"{path}: no such bundled data; is VITDEMO_DATA set to the data folder of a clone?")
+        raise VitdemoError(f"{path}: no such bundled data; set VITDEMO_DATA to the data folder of a clone of vitdemo")
     return path
 
 
@@ -60,7 +62,8 @@ def claim_folder(path: Path | str) -> Path:
             raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VitdemoError(f"{path}: cannot be an output folder ({error.strerror}); give another") from None
+        cure = "set VITDEMO_RUNS to another place" if path.is_relative_to(runs_root()) else "give another"
+        raise VitdemoError(f"{path}: cannot be an output folder ({error.strerror}); {cure}") from None
     return path
 
 

@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from vitdemo.errors import reason_of
+
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number
@@ -79,6 +81,18 @@ def torch_product(precision: str, shape: Shape, threads: int) -> Call | None:
             torch.set_num_threads(before)
 
     return call
+
+
+@cache
+def no_cuda() -> str:
+    """Why torch computes nothing on CUDA here, "" where it does: it may see a GPU that it has no kernels for."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    try:
+        (torch.ones(1, device="cuda") + 1).item()
+    except Exception as error:  # CUDA's own, and torch's where it was built without it
+        return f"torch sees a CUDA device and cannot compute on it ({reason_of(error)})"
+    return ""
 
 
 @cache

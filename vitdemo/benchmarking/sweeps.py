@@ -70,6 +70,7 @@ class SweepRun:
         sizes = {min(size, ROOF_BATCH) for size in self._sizes}
         self._shapes = sorted({*SQUARE, *(shape for size in sizes for shape in linear_shapes(model, size))})
         self._budget_s = self._settings["row_budget_s"]
+        self._of_engines = {name: self._settings[name] for name in ("calibration", "device")}
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
         self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
 
@@ -89,7 +90,7 @@ class SweepRun:
         """Of each pair that can run here; a row that says why for the others."""
         for pair in pairs:
             try:
-                yield pair, recipe_for(self._model, *pair, calibration=self._settings["calibration"])
+                yield pair, recipe_for(self._model, *pair, **self._of_engines)
             except VitdemoError as error:
                 if pair == EAGER:
                     raise
@@ -252,6 +253,7 @@ def benchmark(
     engines: Sequence[str] | str | None = None,
     device_batch_sizes: Sequence[int] = DEVICE_BATCH_SIZES,
     weights: Path | str = "pretrained",
+    device: str = "auto",
     replicas: int | None = None,
     row_budget_s: float = 20.0,
     data: Path | str | None = None,
@@ -277,6 +279,7 @@ def benchmark(
             measured beside them.
         device_batch_sizes: images at once, each from 1 up.
         weights: "pretrained", "random" or a file, as in ``load_model``.
+        device: "cpu", "cuda", or "auto" (CUDA where there is one), as in ``convert``.
         replicas: how many processes share each batch (``device_batch_size`` each), by Ray; None is no replicas.
         row_budget_s: seconds that the calls of one row may take.
         data: images for the accuracy; None is the bundled ones for vit_shapes20, and no accuracy for others.
@@ -335,7 +338,7 @@ def benchmark(
         settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
         settings |= dict(device_batch_sizes=sizes, replicas=replicas, row_budget_s=row_budget_s)
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
-        settings |= dict(calibration=calibration and str(calibration), commit=source_commit())
+        settings |= dict(calibration=calibration and str(calibration), device=device, commit=source_commit())
         with open_sweep(out, settings) as sweep:
             SweepRun(model, sweep, own).do(pairs)
         tables.append(sweep.rows)

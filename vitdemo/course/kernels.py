@@ -2,10 +2,9 @@
 
 import logging
 import shutil
-import signal
 import sys
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -158,20 +157,3 @@ def _mark_of(process: psutil.Process) -> str | None:
         return process.environ().get(MARK)
     except (psutil.Error, OSError):  # gone, a zombie, or another user's
         return None
-
-
-@contextmanager
-def terminate_as_interrupt():
-    """Within the block SIGTERM, and SIGHUP of a terminal that goes, raise KeyboardInterrupt, as Ctrl-C does: all end in
-    the same clean-up. ``nohup`` stays in force."""
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
-    before = {kind: signal.signal(kind, interrupt) for kind in kinds}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nbformat.reader import NotJSONError
 
-from vitdemo.course.kernels import Progress, execute, say, terminate_as_interrupt
+from vitdemo.course.kernels import Progress, execute, say
 from vitdemo.course.notebooks import NOTEBOOKS, Notebook, assign_parameters, cell_timeout_s, choose_notebooks
 from vitdemo.course.report import write_index, write_page
-from vitdemo.errors import named_errors, reason_of
+from vitdemo.errors import named_errors, reason_of, terminate_as_interrupt
 from vitdemo.paths import claim_folder, runs_root, user_path
 
 

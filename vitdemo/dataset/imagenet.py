@@ -65,6 +65,8 @@ class ImageNetSplit:
     split: str
 
     def __init__(self, path: Path | str, *, progress: bool = True):
+        if "://" in str(path):
+            raise VitdemoError(f"{path}: is an address; download what is there, and give the file or folder")
         path = user_path(path).absolute()
         with named_errors(path):
             path.stat()

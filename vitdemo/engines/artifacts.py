@@ -5,12 +5,15 @@ name and renamed, so that a folder of the right name is whole. ``card.json`` in 
 """
 
 import atexit
+import fcntl
 import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -91,6 +94,7 @@ def _values(value: object) -> Iterator[str | None]:
 
 
 CARD = "card.json"
+ELSEWHERE = ", or set VITDEMO_CACHE to a folder where you may write"
 CARD_COLUMNS = ["model", "weights", "engine", "precision", "bytes", "build_s", "built", "key"]
 
 
@@ -117,18 +121,28 @@ def cached_artifacts() -> pd.DataFrame:
 
 
 def clear_cache() -> int:
-    """Remove every artifact but one that is being built just now; the bytes that became free.
-
-    An engine that is loaded goes on running, but may no longer show its layers.
-    """
+    """Remove every artifact but one that is being built just now, or is in use; the bytes that became free."""
     freed = 0
-    with named_errors(artifacts_root()):
+    with named_errors(artifacts_root(), ELSEWHERE):
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)
             with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
+                if in_use(folder):
+                    print(f"{folder}: in use by a running program, kept", file=sys.stderr)
+                    continue
                 freed += _bytes_below(folder)
                 shutil.rmtree(folder, ignore_errors=True)
     return freed  # the lock files stay, as somebody may be waiting for one
+
+
+def in_use(folder: Path) -> bool:
+    """Whether an engine of any process has been loaded from ``folder`` and lives: it may yet read other files there."""
+    with suppress(FileNotFoundError), open(folder / CARD) as card:
+        try:
+            fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _bytes_below(folder: Path) -> int:
@@ -248,7 +262,7 @@ class Recipe:
     def engine(self, threads: int, force: bool = False) -> Engine:
         """The engine; from the cache, where it is built first if it is not there or ``force`` is given."""
         if issubclass(self.cls, CompiledEngine):
-            with named_errors(artifacts_root()):
+            with named_errors(artifacts_root(), ELSEWHERE):
                 ready = self._cached(threads, force)
         else:
             card = {"key": self.key, **self.ingredients}  # before the clock starts
@@ -259,20 +273,24 @@ class Recipe:
 
     def open(self, recipe: "Callable[[], Recipe]", threads: int) -> Engine:
         """A ticket's engine, from this machine's cache; made from ``recipe`` where it has none."""
-        folder = artifacts_root() / self.folder_name
-        if folder.exists():
-            with suppress(Exception), FileLock(f"{folder}.lock"):  # on any failure go on, and build
-                return self.load(folder, threads)
+        with suppress(Exception):  # on any failure go on, and build
+            return self.load(artifacts_root() / self.folder_name, threads)
         return recipe().engine(threads)
 
     def load(self, folder: Path, threads: int) -> Engine:
         """The engine that was built into ``folder``. Raises anything when it is damaged or another one."""
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if card["key"] != self.key:
-            raise ValueError("its card is that of another artifact")
-        if card["files"] != _files(folder):
-            raise ValueError("its files have not the sizes of those that were built")
-        return self._ready(card, threads, folder, self.info)
+        folder = (folder / CARD).resolve().parent  # runtimes refuse weights that are a link out of their folder
+        with open(folder / CARD, encoding="utf-8") as file:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_SH)  # which says that the artifact is in use
+            card = json.load(file)
+            if card["key"] != self.key:
+                raise ValueError("its card is that of another artifact")
+            if card["files"] != _files(folder):
+                raise ValueError("its files have not the sizes of those that were built")
+            ready = self._ready(card, threads, folder, self.info)
+            weakref.finalize(ready, os.close, os.dup(file.fileno()))  # the same lock, for as long as the engine lives
+        return ready
 
     def _ready(self, card: dict, threads: int, *source) -> Engine:
         start = now()
@@ -282,6 +300,9 @@ class Recipe:
 
     def _cached(self, threads: int, force: bool) -> Engine:
         folder = artifacts_root() / self.folder_name
+        if not force:
+            with suppress(Exception):  # without a lock, as a cache may be read-only; what is wrong is said below
+                return self.load(folder, threads)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
             if folder.exists() and not force:

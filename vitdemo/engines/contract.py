@@ -14,7 +14,7 @@ import torch
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
-from vitdemo.precisions import NATIVE, Call, Shape
+from vitdemo.precisions import NATIVE, Call, Shape, no_cuda
 
 
 class Engine(ABC):
@@ -27,12 +27,12 @@ class Engine(ABC):
     reads a file is a ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
     costs only its own engine.
 
-    name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses.
-    info: the model's. depth: how many submitted batches may be in flight. packages: the distributions that its
-    runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
-    shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
-    artifact, check it and make it ready to run. has_run: whether it was called yet. script: the lines by which a
-    program without vitdemo makes ``logits`` of pixels (``write_script``).
+    name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses. info: the model's.
+    depth: how many submitted batches may be in flight. packages: the distributions that its runtime comes in. card:
+    what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that shaped it. recipe: from
+    which ``convert`` made it, and can make it again. load_s: seconds it took to read the artifact, check it and make it
+    ready to run. has_run: whether it was called yet. script: the lines by which a program without vitdemo makes
+    ``logits`` of pixels (``write_script``).
     """
 
     name: ClassVar[str]
@@ -202,11 +202,11 @@ def resolve_device(device: str, cls: type[Engine]) -> str:
         VitdemoError: for a device that is unknown, missing, or not the engine's.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() and cls.runs_on("cuda") else "cpu"
+        return "cuda" if not no_cuda() and cls.runs_on("cuda") else "cpu"
     if device not in ("cpu", "cuda"):
         raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise VitdemoError("device 'cuda': torch sees no CUDA device here; use cpu or auto")
+    if device == "cuda" and (reason := no_cuda()):
+        raise VitdemoError(f"device 'cuda': {reason}; use cpu or auto")
     if not cls.runs_on(device):
         raise VitdemoError(f"device {device!r}: the {cls.name} engine does not run on it here; use cpu or auto")
     return device

@@ -69,7 +69,7 @@ def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str
     Of timm's VisionTransformer: the patch embedding, each block's attention and MLP before they are added to the
     residual stream, each block, and the last norm. Of any other module its children that have parameters, those of a
     list or a dict of modules one by one, but for the last one, which gives the logits. Only what gives a tensor when
-    a black image runs through counts: some parts of a model are for training alone.
+    a black image runs through counts: some parts of a model are for training alone, and some hand on what they get.
 
     Args:
         module: is run once.
@@ -93,8 +93,9 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, int]) -> tuple[str, ...]:
     ran: set[str] = set()
 
-    def note(name: str, _, output: object) -> None:
-        if isinstance(_first(output), torch.Tensor):
+    def note(name: str, inputs: tuple, output: object) -> None:
+        given = _first(output)
+        if isinstance(given, torch.Tensor) and not any(given is each for each in inputs):
             ran.add(name)
 
     like = next(module.parameters(), torch.empty(0))

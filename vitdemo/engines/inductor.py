@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import tempfile
 from collections import Counter
 from functools import cached_property
@@ -54,7 +55,12 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 
     @classmethod
     def check_requirements(cls) -> None:
-        """Raises VitdemoError where torch finds no C++ compiler, before the long work."""
+        """Raises VitdemoError where torch finds no C++ compiler, or may not run what it makes, before the long work."""
+        if os.statvfs(tempfile.gettempdir()).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise VitdemoError(
+                f"inductor engine: {tempfile.gettempdir()} is mounted noexec, and machine code is run from there; set "
+                "TMPDIR to another folder"
+            )
         from torch._inductor import config
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -131,7 +137,8 @@ def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
     flops: Counter[str] = Counter()
     options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
     # Freezing is for inference, which torch tells from gradients being off.
-    with tempfile.TemporaryDirectory(dir=package.parent) as scratch, temporary_cache_dir(scratch), torch.no_grad():
+    # Not beside the package: the compiler's command would come apart at a blank in that path.
+    with tempfile.TemporaryDirectory() as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.graph import export_graph, tap_points
+from vitdemo.errors import VitdemoError
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import NATIVE, PRECISION_OF, Call, Shape, shares_that_ran, support_of
@@ -126,7 +128,12 @@ class OpenVINOEngine(CompiledEngine):
     ) -> None:
         openvino = import_silently("openvino")
         taps = tap_points(model.module, model.info.preprocessing.input_size)
-        graph = openvino.convert_model(export_graph(model, taps=taps))
+        try:
+            graph = openvino.convert_model(export_graph(model, taps=taps))
+        except Exception as error:  # of its many lines, the one that says which operations it has no rule for
+            if missing := re.search(r"No conversion rule found for operations: .*", str(error)):
+                raise VitdemoError(f"openvino engine: {missing[0]}; take onnx, or another model") from None
+            raise
         _, *tapped = graph.get_results()
         nodes = {}
         for name, result in zip(taps, tapped, strict=True):

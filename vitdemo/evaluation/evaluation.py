@@ -109,6 +109,7 @@ def evaluate(
     _check_input(engine, data, device_batch_size, input_path, limit)
     _check_replicas(engine, data, replicas, schedule, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
+    device_batch_size = min(device_batch_size, images)  # what the device gets, and what the metrics say
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
     with named_errors(out or data.path):

@@ -4,6 +4,7 @@ FlagPerf (https://github.com/FlagOpen/FlagPerf, inference/benchmarks/vit_l_16) v
 converts it, runs the engine, and prints one row. Here the framework's part is eager fp32, the reference.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,8 @@ def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None
     ran = engine.precision_ran
     try:
         return machine_roof(max(ran, key=ran.get), linear_shapes(model, min(device_batch_size, ROOF_BATCH)))
-    except VitdemoError:
+    except VitdemoError as error:
+        tqdm.write(f"MFU: not measured: {error}", file=sys.stderr)
         return None
 
 

@@ -85,6 +85,7 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
     """
     check_ray(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` no worker would ever come up
     import ray
 
     if ray.is_initialized():
@@ -97,7 +98,9 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
         if not again:
-            raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason_of(error)}") from None
+            reason = reason_of(error)
+            cure = "set RAY_TMPDIR to a short path, such as /tmp" if "AF_UNIX" in reason else "see `ray status`"
+            raise VitdemoError(f"Ray did not start at {address or 'this machine'}: {reason}; {cure}") from None
         print("Ray did not start; trying once more", file=sys.stderr)
         ray.shutdown()
         return connect(address, again=False)

@@ -43,6 +43,8 @@ def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) 
     if out.is_dir():
         remove_leftovers(out, RUN, PREDICTIONS, METRICS, FLAGPERF)
     if not resume or not out.is_dir() or not any(out.iterdir()):
+        if (out / RUN).exists():
+            raise VitdemoError(f"{out}: holds a run; resume=True (--resume) goes on with it, or give another folder")
         claim_folder(out)
     else:
         try:

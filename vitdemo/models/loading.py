@@ -160,7 +160,8 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
             raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
         reason = reason_of(error)
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
-    raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and the hub does not answer; {bring}")
+    why = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+    raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and {why}; {bring}")
 
 
 def _download(repo_id: str, name: str, *others: str) -> Path:
@@ -176,7 +177,7 @@ def hub_resolves() -> bool:
     """Whether the hub's name resolves: asked first because a download retries for 45 s before it gives up."""
     if constants.HF_HUB_OFFLINE:
         return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+    if any(os.environ.get(name) for proxy in ("HTTPS_PROXY", "ALL_PROXY") for name in (proxy, proxy.lower())):
         return True  # the proxy resolves names
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)

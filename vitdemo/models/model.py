@@ -22,7 +22,7 @@ from vitdemo.machine import free_memory_bytes
 from vitdemo.models import huggingface
 from vitdemo.models import loading as timm_models
 from vitdemo.models.loading import Plan, hub_file, read_config, read_state_dict, weights_sha256
-from vitdemo.paths import data_root, user_path
+from vitdemo.paths import data_path, user_path
 
 # torch's own formulas; before 2.15 they leave out the attention that CPUs run.
 aten = torch.ops.aten
@@ -254,7 +254,7 @@ def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
     if name.startswith("hf:"):
         return name, _plan_from_files(partial(_in_hub, name.removeprefix("hf:")))
     if name in MODELS:
-        return name, _plan_from_files(partial(_in_folder, data_root() / MODELS[name]))
+        return name, _plan_from_files(partial(_in_folder, data_path(MODELS[name])))
     if os.path.exists(name) and not timm_models.is_name(name):  # a path does not hide a name of timm's
         path = Path(name).resolve()
         if not path.is_dir():

@@ -26,6 +26,7 @@ from vitdemo.models.model import ModelInfo
 from vitdemo.verification.comparison import LOGITS, Comparison, compare_answers, compare_logits, ranking
 
 REAL, RANDOM = "real", "random"  # the kinds of images
+NEXT = "next: build it anew with `vitdemo convert … --force`; if it fails again, take another precision or engine"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Report:
         ]
         if self.accuracy:
             lines.append(_accuracy_line(**self.accuracy))
-        return "\n".join([*lines, *(f"FAILED: {failure}" for failure in self.failures)] + ["passed"] * self.ok)
+        ends = ["passed"] if self.ok else [*(f"FAILED: {failure}" for failure in self.failures), NEXT]
+        return "\n".join([*lines, *ends])
 
     def _floor_lines(self) -> list[str]:
         lines = []
