@@ -1,5 +1,4 @@
 import json
-import os
 import platform
 import re
 import subprocess
@@ -92,6 +91,7 @@ def test_a_container_s_limits_hold(tmp_path, monkeypatch):
 @pytest.mark.trial
 @pytest.mark.parametrize("inside", ["docker/4711", ""], ids=["its own", "the root of what it sees"])
 def test_07_the_limits_of_the_older_control_groups_hold(tmp_path, monkeypatch, inside):
+    all_cores = clock.cores()
     monkeypatch.setattr(clock, "GROUPS", tmp_path)
     monkeypatch.setattr(clock, "OWN_GROUP", tmp_path / "own")
     (tmp_path / "own").write_text("9:memory:/docker/4711\n4:cpu,cpuacct:/docker/4711\n1:name=systemd:/x\n0::/x\n")
@@ -108,7 +108,7 @@ def test_07_the_limits_of_the_older_control_groups_hold(tmp_path, monkeypatch, i
     assert free_memory_bytes() == (1 << 30) - (600 << 20) + 1024
     (tmp_path / "cpu" / inside / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "memory" / inside / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert clock.cores() == len(os.sched_getaffinity(0)) and memory_bytes() > 1 << 30
+    assert clock.cores() == all_cores and memory_bytes() > 1 << 30
 
 
 @pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="/proc/cpuinfo elsewhere")

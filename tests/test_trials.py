@@ -58,6 +58,7 @@ CLI = "import sys; from vitdemo.cli import main; sys.exit(main(sys.argv[1:]))"
 
 @pytest.mark.parametrize("name", ["vit_little_patch16_reg1_gap_256", "coat_lite_tiny"])
 def test_01_a_module_that_hands_its_input_on_is_no_tap(name):
+    pytest.importorskip("openvino")
     model = load_model(name, "random")
     engine = convert(model, "openvino", "fp32")
     names = list(engine.layers(model.info.random_pixels(2)))
@@ -72,6 +73,7 @@ def test_02_a_blank_in_the_caches_path(engine, precision, vit_shapes20, tmp_path
 
 
 def test_03_ray_under_uv_run_starts_its_workers_itself():
+    pytest.importorskip("ray")
     done = run("import os; from vitdemo.inference.cluster import connect; connect(None); print(os.environ)")
     assert "'RAY_ENABLE_UV_RUN_RUNTIME_ENV': '0'" in done.stdout, done.stderr
 
@@ -167,11 +169,15 @@ def test_11_clearing_the_cache_keeps_what_a_running_engine_still_reads(vit_shape
 
 
 @pytest.mark.parametrize("verb", ["cache", f"evaluate vit_shapes20 --data {TAR} --limit 8 --skip-validation --out OUT"])
-def test_12_a_reader_that_goes_away(verb, tmp_path):
-    line = f"{sys.executable} -u -m vitdemo {verb} 2>{tmp_path}/said | head -c 1; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("unbuffered", [["-u"], []])
+def test_12_a_reader_that_goes_away(verb, unbuffered, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, *unbuffered, "-m", "vitdemo", *verb.replace("OUT", str(tmp_path / "out")).split()]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(["bash", "-c", line.replace("OUT", str(tmp_path / "out"))], env=environment)
-    assert done.returncode == 0 and "Traceback" not in (said := (tmp_path / "said").read_text()), said
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == (141 if unbuffered else 0) and "BrokenPipe" not in done.stderr, done.stderr
     assert "evaluate" not in verb or (tmp_path / "out" / "flagperf.csv").stat().st_size
 
 
@@ -205,7 +211,9 @@ def test_14_windows_is_told_what_to_use():
     assert "WSL" in run(hidden + "from vitdemo import evaluate").stderr.splitlines()[-1]
 
 
-def test_15_a_temporary_folder_with_a_long_name(tmp_path):
+def test_15_a_temporary_folder_with_a_long_name(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     code = "from vitdemo.inference.cluster import connect\ntry: connect(None)\nexcept Exception as error: print(error)"
@@ -260,10 +268,11 @@ def test_22_a_path_that_is_none(path, said, tmp_path, capsys):
     assert f"{path}: {said}" in capsys.readouterr().err
 
 
-def test_22_an_mfu_that_is_not_measured_says_why(mounted, tmp_path):
+def test_22_an_mfu_needs_no_cache(mounted, tmp_path):
+    """Where the cache is read-only the roof is measured and not kept."""
     own = dict(VITDEMO_CACHE=f"{mounted('ro')}/cache")
     done = run(CLI, "evaluate", "vit_shapes20", "--data", TAR, "--limit", 8, "--out", tmp_path / "out", **own)
-    assert done.returncode == 0 and "MFU: not measured: " in done.stderr and "set VITDEMO_CACHE" in done.stderr
+    assert done.returncode == 0 and "MFU n/a" not in done.stdout and "MFU " in done.stdout, done.stderr
 
 
 def test_22_a_run_that_is_there_names_how_to_go_on(eager, shapes20, tmp_path):
@@ -272,11 +281,13 @@ def test_22_a_run_that_is_there_names_how_to_go_on(eager, shapes20, tmp_path):
         evaluate(eager, shapes20, limit=1, out=tmp_path, progress=False)
 
 
-def test_22_sigterm_says_that_it_stopped(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--replicas", "1"]])
+def test_22_sigterm_says_that_it_stopped(options, tmp_path):
     command = [sys.executable, "-m", "vitdemo", "evaluate", "vit_shapes20", "--data", TAR, "--out", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
-        while not (tmp_path / "out" / "run.json").exists():
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment) as running:
+        rows = tmp_path / "out" / "predictions.csv"
+        while not rows.exists() or rows.read_bytes().count(b"\n") < 2:
             assert running.poll() is None
         running.terminate()
         _, said = running.communicate(timeout=60)
@@ -290,6 +301,7 @@ def test_22_a_failed_verification_names_the_next_step(vit_shapes20, shapes20, mo
 
 
 def test_an_operation_that_a_runtime_has_not_is_named():
+    pytest.importorskip("openvino")
     with pytest.raises(VitdemoError, match="upsample_bicubic2d") as refusal:
         convert(load_model("naflexvit_base_patch16_gap", "random"), "openvino", "fp32")
     assert "\n" not in reason_of(refusal.value)

@@ -58,15 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     if find_spec("fcntl") is None:
         print("vitdemo: runs on Linux and macOS; on Windows use it in WSL, the Linux in Windows", file=sys.stderr)
         return 2
-    options = vars(PARSER.parse_args(argv))
+    options, code = vars(PARSER.parse_args(argv)), 128 + 13  # as shells say it of who ends by a closed pipe
     try:
         with terminate_as_interrupt():
             code = options.pop("run")(**options) or 0
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # of `| head`: nobody reads on; what is written to files is written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code
     except (VitdemoError, EngineFailure) as error:
         print(f"vitdemo: {error}", file=sys.stderr)
         return 2 if isinstance(error, VitdemoError) else 1
@@ -222,6 +222,8 @@ def _evaluate(data: str, out: Path, diagnose: bool = False, **options) -> int | 
     from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
     from vitdemo.machine import now
 
+    if diagnose and options.get("weights") == "random":
+        raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
     start, dataset = now(), vitdemo.ImageNetVal(data)
     model, engine = _engine_of(options)
     try:
@@ -241,7 +243,7 @@ def _evaluate(data: str, out: Path, diagnose: bool = False, **options) -> int | 
     print("FlagPerf row:", describe_row(row))
     published = vitdemo.compare_published(evaluation)
     print(f"{published}\nmachine: {vitdemo.describe_machine(vitdemo.machine_record())}\nresults: {evaluation.out}")
-    if published.verdict == "below" and not diagnose:
+    if published.verdict == "below" and not diagnose and evaluation.metrics["images"] == len(dataset):
         print("below: the same command with --diagnose and a new --out looks for the cause")
     if diagnose:
         try:

@@ -2,6 +2,7 @@
 
 import errno
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def terminate_as_interrupt():
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
-    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN]
+    main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    others = (signal.SIG_IGN, None)  # ignored, or handled by what is not Python
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(kind) not in others]
     before = {kind: signal.signal(kind, interrupt) for kind in kinds}
     try:
         yield

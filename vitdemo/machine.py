@@ -94,7 +94,7 @@ def free_memory_bytes() -> int:
 def _control_groups(controller: str) -> list[Path]:
     """This process's cgroups and those around them, whose limits hold as well; none but on Linux.
 
-    Version 2 has one tree, version 1 one for each controller; where both are there, either may have the limits.
+    Version 2 has one tree, "unified" where version 1 is there too; version 1 has one for each controller.
     https://docs.kernel.org/admin-guide/cgroup-v2.html and …/cgroup-v1/index.html
 
     Args:
@@ -104,9 +104,9 @@ def _control_groups(controller: str) -> list[Path]:
     with suppress(OSError):
         for _, names, place in (line.split(":", 2) for line in OWN_GROUP.read_text().splitlines()):
             if not names or controller in names.split(","):
-                root = GROUPS / (controller if names else "")
-                inner = root / place.lstrip("/")  # in a container its own path may be out of sight: then the root
-                found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+                for root in [GROUPS / controller] if names else [GROUPS, GROUPS / "unified"]:
+                    inner = root / place.lstrip("/")  # in a container its own path may be out of sight: then the root
+                    found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
     return found
 
 

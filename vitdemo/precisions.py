@@ -1,6 +1,7 @@
 """Whether a runtime computes in a precision natively on this processor, emulates it, or does not have it."""
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -91,7 +92,9 @@ def no_cuda() -> str:
     try:
         (torch.ones(1, device="cuda") + 1).item()
     except Exception as error:  # CUDA's own, and torch's where it was built without it
-        return f"torch sees a CUDA device and cannot compute on it ({reason_of(error)})"
+        reason = f"torch sees a CUDA device and cannot compute on it ({reason_of(error)})"
+        print(f"{reason}; the CPU computes", file=sys.stderr)
+        return reason
     return ""
 
 

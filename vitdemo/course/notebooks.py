@@ -113,7 +113,7 @@ def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NO
     lessons = [path for path in sorted(Path(folder).glob("*.ipynb")) if LESSON.fullmatch(path.stem)]
     there = {path.stem: path for path in lessons}
     if not there:
-        raise VitdemoError(f"{folder}: holds no notebooks; they come with a clone of vitdemo: run it there")
+        raise VitdemoError(f"{folder}: holds no notebooks; they come with a clone of vitdemo: install it from there")
     chosen = set(there if names is None else ())
     for name in names or ():
         stem = name.removesuffix(".ipynb")

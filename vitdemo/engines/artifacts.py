@@ -15,7 +15,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -127,22 +127,31 @@ def clear_cache() -> int:
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)
             with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
-                if in_use(folder):
-                    print(f"{folder}: in use by a running program, kept", file=sys.stderr)
-                    continue
-                freed += _bytes_below(folder)
-                shutil.rmtree(folder, ignore_errors=True)
+                with claimed(folder) as free:
+                    if not free:
+                        print(f"{folder}: in use by a running program, kept", file=sys.stderr)
+                        continue
+                    freed += _bytes_below(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
     return freed  # the lock files stay, as somebody may be waiting for one
 
 
-def in_use(folder: Path) -> bool:
-    """Whether an engine of any process has been loaded from ``folder`` and lives: it may yet read other files there."""
-    with suppress(FileNotFoundError), open(folder / CARD) as card:
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether no engine of any process that lives was loaded from ``folder``, which may yet read other files there.
+
+    Inside, who begins to load from it waits.
+    """
+    with ExitStack() as stack:
         try:
+            card = stack.enter_context(open(folder / CARD, "r+"))  # NFS locks only what may be written to
             fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
         except BlockingIOError:
-            return True
-    return False
+            free = False
+        except OSError:  # there is no card, or no locks
+            free = True
+        yield free
 
 
 def _bytes_below(folder: Path) -> int:
@@ -279,7 +288,10 @@ class Recipe:
 
     def load(self, folder: Path, threads: int) -> Engine:
         """The engine that was built into ``folder``. Raises anything when it is damaged or another one."""
-        folder = (folder / CARD).resolve().parent  # runtimes refuse weights that are a link out of their folder
+        card = (
+            folder / CARD
+        ).resolve()  # of a cache of links: runtimes refuse weights that are a link out of their folder
+        folder = card.parent if card.name == CARD else folder
         with open(folder / CARD, encoding="utf-8") as file:
             with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_SH)  # which says that the artifact is in use
@@ -301,8 +313,12 @@ class Recipe:
     def _cached(self, threads: int, force: bool) -> Engine:
         folder = artifacts_root() / self.folder_name
         if not force:
-            with suppress(Exception):  # without a lock, as a cache may be read-only; what is wrong is said below
-                return self.load(folder, threads)
+            try:
+                return self.load(folder, threads)  # without a lock, as a cache may be read-only
+            except VitdemoError:
+                raise
+            except Exception:  # not there, or damaged, as is said below
+                pass
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
             if folder.exists() and not force:

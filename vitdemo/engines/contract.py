@@ -202,7 +202,7 @@ def resolve_device(device: str, cls: type[Engine]) -> str:
         VitdemoError: for a device that is unknown, missing, or not the engine's.
     """
     if device == "auto":
-        return "cuda" if not no_cuda() and cls.runs_on("cuda") else "cpu"
+        return "cuda" if cls.runs_on("cuda") and not no_cuda() else "cpu"
     if device not in ("cpu", "cuda"):
         raise VitdemoError(f"device {device!r}: there are auto, cpu, cuda")
     if device == "cuda" and (reason := no_cuda()):

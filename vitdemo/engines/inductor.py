@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from functools import cached_property
@@ -137,8 +138,10 @@ def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
     flops: Counter[str] = Counter()
     options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
     # Freezing is for inference, which torch tells from gradients being off.
-    # Not beside the package: the compiler's command would come apart at a blank in that path.
-    with tempfile.TemporaryDirectory() as scratch, temporary_cache_dir(scratch), torch.no_grad():
+    beside = (
+        None if re.search(r"\s", str(package.parent)) else package.parent
+    )  # the compiler's command splits at blanks
+    with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
         except RuntimeError as error:

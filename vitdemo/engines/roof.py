@@ -20,7 +20,7 @@ from torch import nn
 
 from vitdemo.engines.contract import Engine, find_engines, precisions_here
 from vitdemo.engines.graph import watched
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.errors import VitdemoError
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.model import Model
 from vitdemo.paths import cache_root, replacing
@@ -75,17 +75,17 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     """
     shapes = sorted({*SQUARE, *shapes})
     path, key = cache_root() / FILE, _key(precision, shapes)
-    with named_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {}
-        with suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
-            kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
-        if fresh or key not in kept:
-            products = Products(precision, shapes)
-            print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
-            rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
-            rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
-            kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
+    kept = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    if fresh or key not in kept:
+        products = Products(precision, shapes)
+        print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
+        rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
+        rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
+        kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
+        with suppress(OSError):  # where nothing can be kept it is measured again
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 json.dump({key: asdict(roof) for key, roof in kept.items()}, file, indent=2)
     return replace(kept[key], shape=tuple(kept[key].shape))

@@ -68,7 +68,7 @@ def evaluate_beside_reference(
     if skip_validation:
         return runs, None
     tqdm.write("validation: the reference, eager fp32, over the same images")
-    reference = convert(model, *REFERENCE)
+    reference = convert(model, *REFERENCE, device=engine.device)
     return runs, evaluate(reference, data, out=out / "validation", resume=resume, **options)
 
 

@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -93,7 +95,10 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         if address and address != "auto" and _resolved(address) != _resolved(here):
             raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
-    own = {} if address else dict(include_dashboard=False, num_cpus=cores())
+    own, on_sigterm = (
+        {} if address else dict(include_dashboard=False, num_cpus=cores()),
+        signal.getsignal(signal.SIGTERM),
+    )
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
@@ -104,6 +109,8 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         print("Ray did not start; trying once more", file=sys.stderr)
         ray.shutdown()
         return connect(address, again=False)
+    if threading.current_thread() is threading.main_thread():  # Ray's own would end the process without a word
+        signal.signal(signal.SIGTERM, on_sigterm)
     # It tells of a lost worker in fifteen lines, whatever log_to_driver says.
     ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray
