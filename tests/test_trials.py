@@ -169,12 +169,12 @@ def test_11_clearing_the_cache_keeps_what_a_running_engine_still_reads(vit_shape
 
 
 @pytest.mark.parametrize("verb", ["cache", f"evaluate vit_shapes20 --data {TAR} --limit 8 --skip-validation --out OUT"])
-@pytest.mark.parametrize("unbuffered", [["-u"], []])
+@pytest.mark.parametrize("unbuffered", ["1", ""])
 def test_12_a_reader_that_goes_away(verb, unbuffered, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, *unbuffered, "-m", "vitdemo", *verb.replace("OUT", str(tmp_path / "out")).split()]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "vitdemo", *verb.replace("OUT", str(tmp_path / "out")).split()]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == (141 if unbuffered else 0) and "BrokenPipe" not in done.stderr, done.stderr
