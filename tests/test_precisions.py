@@ -119,7 +119,7 @@ def test_an_engine_that_cannot_be_imported_costs_itself_alone(monkeypatch):
 
 
 def test_a_gpu_without_onnx_runtime_is_no_traceback(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("vitdemo.engines.contract.no_cuda", lambda: "")  # as where a GPU computes
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("vitdemo.engines.onnx.installed_version", lambda name: None)
     assert Pair("eager", "bf16") in choose_pairs(None)
