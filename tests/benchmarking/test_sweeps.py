@@ -63,6 +63,7 @@ def test_only_the_first_batch_size_is_cold(rows):
     cold, warm = rows[rows["device_batch_size"] == 1], rows[rows["device_batch_size"] == 3]
     assert np.allclose(cold["compile_s"].astype(float), cold["first_run_s"].astype(float) - cold["second_run_s"])
     assert (cold["first_run_s"].astype(float) > cold["load_s"]).all()
+    assert (rows["streams"] == 1).all(), "single calls"
     assert set(warm["compile_s"]) == set(warm["first_run_s"]) == {"warm"}
 
 

@@ -17,12 +17,13 @@ OK, WARM = "ok", "warm"
 MFU_CONVENTION = "FLOPs = 2 x MACs, of the roof measured here"
 
 # What they say is told at ``benchmark``.
-COLUMNS = """model weights engine precision parameters flops_per_image input_bytes precision_ran device threads replicas
-device_batch_size batch status turns build_s load_s first_run_s second_run_s compile_s warm_up_s calls p50_ms p90_ms
-p99_ms mean_ms std_ms images_per_s speedup_over_eager_fp32 speedup_over_eager_fp32_low speedup_over_eager_fp32_high
-speedup_over_eager_fp32_pairs speedup_equal_precision speedup_equal_precision_low speedup_equal_precision_high
-speedup_equal_precision_pairs tflops roof_tflops of_roof of_roof_low of_roof_high mfu mfu_convention peak_memory_bytes
-accuracy top1 images calibrated_on_scored agreement relative_l2 artifact measured machine commit""".split()
+COLUMNS = """model weights engine precision parameters flops_per_image input_bytes precision_ran device threads streams
+replicas device_batch_size batch status turns build_s load_s first_run_s second_run_s compile_s warm_up_s calls p50_ms
+p90_ms p99_ms mean_ms std_ms images_per_s speedup_over_eager_fp32 speedup_over_eager_fp32_low
+speedup_over_eager_fp32_high speedup_over_eager_fp32_pairs speedup_equal_precision speedup_equal_precision_low
+speedup_equal_precision_high speedup_equal_precision_pairs tflops roof_tflops of_roof of_roof_low of_roof_high mfu
+mfu_convention peak_memory_bytes accuracy top1 images calibrated_on_scored agreement relative_l2 artifact measured
+machine commit""".split()
 
 
 @dataclass
@@ -103,7 +104,7 @@ def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns:
 def _identity(measured: Measured, info: ModelInfo) -> dict:
     facts, pair = measured.facts, measured.pair
     shares = ", ".join(f"{precision} {share:.3f}" for precision, share in facts.get("precision_ran", {}).items())
-    known = ["parameters", "device", "threads", "build_s", "load_s", "artifact"]
+    known = ["parameters", "device", "threads", "streams", "build_s", "load_s", "artifact"]
     known += ["top1", "images", "calibrated_on_scored", "agreement", "relative_l2"]
     row = {"model": info.tag, "weights": info.weights, **pair._asdict(), "precision_ran": shares or None}
     row |= {name: facts.get(name) for name in known}

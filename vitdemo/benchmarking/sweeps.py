@@ -294,8 +294,9 @@ def benchmark(
     - ``parameters``: numbers that the model has learnt. ``flops_per_image``: 2 x the multiply-accumulates of one image.
       ``input_bytes``: of one image's pixels.
     - ``precision_ran``: the share of multiply-accumulates in each precision, read back from the runtime.
-    - ``device``: cpu or cuda. ``threads``: CPU threads of a call (of one replica's). ``replicas``: how many share each
-      batch. ``device_batch_size``: images that a replica gets at once. ``batch``: device_batch_size x replicas.
+    - ``device``: cpu or cuda. ``threads``: CPU threads of a call (of one replica's). ``streams``: calls side by side,
+      1 here, as single calls are timed, where ``evaluate`` may take more. ``replicas``: how many share each batch.
+      ``device_batch_size``: images that a replica gets at once. ``batch``: device_batch_size x replicas.
     - ``status``: ok; skipped or failed, and why. ``turns``: together (by turns with the others), or alone (after them).
     - ``build_s``: making the artifact, when it was made. ``load_s``: making it ready: reading the artifact, casting
       eager's weights, or starting the replicas.

@@ -1,5 +1,6 @@
 """What every engine promises, and the registry that finds the engines."""
 
+import copy
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -28,17 +29,19 @@ class Engine(ABC):
     costs only its own engine.
 
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses. info: the model's.
-    depth: how many submitted batches may be in flight. packages: the distributions that its runtime comes in. card:
-    what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that shaped it. recipe: from
-    which ``convert`` made it, and can make it again. load_s: seconds it took to read the artifact, check it and make it
-    ready to run. has_run: whether it was called yet. script: the lines by which a program without vitdemo makes
-    ``logits`` of pixels (``write_script``).
+    depth: how many submitted batches may be in flight. streams: how many of them are computed side by side; None is
+    one, or as many as ``evaluate`` finds to be quicker; forms: what it found. packages: the distributions that its
+    runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
+    shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
+    artifact, check it and make it ready to run. has_run: whether it was called yet. script: the lines by which a
+    program without vitdemo makes ``logits`` of pixels (``write_script``).
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
     depth = 1
+    streams: int | None = None
     script = ""
 
     def __init__(self, info: ModelInfo, precision: str, *, device: str, threads: int):
@@ -50,6 +53,7 @@ class Engine(ABC):
         self.recipe = None
         self.load_s: float | None = None
         self.has_run = False
+        self.forms: dict = {}
         self._worker: ThreadPoolExecutor | None = None
 
     @classmethod
@@ -126,8 +130,29 @@ class Engine(ABC):
         self._check(x)
         self.has_run = True
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(self.depth, thread_name_prefix=f"engine-{self.name}")
+            lanes = self.depth if self.streams in (None, 1) else self.streams
+            self._worker = ThreadPoolExecutor(lanes, thread_name_prefix=f"engine-{self.name}")
         return self._worker.submit(self._infer, x)
+
+    def side_by_side(self, streams: int) -> "Engine":
+        """This engine with several calls at once, each on an equal share of its threads; itself for one.
+
+        A call takes longer, and many of them together less time. What was loaded is shared as far as the runtime can.
+
+        Args:
+            streams: how many calls, at most ``threads``.
+        """
+        if streams == 1:
+            return self
+        other = copy.copy(self)
+        other.threads, other.streams = self.threads // streams, streams
+        other.depth = streams + 1  # the next batch lies ready when one is done
+        other.forms, other._worker = {}, None
+        other._open_streams()
+        return other
+
+    def _open_streams(self) -> None:  # noqa: B027, as most engines share all they have
+        """Load again what cannot be shared with an engine of another ``threads`` and ``streams``."""
 
     def close(self) -> None:
         """Wait for what is in flight and give threads back. The engine may be used again afterwards."""

@@ -46,6 +46,7 @@ class InductorEngine(CompiledEngine):
 
     name = "inductor"
     precisions = ("bf16",)
+    streams = 1  # a call of the package holds Python's lock: another one would wait for it
     script = """
 import torch
 

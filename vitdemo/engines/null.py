@@ -12,6 +12,7 @@ class NullEngine(Engine):
 
     name = "null"
     precisions = ("none",)
+    streams = 1  # its calls take no time
 
     def __init__(self, model: Model, precision: str, *, device: str, threads: int):
         super().__init__(model.info, precision, device=device, threads=threads)

@@ -89,6 +89,9 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         # A provider that fails is an error, and no reason to go on with another.
         return onnxruntime.InferenceSession(source, options, list(PROVIDERS[self.device]), enable_fallback=0)
 
+    def _open_streams(self) -> None:
+        self._session = self._open(self._folder / GRAPH)
+
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         (logits,) = self._session.run(None, feed(x))
         return torch.from_numpy(logits)

@@ -78,12 +78,15 @@ class OpenVINOEngine(CompiledEngine):
         super().__init__(folder, info, precision, device=device, threads=threads)
         self._graph = shared_core().read_model(folder / GRAPH)
         self._taps: dict[str, list] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
-        self._compiled = self._compile(self._graph)
+        self._open_streams()
         self.threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
+
+    def _open_streams(self) -> None:
+        self._compiled = self._compile(self._graph)
         self._idle: SimpleQueue = SimpleQueue()  # requests that nobody is using
 
     def _compile(self, graph):
-        return compiled(graph, hint(self.precision), self.threads)
+        return compiled(graph, hint(self.precision), self.threads, self.streams or 1)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -178,19 +181,20 @@ def hint(precision: str) -> str:
     return {"fp32": "f32", "bf16": "bf16"}[precision]
 
 
-def compiled(graph, precision: str, threads: int):
+def compiled(graph, precision: str, threads: int, streams: int = 1):
     """A graph for the CPU, ready to run.
 
     Args:
         graph: an ``openvino.Model``.
         precision: OpenVINO's name of what everything runs in that is not rounded to int8.
-        threads: CPU threads that it uses.
+        threads: CPU threads that a call uses.
+        streams: calls at once.
     """
     options = {
         "INFERENCE_PRECISION_HINT": precision,  # its own choice would be bfloat16 where the CPU has it
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+        "INFERENCE_NUM_THREADS": threads * streams,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+    } | ({"NUM_STREAMS": streams} if streams > 1 else {})
     return shared_core().compile_model(graph, "CPU", options)
 
 

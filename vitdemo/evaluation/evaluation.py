@@ -14,13 +14,14 @@ from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
-from vitdemo.evaluation.metrics import Session, set_faults, summarise
+from vitdemo.evaluation.metrics import Session, describe_threads, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import Row, batches_of, merge_ranges, predict
-from vitdemo.inference.predictions import appending, finish_run, open_run_folder, rows_frame, write_rows
+from vitdemo.inference.predictions import appending, begin_run, finish_run, open_run_folder, rows_frame, write_rows
 from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
-from vitdemo.machine import cores, machine_record
+from vitdemo.inference.streams import quicker_on_images
+from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.loading import full_tag
 from vitdemo.models.model import check_classes
 from vitdemo.paths import user_path
@@ -44,7 +45,7 @@ class Evaluation:
         m = self.metrics
         rate = f"{m['images_per_s']:.1f} images/s end to end" if m["images_per_s"] else "no image run in this session"
         return (
-            f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {m['threads']} threads, "
+            f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {describe_threads(m)}, "
             f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
         )
 
@@ -113,9 +114,9 @@ def evaluate(
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
     with named_errors(out or data.path):
-        rows, finished = open_run_folder(out, settings, data, resume) if out else ([None] * images, None)
+        rows, finished, before = open_run_folder(out, settings, data, resume) if out else ([None] * images, None, {})
     if finished:
-        return Evaluation(rows_frame(rows), finished, out, Session(0, 0).table())
+        return Evaluation(rows_frame(rows), finished, out, Session(0, 0, 0).table())
     todo = [batch for batch in batches_of(range(images), device_batch_size) if not rows[batch.start]]
     options = dict(device_batch_size=device_batch_size, input_path=input_path)
     with ExitStack() as stack:
@@ -123,12 +124,17 @@ def evaluate(
             replicas = stack.enter_context(Replicas(engine, data, replicas, ray_address=ray_address))
         left = sum(map(len, todo))
         bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
-        session = Session(engine.threads, cores())
+        # A run goes on as it was begun: on other numbers of threads sums come out in another order.
+        start, kept = now(), before.get("streams") or (1 if replicas and replicas.threads == 1 else None)
+        form, rates = (engine.side_by_side(kept), {}) if kept else quicker_on_images(engine, data, left, **options)
+        streams = form.streams or 1
+        begin_run(out, settings | {"streams": streams}, rows)
+        session = Session(form.threads, streams, cores(), rates, now() - start if rates else 0.0)
         if replicas:
             source = _on_replicas(replicas, schedule, todo, session, **options)
         else:
-            source = _here(engine, data, todo, session, **options)
-            stack.callback(engine.close)
+            source = _here(form, data, todo, session, **options)
+            stack.callback(form.close)
         stack.enter_context(closing(source))
         try:
             with named_errors(out or data.path), appending(out) as file, bar:
@@ -173,8 +179,9 @@ def _on_replicas(
 ) -> Iterator[tuple[int, list[Row]]]:
     """The first image's number and the rows of each range, as they come back."""
     plan = SCHEDULES[schedule](todo, len(replicas.slots))
-    session.threads, session.cores = replicas.threads, replicas.cores
-    with closing(replicas.run(sum(map(len, todo)), plan, **options)) as shards:
+    session.cores, split = replicas.cores, session.streams > 1
+    session.streams, session.threads = (replicas.threads, 1) if split else (1, replicas.threads)
+    with closing(replicas.run(sum(map(len, todo)), plan, streams=split, **options)) as shards:
         for shard in shards:
             session.add(shard, len(replicas.slots))
             yield shard.indices.start, shard.rows

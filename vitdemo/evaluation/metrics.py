@@ -21,13 +21,17 @@ PHASES = ("decode_wait", "compute_wait", "postprocess")
 class Session:
     """What was measured while images were run, here or on replicas.
 
-    threads: CPU threads a call of the engine uses. cores: all that were given to the run. began: in seconds since 1970,
-    as the moments of the batches are. cpu_s: CPU seconds of all processes that worked. replicas: the summary of those,
-    if any.
+    threads: CPU threads a call of the engine uses. streams: calls side by side, in each process. cores: all that were
+    given to the run. rates: by which the streams were chosen, images/s by their number; choosing_s: how long that took.
+    began: in seconds since 1970, as the moments of the batches are. cpu_s: CPU seconds of all processes that worked.
+    replicas: the summary of those, if any.
     """
 
     threads: int
+    streams: int
     cores: int
+    rates: dict[int, float] = field(default_factory=dict)
+    choosing_s: float = 0.0
     began: float = field(default_factory=time.time)
     times: list[BatchTimes] = field(default_factory=list)
     phases: Phases = field(default_factory=Phases)
@@ -69,7 +73,10 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
       Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
       answers mean nothing.
     - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
-      row written, the first (cold) batch included. ``images_per_s = session_images / wall_s``: end to end.
+      row written, the first batch included. ``images_per_s = session_images / wall_s``: end to end.
+    - ``threads``: CPU threads of a call; ``streams``: calls side by side in a process. ``images_per_s_by_streams``: by
+      which that was chosen, see ``quicker_on_images``; ``choosing_s``: how long that took, which is in no rate and
+      leaves the first batch warm. Empty and 0 where there was nothing to choose.
     - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
       for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
       decoding was hidden, not free.
@@ -113,6 +120,9 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "weights": engine.info.weights,
         **{key: settings[key] for key in ("engine", "precision", "device", "device_batch_size", "input_path")},
         "threads": session.threads,
+        "streams": session.streams,
+        "images_per_s_by_streams": session.rates,
+        "choosing_s": session.choosing_s,
         "precision_ran": engine.precision_ran,
         "images": images,
         "correct": counts["top1"],
@@ -136,6 +146,12 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "peak_memory_bytes": peak_memory_bytes(),
         "replicas": session.replicas,
     }
+
+
+def describe_threads(metrics: dict) -> str:
+    """For people: "2 threads", or "2 streams of 1 thread"."""
+    threads = f"{metrics['threads']} thread{'s' * (metrics['threads'] > 1)}"
+    return f"{metrics['streams']} streams of {threads}" if metrics["streams"] > 1 else threads
 
 
 def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import zlib
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,19 +85,28 @@ class Replica:
         self._pixels = lru_cache(1)(self._engine.info.random_pixels)
         return self._engine.threads, self._engine.precision_ran
 
-    def run(self, number: int, indices: range, device_batch_size: int, input_path: str) -> Shard:
-        """The rows of ``indices``; ``number`` is this replica's. Raises EngineFailure when the engine breaks."""
+    def run(self, number: int, indices: range, device_batch_size: int, input_path: str, streams: bool) -> Shard:
+        """The rows of ``indices``. Raises EngineFailure when the engine breaks.
+
+        number: this replica's. device_batch_size, input_path: as in ``evaluate``. streams: whether there is a stream
+        for each thread, or one call at a time on all of them.
+        """
         from vitdemo.inference.loop import predict
         from vitdemo.machine import Phases, peak_memory_bytes
 
         rows, times, phases = [], [], Phases()
         options = dict(device_batch_size=device_batch_size, input_path=input_path)
+        engine = self._split if streams else self._engine
         start, cpu = now(), time.process_time()
-        for batch in predict(self._engine, self._data, indices, **options, phases=phases, times=times):
+        for batch in predict(engine, self._data, indices, **options, phases=phases, times=times):
             rows += batch
         wall_s, cpu_s = now() - start, time.process_time() - cpu
         times = [batch._replace(replica=number) for batch in times]
         return Shard(indices, rows, times, phases.seconds, wall_s, cpu_s, peak_memory_bytes())
+
+    @cached_property
+    def _split(self):
+        return self._engine.side_by_side(self._engine.threads)
 
     def call(self, device_batch_size: int) -> None:
         """Compute one batch of random pixels, made at the first call of that size."""

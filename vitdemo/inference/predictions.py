@@ -20,7 +20,7 @@ PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 FLAGPERF = "flagperf.csv"
 
 
-def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> tuple[list, dict | None]:
+def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> tuple[list, dict | None, dict]:
     """Take ``out`` for a run.
 
     What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
@@ -32,14 +32,15 @@ def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) 
         resume: whether to go on with a run of the same settings that is there.
 
     Returns:
-        A row for each image, as an interrupted run left it, or None; and the metrics of a run that was finished, so
-        that resuming it keeps its rates.
+        A row for each image, as an interrupted run left it, or None; the metrics of a run that was finished, so that
+        resuming it keeps its rates; and the settings that it was begun with, {} for a new one.
 
     Raises:
         VitdemoError: when ``out`` holds anything but such a run to resume; it is left as it is.
     """
     settings = json.loads(json.dumps(settings))
     rows: list[Row | None] = [None] * settings["images"]
+    before: dict = {}
     if out.is_dir():
         remove_leftovers(out, RUN, PREDICTIONS, METRICS, FLAGPERF)
     if not resume or not out.is_dir() or not any(out.iterdir()):
@@ -55,14 +56,20 @@ def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) 
             raise VitdemoError(f"{out}: was run with another {different}; give the same, or another output folder")
         rows = _read_rows(out / PREDICTIONS, data, len(rows))
     if all(rows):
-        return rows, _finished_metrics(out)
+        return rows, _finished_metrics(out), before
     for batch in batches_of(range(len(rows)), settings["device_batch_size"]):
         if not all(rows[batch.start : batch.stop]):
             rows[batch.start : batch.stop] = [None] * len(batch)
-    (out / METRICS).unlink(missing_ok=True)  # of a run that broke
-    write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-    _write_predictions(out, rows)
-    return rows, None
+    return rows, None, before
+
+
+def begin_run(out: Path | None, settings: dict, rows: list[Row | None]) -> None:
+    """run.json, and the rows that are there already; nothing where a run has no folder."""
+    if out:
+        with named_errors(out):
+            (out / METRICS).unlink(missing_ok=True)  # of a run that broke
+            write_json(out / RUN, {"settings": settings, "machine": machine_record()})
+            _write_predictions(out, rows)
 
 
 def finish_run(out: Path | None, rows: list[Row | None], metrics: dict) -> None:

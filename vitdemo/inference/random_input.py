@@ -2,11 +2,13 @@
 
 from collections import deque
 from itertools import cycle
+from operator import truediv
 
 import torch
 
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import at_least_1
+from vitdemo.inference.streams import ROUNDS, quicker_form
 from vitdemo.machine import now, peak_memory_bytes
 from vitdemo.stats import percentiles_ms
 
@@ -29,9 +31,10 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
       engine that has run before, whose first call is past.
     - ``second_run_s``: the call after. ``compile_s`` = first - second, as in tt-metal's tables: loading and all that
       a first call does once.
-    - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: steady, as many batches in flight as the
-      engine takes (``engine.depth``), for at least half of ``seconds`` and 10 batches.
-    - ``latency_ms``: single calls, one at a time, in the other half; 10 at least.
+    - ``latency_ms``: single calls, one at a time, for half of ``seconds``; 10 at least.
+    - ``streams``: calls side by side, as many as are quicker (``quicker_form``, for a quarter of ``seconds``).
+    - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: steady, so many calls side by side and as
+      many batches in flight as the engine takes (``engine.depth``), for what is left and 10 batches at least.
     - ``peak_memory_bytes``: this process's largest resident size so far.
 
     Raises:
@@ -45,12 +48,17 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
     for x in _until(pixels, WARM_UP * seconds):
         engine(x)
     latencies_s = [_call_s(engine, x) for x in _until(pixels, seconds / 2, least=10)]
-    batches, inference_s = _in_flight(engine, pixels, seconds / 2)
+    turn_s = seconds / 4 / (2 * (1 + ROUNDS))
+    form, rates = quicker_form(
+        engine, lambda form: truediv(*_in_flight(form, pixels, turn_s, least=2 * engine.threads))
+    )
+    batches, inference_s = _in_flight(form, pixels, seconds / (4 if rates else 2))
     return {
         "device_batch_size": device_batch_size,
         "first_run_s": first_run_s,
         "second_run_s": second_s,
         "compile_s": None if first_run_s is None else first_run_s - second_s,
+        "streams": form.streams or 1,
         "images": (images := batches * device_batch_size),
         "inference_s": inference_s,
         "images_per_s": images / inference_s,
@@ -74,11 +82,11 @@ def _until(pixels: torch.Tensor, seconds: float, least: int = 1):
         yield x
 
 
-def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float) -> tuple[int, float]:
+def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float, least: int = 10) -> tuple[int, float]:
     """How many batches were done in how many seconds, from the first submission to the last logits."""
     waiting, batches, start = deque(), 0, now()
     try:
-        for x in _until(pixels, seconds, least=10):
+        for x in _until(pixels, seconds, least):
             waiting.append(engine.submit(x))
             batches += 1
             if len(waiting) == engine.depth:

@@ -215,14 +215,13 @@ class Replicas(AbstractContextManager):
         each = [slot.record(wall_s) for slot in self.slots]
         return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
 
-    def run(self, images: int, schedule: Schedule, device_batch_size: int, input_path: str) -> Iterator[Shard]:
+    def run(self, images: int, schedule: Schedule, **how) -> Iterator[Shard]:
         """The rows of every image exactly once, a shard for each range, as they come back.
 
         Args:
             images: how many ``schedule`` holds.
             schedule: who does which when.
-            device_batch_size: images that the device gets at once.
-            input_path: as in ``evaluate``.
+            how: what ``Replica.run`` takes besides.
 
         Raises:
             EngineFailure: when an engine breaks.
@@ -238,7 +237,7 @@ class Replicas(AbstractContextManager):
         try:
             while left:
                 for slot in filter(lambda slot: slot.ready, self.slots):
-                    self._hand_out(slot, schedule, device_batch_size, input_path)
+                    self._hand_out(slot, schedule, how)
                 for shard in self._attend(schedule):
                     schedule.done(shard.indices)
                     left -= len(shard.indices)
@@ -275,9 +274,9 @@ class Replicas(AbstractContextManager):
             raise VitdemoError(f"a replica was lost: {loss_of(error)}") from None
         return now() - begin
 
-    def _hand_out(self, slot: ReplicaState, schedule: Schedule, device_batch_size: int, input_path: str) -> None:
+    def _hand_out(self, slot: ReplicaState, schedule: Schedule, how: dict) -> None:
         while len(slot.tasks) < schedule.ahead and (indices := schedule.take(slot.number, slot.images_per_s)):
-            slot.tasks.append(Task(slot.actor.run.remote(slot.number, indices, device_batch_size, input_path), indices))
+            slot.tasks.append(Task(slot.actor.run.remote(slot.number, indices, **how), indices))
 
     def _attend(self, schedule: Schedule | None) -> list[Shard]:
         """Wait until something happened, and do what it asks for; the ranges that were brought back."""

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
+from vitdemo.evaluation.metrics import describe_threads
 from vitdemo.inference.loop import batches_of
 from vitdemo.inference.schedule import SyncSchedule
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
@@ -192,7 +193,7 @@ def plot_time(evaluation: Evaluation) -> Figure:
     for (name, seconds), color in zip(parts.items(), ("#E69F00", RIGHT, "#009E73", GREY), strict=True):
         ax.barh(0, seconds, left=left, color=color, edgecolor="white", label=f"{name}: {seconds:.2f} s")
         left += seconds
-    what = f"{m['model']}, {m['engine']} {m['precision']}, {m['threads']} threads"
+    what = f"{m['model']}, {m['engine']} {m['precision']}, {describe_threads(m)}"
     ax.set(xlabel="wall time in s", yticks=[], title=f"{m['session_images']} images in {m['wall_s']:.1f} s: {what}")
     ax.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45), frameon=False)
     return figure

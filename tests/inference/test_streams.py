@@ -1,0 +1,136 @@
+"""Several calls of an engine side by side: the same answers, and the form that is quicker is the one that is taken."""
+
+from collections import Counter
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from tests.inference.on_replicas import metrics_of, predictions
+from tests.native import native_or_skip
+from vitdemo import Replicas, convert, evaluate
+from vitdemo.errors import EngineFailure
+from vitdemo.evaluation import evaluation
+from vitdemo.inference import streams
+from vitdemo.inference.loop import PREDICTED, PROBABILITY
+from vitdemo.inference.streams import quicker_form, quicker_on_images
+from vitdemo.machine import cores, now
+
+pytestmark = pytest.mark.skipif(cores() < 2, reason="one core has one form")
+BATCHES = dict(device_batch_size=8, input_path="fast")
+PAIRS = [native_or_skip(*pair.split(":")) for pair in ["eager:fp32", "openvino:int8"]]
+OTHERS = [native_or_skip(*pair.split(":")) for pair in ["onnx:fp32", "onnx:int8", "openvino:fp32", "openvino:bf16"]]
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    PAIRS + [pytest.param(*each.values, marks=(*each.marks, pytest.mark.soak), id=each.id) for each in OTHERS],
+)
+def test_two_streams_give_the_same_answers(engine, precision, vit_shapes20, shapes20):
+    made = convert(vit_shapes20, engine, precision, threads=2)
+    two = evaluate(made.side_by_side(2), shapes20, progress=False)
+    chosen = evaluate(made, shapes20, progress=False)
+    made.streams = 1
+    one = evaluate(made, shapes20, progress=False)
+    assert [(run.metrics["streams"], run.metrics["threads"]) for run in (one, two)] == [(1, 2), (2, 1)]
+    assert one.rows[PREDICTED[0]].equals(two.rows[PREDICTED[0]])
+    assert np.nanmax(np.abs(one.rows[PROBABILITY] - two.rows[PROBABILITY])) <= 1e-5 + 1e-9
+    assert "2 streams of 1 thread" in str(two) and ", 2 threads" in str(one)
+    m = chosen.metrics
+    assert m["images_per_s_by_streams"].keys() == {1, 2} and 0 < m["choosing_s"] < 5
+    assert chosen.rows.equals((one, two)[m["streams"] - 1].rows)
+    assert made(vit_shapes20.info.random_pixels(3)).shape == (3, 20), "the engine itself is as it was"
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.85, 1), (0.95, 2), (1.2, 2)])
+def test_streams_are_taken_unless_one_call_is_clearly_quicker(vit_shapes20, gain, chosen):
+    engine, asked = convert(vit_shapes20, threads=2), []
+
+    def rate(form):
+        asked.append(form.streams)
+        return (100.0 + len(asked)) * (1 if form is engine else gain)  # a machine that gets quicker all the while
+
+    form, rates = quicker_form(engine, rate)
+    assert asked == [None, 2] * 4, "by turns, of which the first warms up"
+    assert (form.streams or 1, form.threads) == (chosen, 2 // chosen) and rates.keys() == {1, 2}
+    assert chosen == 2 or form is engine
+
+
+@pytest.mark.parametrize("how", [dict(threads=1), dict(engine="null", precision="none"), dict(threads=2)])
+def test_where_there_is_no_choice_nothing_is_measured(vit_shapes20, shapes20, how, monkeypatch):
+    engine = convert(vit_shapes20, **how)
+    if how == dict(threads=2):
+        engine.streams = 1  # it was said
+    monkeypatch.setattr(streams, "predict", lambda *_, **__: pytest.fail("measured"))
+    assert quicker_form(engine, pytest.fail) == quicker_on_images(engine, shapes20, 1000, **BATCHES) == (engine, {})
+
+
+def test_short_runs_and_slow_models_stay_as_they_are(vit_shapes20, shapes20, monkeypatch):
+    engine = convert(vit_shapes20, threads=2)
+    monkeypatch.setattr(streams, "TURN_S", 1e-4)  # as if an image took a minute
+    assert quicker_on_images(engine, shapes20, 1000, **BATCHES) == (engine, {})
+    engine.forms.clear()
+    monkeypatch.setattr(streams, "predict", lambda *_, **__: pytest.fail("measured"))
+    assert quicker_on_images(engine, shapes20, 300, **BATCHES) == (engine, {})
+
+
+def test_an_engine_that_breaks_is_left_to_the_run_to_say_so(vit_shapes20, shapes20, monkeypatch):
+    engine = convert(vit_shapes20, threads=2)
+    monkeypatch.setattr(engine, "_infer", lambda x: x)
+    assert quicker_on_images(engine, shapes20, 1000, **BATCHES) == (engine, {})
+    with pytest.raises(EngineFailure, match="not finite float32"):
+        evaluate(engine, shapes20, progress=False)
+
+
+def interrupt(out):
+    """As a run is left that was killed half-way."""
+    lines = (out / "predictions.csv").read_text().splitlines(keepends=True)
+    (out / "predictions.csv").write_text("".join(lines[: len(lines) // 2]))
+    (out / "metrics.json").unlink()
+
+
+@pytest.fixture
+def two_streams(vit_shapes20, shapes20, tmp_path, monkeypatch):
+    """A run that chose two streams, after which no other may choose."""
+    engine = convert(vit_shapes20, threads=2)
+    monkeypatch.setattr(
+        evaluation, "quicker_on_images", lambda engine, *_, **__: (engine.side_by_side(2), {1: 1.0, 2: 2.0})
+    )
+    run = evaluate(engine, shapes20, limit=48, out=tmp_path / "out", progress=False)
+    monkeypatch.setattr(evaluation, "quicker_on_images", lambda *_, **__: pytest.fail("chosen anew"))
+    return engine, run
+
+
+def test_a_run_is_resumed_as_it_was_begun(two_streams, shapes20):
+    engine, run = two_streams
+    whole = predictions(run)
+    interrupt(run.out)
+    resumed = evaluate(engine, shapes20, limit=48, out=run.out, resume=True, progress=False)
+    assert predictions(resumed) == whole and resumed.metrics["streams"] == 2
+    assert resumed.metrics["session_images"] < 48 and metrics_of(run.out)["images_per_s_by_streams"] == {}
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_replica_on_two_cores_has_streams_as_one_process_does(two_streams, shapes20):
+    engine, run = two_streams
+    whole = predictions(run)
+    interrupt(run.out)
+    with Replicas(engine, shapes20, 1, cores_each=2) as one:
+        assert one.threads == 2
+        resumed = evaluate(engine, shapes20, limit=48, replicas=one, out=run.out, resume=True, progress=False)
+    assert predictions(resumed) == whole
+    assert (resumed.metrics["streams"], resumed.metrics["threads"]) == (2, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("engine", "precision"), PAIRS)
+def test_nine_of_ten_loads_choose_the_same_within_two_seconds(engine, precision, vit_shapes20, shapes20):
+    for images in (len(shapes20), 50_000):  # as for a longer run, too
+        chosen, seconds = Counter(), []
+        for _ in range(10):
+            made, start = convert(vit_shapes20, engine, precision), now()
+            form, rates = quicker_on_images(made, shapes20, images, **BATCHES)
+            seconds.append(now() - start)
+            chosen[form.streams or 1] += 1
+            print(f"{engine} {precision}: {form.streams or 1} streams of {rates}, {seconds[-1]:.2f} s")
+        assert max(chosen.values()) >= 9 and np.median(seconds) < 2.5  # with loading the second form
