@@ -15,7 +15,7 @@ from vitdemo.paths import REPOSITORY
 # The rooms from the ground up; within a folder the imports give the order.
 ROOMS = """errors paths bundled stats precisions machine dataset imagenet models engines verification inference
 evaluation benchmarking plots course doctor cli __main__""".split()
-MOST = {"code lines": 8_050, "files": 80, "public names": 50}
+MOST = {"code lines": 8_150, "files": 80, "public names": 50}
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 BLOCK = re.compile(r"(?<=```\nvitdemo/\n).+?(?=```)", re.DOTALL)
 LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}

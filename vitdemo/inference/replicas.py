@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from tqdm.auto import tqdm
@@ -215,7 +216,7 @@ class Replicas(AbstractContextManager):
         each = [slot.record(wall_s) for slot in self.slots]
         return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
 
-    def run(self, images: int, schedule: Schedule, **how) -> Iterator[Shard]:
+    def run(self, images: int, schedule: Schedule, **how: Any) -> Iterator[Shard]:
         """The rows of every image exactly once, a shard for each range, as they come back.
 
         Args:
