@@ -18,6 +18,7 @@ def test_an_engine_is_cold_once(vit_shapes20):
         assert run["images"] >= 3 * 10 and run["images"] % 3 == 0
         assert run["images_per_s"] == pytest.approx(run["images"] / run["inference_s"])
         assert run["latency_ms"]["count"] >= 10
+        assert run["streams"] in (1, engine.threads)
     assert not [t for t in threading.enumerate() if t.name.startswith("engine")]
 
 

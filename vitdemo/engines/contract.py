@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.errors import EngineFailure, VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import NATIVE, Call, Shape, no_cuda
@@ -134,21 +134,24 @@ class Engine(ABC):
             self._worker = ThreadPoolExecutor(lanes, thread_name_prefix=f"engine-{self.name}")
         return self._worker.submit(self._infer, x)
 
-    def side_by_side(self, streams: int) -> "Engine":
-        """This engine with several calls at once, each on an equal share of its threads; itself for one.
+    def side_by_side(self) -> "Engine":
+        """This engine with one call on each of its threads, at the same time; itself where it has one thread.
 
         A call takes longer, and many of them together less time. What was loaded is shared as far as the runtime can.
-
-        Args:
-            streams: how many calls, at most ``threads``.
+        Raises EngineFailure where the runtime cannot load what is not shared.
         """
-        if streams == 1:
+        if self.streams or self.threads == 1:
             return self
         other = copy.copy(self)
-        other.threads, other.streams = self.threads // streams, streams
-        other.depth = streams + 1  # the next batch lies ready when one is done
+        other.threads, other.streams = 1, self.threads
+        other.depth = other.streams + 1  # the next batch lies ready when one is done
         other.forms, other._worker = {}, None
-        other._open_streams()
+        for kept in ("_tapped", "precision_ran"):  # of this one
+            vars(other).pop(kept, None)
+        try:
+            other._open_streams()
+        except Exception as error:  # a runtime may raise anything
+            raise EngineFailure(f"the {self.name} engine has no {other.streams} streams: {reason_of(error)}") from error
         return other
 
     def _open_streams(self) -> None:  # noqa: B027, as most engines share all they have

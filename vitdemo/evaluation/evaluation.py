@@ -17,10 +17,17 @@ from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.metrics import Session, describe_threads, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import Row, batches_of, merge_ranges, predict
-from vitdemo.inference.predictions import appending, begin_run, finish_run, open_run_folder, rows_frame, write_rows
+from vitdemo.inference.predictions import (
+    appending,
+    finish_run,
+    open_run_folder,
+    rows_frame,
+    write_rows,
+    write_settings,
+)
 from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
-from vitdemo.inference.streams import quicker_on_images
+from vitdemo.inference.streams import has_choice, quicker_on_images
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.loading import full_tag
 from vitdemo.models.model import check_classes
@@ -122,20 +129,20 @@ def evaluate(
     with ExitStack() as stack:
         if isinstance(replicas, int):
             replicas = stack.enter_context(Replicas(engine, data, replicas, ray_address=ray_address))
-        left = sum(map(len, todo))
-        bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
-        # A run goes on as it was begun: on other numbers of threads sums come out in another order.
-        start, kept = now(), before.get("streams") or (1 if replicas and replicas.threads == 1 else None)
-        form, rates = (engine.side_by_side(kept), {}) if kept else quicker_on_images(engine, data, left, **options)
-        streams = form.streams or 1
-        begin_run(out, settings | {"streams": streams}, rows)
-        session = Session(form.threads, streams, cores(), rates, now() - start if rates else 0.0)
+        left, start = sum(map(len, todo)), now()
+        kept = before.get("streams") or (1 if any(rows) else None)
+        form, streams, rates = _form(engine, data, left, replicas, kept, **options)
+        session = Session(form.threads, streams, cores(), rates, now() - start)
+        if out:
+            with named_errors(out):
+                write_settings(out, settings | {"streams": streams})
         if replicas:
             source = _on_replicas(replicas, schedule, todo, session, **options)
         else:
             source = _here(form, data, todo, session, **options)
             stack.callback(form.close)
         stack.enter_context(closing(source))
+        bar = tqdm(total=images, initial=images - left, unit="image", disable=not progress, desc="evaluate")
         try:
             with named_errors(out or data.path), appending(out) as file, bar:
                 for first, brought in source:
@@ -153,10 +160,26 @@ def evaluate(
         raise AssertionError(
             f"the rows are not the data set's images, each exactly once ({faults}): a fault in vitdemo"
         )
-    metrics = summarise(table, settings, engine, session)
+    metrics = summarise(table, settings, form, session)
     metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
     finish_run(out, rows, metrics)
     return Evaluation(table, metrics, out, session.table())
+
+
+def _form(
+    engine: Engine, data: ImageNetVal, images: int, replicas: Replicas | None, kept: int | None, **options
+) -> tuple[Engine, int, dict[int, float]]:
+    """In which form ``images`` images are run: here, and as run.json says it; and by which rates that was chosen.
+
+    kept: how many streams a run was begun with. It goes on with them, as on other numbers of threads sums come out in
+    another order. So streams is what it says where each replica has one thread.
+    """
+    if kept:
+        return engine if kept == 1 or replicas else engine.side_by_side(), kept, {}
+    if replicas and replicas.threads == 1:
+        return engine, engine.threads if has_choice(engine) else 1, {}
+    form, rates = quicker_on_images(engine, data, images, **options)
+    return form, form.streams or 1, rates
 
 
 def _here(

@@ -75,8 +75,8 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
     - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
       row written, the first batch included. ``images_per_s = session_images / wall_s``: end to end.
     - ``threads``: CPU threads of a call; ``streams``: calls side by side in a process. ``images_per_s_by_streams``: by
-      which that was chosen, see ``quicker_on_images``; ``choosing_s``: how long that took, which is in no rate and
-      leaves the first batch warm. Empty and 0 where there was nothing to choose.
+      which that was chosen, on this machine, see ``quicker_form``; empty where nothing was timed. ``choosing_s``: how
+      long choosing and loading took; it is in no rate, and leaves the first batch warm.
     - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
       for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
       decoding was hidden, not free.
@@ -151,7 +151,7 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
 def describe_threads(metrics: dict) -> str:
     """For people: "2 threads", or "2 streams of 1 thread"."""
     threads = f"{metrics['threads']} thread{'s' * (metrics['threads'] > 1)}"
-    return f"{metrics['streams']} streams of {threads}" if metrics["streams"] > 1 else threads
+    return f"{metrics['streams']} streams of {threads}" if metrics.get("streams", 1) > 1 else threads
 
 
 def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:

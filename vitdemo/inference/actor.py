@@ -106,7 +106,7 @@ class Replica:
 
     @cached_property
     def _split(self):
-        return self._engine.side_by_side(self._engine.threads)
+        return self._engine.side_by_side()
 
     def call(self, device_batch_size: int) -> None:
         """Compute one batch of random pixels, made at the first call of that size."""

@@ -60,16 +60,15 @@ def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) 
     for batch in batches_of(range(len(rows)), settings["device_batch_size"]):
         if not all(rows[batch.start : batch.stop]):
             rows[batch.start : batch.stop] = [None] * len(batch)
+    (out / METRICS).unlink(missing_ok=True)  # of a run that broke
+    write_settings(out, before | settings)
+    _write_predictions(out, rows)
     return rows, None, before
 
 
-def begin_run(out: Path | None, settings: dict, rows: list[Row | None]) -> None:
-    """run.json, and the rows that are there already; nothing where a run has no folder."""
-    if out:
-        with named_errors(out):
-            (out / METRICS).unlink(missing_ok=True)  # of a run that broke
-            write_json(out / RUN, {"settings": settings, "machine": machine_record()})
-            _write_predictions(out, rows)
+def write_settings(out: Path, settings: dict) -> None:
+    """run.json."""
+    write_json(out / RUN, {"settings": settings, "machine": machine_record()})
 
 
 def finish_run(out: Path | None, rows: list[Row | None], metrics: dict) -> None:
