@@ -84,7 +84,8 @@ def prefetched_batches(
     Yields:
         Batches; an image that cannot be read is a row of zeros with its error.
     """
-    pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")
+    # Each decodes on one core: torch would resize on all of them, beside the other threads' and the engine's.
+    pool = ThreadPoolExecutor(cores(), "decode", torch.set_num_threads, (1,))
     waiting, buffers = deque(), []
 
     def begin(start):

@@ -7,7 +7,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.special import softmax
 
 from vitdemo.dataset.batches import Batch, prefetched_batches
 from vitdemo.dataset.imagenet import Sample
@@ -158,7 +160,8 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
 def _rows(batch: Batch, logits: torch.Tensor) -> list[Row]:
     """Equal logits rank by class index, so that a tie is broken the same way everywhere."""
     classes = ranking(logits)  # and not of the probabilities: small ones tie at 0
-    probabilities = logits.softmax(dim=1).gather(1, classes)
+    # Not by torch, which starts a team of threads for however little: they would take cores from the engine.
+    probabilities = np.take_along_axis(softmax(logits.numpy(), axis=1), classes.numpy(), axis=1)
     rows = []
     samples = zip(batch.files, batch.labels, batch.wnids, batch.errors, strict=True)
     for k, (file, label, wnid, error) in enumerate(samples):
