@@ -288,9 +288,8 @@ class Recipe:
 
     def load(self, folder: Path, threads: int) -> Engine:
         """The engine that was built into ``folder``. Raises anything when it is damaged or another one."""
-        card = (
-            folder / CARD
-        ).resolve()  # of a cache of links: runtimes refuse weights that are a link out of their folder
+        # In a cache of links the folder that they lead to: runtimes refuse weights that are a link out of their folder.
+        card = (folder / CARD).resolve()
         folder = card.parent if card.name == CARD else folder
         with open(folder / CARD, encoding="utf-8") as file:
             with suppress(OSError):  # some file systems have no locks

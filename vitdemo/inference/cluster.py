@@ -95,10 +95,8 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         if address and address != "auto" and _resolved(address) != _resolved(here):
             raise VitdemoError(f"ray_address {address!r}: this process has the Ray at {here}; call stop_ray() first")
         return ray
-    own, on_sigterm = (
-        {} if address else dict(include_dashboard=False, num_cpus=cores()),
-        signal.getsignal(signal.SIGTERM),
-    )
+    own = {} if address else dict(include_dashboard=False, num_cpus=cores())
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
