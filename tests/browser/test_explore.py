@@ -75,8 +75,10 @@ def test_the_explorer_is_walked_and_moved(open_lesson, tmp_path):
     assert lesson.errors() == []
 
     # An upload that the server drops costs nothing but itself; a restarted kernel, only what it held.
+    # The server drops the connection with it. JupyterLab opens another, and loses what is sent in between.
     (tmp_path / "huge.png").write_bytes(bytes(11 << 20))
-    upload(lesson, tmp_path / "huge.png")
+    with lesson.page.expect_websocket(lambda socket: "/channels" in socket.url):
+        upload(lesson, tmp_path / "huge.png")
     lesson.cell(IMAGES).get_by_role("button", name="answer", exact=True).press("Space")
     lesson.widget(IMAGES, "image").press("ArrowUp")
     says(lesson, IMAGES, "ILSVRC2012_val_00000021.JPEG")
