@@ -238,7 +238,7 @@ def test_one_row_per_image_in_the_order_of_the_set(planted, report):
     assert list(report.rows.columns) == COLUMNS
     data, rows = planted.tar, report.rows
     assert rows["file"].tolist() == data.files and rows["label"].tolist() == data.labels
-    assert rows["wnid"].tolist() == [data.classes[label] for label in data.labels]
+    assert rows["class_id"].tolist() == [data.classes[label] for label in data.labels]
     assert rows["bytes"].tolist() == data.sizes
     assert rows["sha256"].tolist() == [hashlib.sha256(content).hexdigest() for content in planted.files.values()]
 

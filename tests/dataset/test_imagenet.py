@@ -26,9 +26,9 @@ from tests.dataset.conftest import (
     write_tar,
 )
 from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.dataset import ImageNetVal
 from vitdemo.dataset.decoding import INPUT_PATHS, Preprocessing
 from vitdemo.dataset.devkit import read_devkit
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.tars import ARCHIVE_MD5
 
 CROP = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -65,7 +65,7 @@ def test_ids_are_not_indices(thin_archives, from_tar):
     assert devkit.ground_truth[:10] == [490, 361, 171, 822, 297, 482, 13, 704, 599, 164]
     assert devkit.labels[0] == 65
     first = from_tar[0]
-    assert (first.file, first.wnid, first.label) == ("ILSVRC2012_val_00000001.JPEG", "n01751748", 65)
+    assert (first.file, first.class_id, first.label) == ("ILSVRC2012_val_00000001.JPEG", "n01751748", 65)
 
 
 def test_the_full_set_has_50000_images_50_a_class(full_archives):
@@ -106,8 +106,8 @@ def test_samples_come_in_ascending_file_name_from_every_source(either, tmp_path,
     data = either.read(path[source])
     assert data.classes == sorted(Archives.ids)  # a class without images keeps its place
     assert data.class_names[0] == "n90000001 word, n90000001 synonym"
-    assert [(s.file, s.jpeg, s.label) for s in data] == either.samples
-    assert all(sample.wnid == data.classes[sample.label] for sample in data)
+    assert [(s.file, s.image, s.label) for s in data] == either.samples
+    assert all(sample.class_id == data.classes[sample.label] for sample in data)
     assert data[-1] == data[len(data) - 1] and data.fingerprint == either.read(either.tar).fingerprint
     with pytest.raises(IndexError):
         data[len(data)]
@@ -121,7 +121,7 @@ def test_nothing_is_written_when_an_archive_is_read_in_place(either):
 
 def test_a_tar_in_any_order_of_members_is_read_in_the_order_of_names(archives):
     write_tar(archives.tar, dict(reversed(archives.images.items())))
-    assert [(s.file, s.jpeg, s.label) for s in ImageNetVal(archives.tar)] == archives.samples
+    assert [(s.file, s.image, s.label) for s in ImageNetVal(archives.tar)] == archives.samples
 
 
 def test_threads_and_other_processes_read_the_same(either, tmp_path):
@@ -162,7 +162,7 @@ def test_a_file_that_the_disk_does_not_give_is_a_row_with_its_error(
     assert [index for index, error in enumerate(batch.errors) if error] == [3]
     assert "Input/output error" in batch.errors[3] and not batch.pixels[3].any() and batch.fallbacks == 0
     assert (batch.files, batch.labels) == (data.files, data.labels)
-    assert batch.wnids == [data.classes[label] for label in data.labels]
+    assert batch.class_ids == [data.classes[label] for label in data.labels]
 
 
 def test_a_tar_that_is_closed_to_another_process_is_no_row(archives):
@@ -189,15 +189,19 @@ def test_a_subset_of_imagenets_classes_is_not_renumbered(tmp_path, split):
     for path in (tmp_path, tmp_path / split):
         data = ImageNetVal(path)
         assert len(data.classes) == 1000 and data.class_names[278] == "kit fox, Vulpes macrotis"
-        assert {sample.wnid: sample.label for sample in data} == {"n01751748": 65, "n02119789": 278, "n15075141": 999}
+        assert {sample.class_id: sample.label for sample in data} == {
+            "n01751748": 65,
+            "n02119789": 278,
+            "n15075141": 999,
+        }
 
 
 def test_a_subset_of_an_extraction_keeps_the_labels_of_its_classes_csv(archives, tmp_path):
     data = extracted(archives.folder, tmp_path / "out")
     with open(tmp_path / "out/classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["0", "1", "2", "3"] and [row["wnid"] for row in rows] == data.classes
-    assert {row["wnid"]: int(row["ilsvrc_id"]) for row in rows} == archives.ids
+    assert [row["label"] for row in rows] == ["0", "1", "2", "3"] and [row["class_id"] for row in rows] == data.classes
+    assert {row["class_id"]: int(row["ilsvrc_id"]) for row in rows} == archives.ids
     assert [row["name"] for row in rows] == data.class_names
     shutil.rmtree(tmp_path / "out/val/n90000001")
     (tmp_path / "out/extraction.json").unlink()

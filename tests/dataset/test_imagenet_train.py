@@ -100,7 +100,7 @@ def test_torchvision_and_timm_read_the_same_from_the_extracted_tree(full_train, 
 
 INDEXING = """
 import json, sys, psutil, timm.data
-from vitdemo.dataset.imagenet import ImageNetTrain
+from vitdemo.dataset.dataset import open_data
 from vitdemo.machine import now
 before, start = psutil.Process().memory_info().rss, now()
 data = ImageNetTrain(sys.argv[1])

@@ -95,7 +95,7 @@ def test_answers_that_mean_nothing_are_not_measured(vit_shapes20, shapes20, engi
 
 
 def test_number_is_never_held_against_another_data_set(evaluation, shapes20):
-    files, wnids = evaluation.rows["file"].tolist(), evaluation.rows["wnid"].tolist()
+    files, wnids = evaluation.rows["file"].tolist(), evaluation.rows["class_id"].tolist()
     imagenet = list(timm.data.ImageNetInfo("imagenet-1k").label_names())
     spread = [imagenet[i * 37 % 1000] for i in range(101)]
     assert comparable_published("resnet18.tv_in1k", files, spread)[0].top1 == pytest.approx(0.69752)
@@ -183,7 +183,7 @@ def tree(root, data: ImageNetVal, folder_of, images: int = 200, devkit: bool = F
     for sample in (data[i] for i in range(images)):
         folder = root / "val" / data.classes[folder_of[sample.label]]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / sample.file).write_bytes(sample.jpeg)
+        (folder / sample.file).write_bytes(sample.image)
     (root / "classes.csv").write_text("\n".join(["label,wnid,ilsvrc_id,name", *lines]) + "\n")
     if devkit:
         shutil.copy(data_path("shapes20/shapes20_devkit.tar.gz"), root / "ILSVRC2012_devkit_t12.tar.gz")
@@ -255,8 +255,8 @@ class Reshaped(ImageNetVal):
 
     def __getitem__(self, i):
         sample, file = super().__getitem__(i), io.BytesIO()
-        self.reshape(Image.open(io.BytesIO(sample.jpeg)).convert("RGB")).save(file, "JPEG", quality=90)
-        return sample._replace(jpeg=file.getvalue())
+        self.reshape(Image.open(io.BytesIO(sample.image)).convert("RGB")).save(file, "JPEG", quality=90)
+        return sample._replace(image=file.getvalue())
 
 
 def panorama(image):
@@ -322,7 +322,7 @@ def test_unreadable_images_are_wrong_under_every_hypothesis(vit_shapes20, shapes
     class Damaged(ImageNetVal):
         def __getitem__(self, i):
             sample = super().__getitem__(i)
-            return sample._replace(jpeg=sample.jpeg[:200]) if i % 3 == 0 else sample
+            return sample._replace(image=sample.image[:200]) if i % 3 == 0 else sample
 
     found = diagnosed(vit_shapes20, Damaged(data_path("shapes20")), images=24)
     damaged = [i * 1000 // 24 % 3 == 0 for i in range(24)]

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tests.inference.on_replicas import as_json, metrics_of, predictions
 from vitdemo import EngineFailure, ImageNetVal, Model, VitdemoError, convert, evaluate, extract, wilson_interval
 from vitdemo.dataset.decoding import INPUT_PATHS
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
@@ -49,7 +49,7 @@ def by_reference(eager, shapes20):
 def test_predictions_are_those_of_a_plain_timm_loop(by_reference, shapes20, vit_shapes20):
     evaluation = by_reference
     transform = create_transform(**asdict(vit_shapes20.info.preprocessing), is_training=False)
-    images = [Image.open(io.BytesIO(shapes20[i].jpeg)).convert("RGB") for i in range(101)]
+    images = [Image.open(io.BytesIO(shapes20[i].image)).convert("RGB") for i in range(101)]
     with torch.no_grad():
         logits = vit_shapes20.module(torch.stack([transform(image) for image in images]))
     assert evaluation.rows["predicted_1"].tolist() == logits.argmax(1).tolist()
@@ -130,8 +130,8 @@ def test_answers_that_mean_nothing_have_no_accuracy(vit_shapes20, shapes20, engi
 
 def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
     samples = [shapes20[i] for i in range(10)]
-    samples[3] = samples[3]._replace(jpeg=samples[3].jpeg[:200])
-    samples[7] = samples[7]._replace(jpeg=b"")
+    samples[3] = samples[3]._replace(image=samples[3].image[:200])
+    samples[7] = samples[7]._replace(image=b"")
     run = evaluate(eager, SomeSamples(shapes20, samples), device_batch_size=4, progress=False)
     whole = evaluate(eager, shapes20, device_batch_size=4, limit=10, progress=False)
     assert (run.metrics["images"], run.metrics["errors"]) == (10, 2)
@@ -140,7 +140,7 @@ def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
     assert "2 unreadable counted as wrong" in str(run)
     data = SomeSamples(shapes20, samples)
     data.class_names = shapes20.class_names
-    plot_predictions(run, data, range(10))  # a picture that cannot be read does not stop the gallery
+    plot_predictions(run, range(10))  # a picture that cannot be read does not stop the gallery
     plot_gallery(data, range(10))
 
 

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import flop_registry
 
 from vitdemo.bundled import MODELS
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import free_memory_bytes
 from vitdemo.models import huggingface
@@ -46,30 +45,13 @@ class ModelInfo:
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
     flops_per_image: int
+    class_names: tuple[str, ...] | None = None
+    outputs: int = 0
 
     def random_pixels(self, *counts: int) -> torch.Tensor:
         """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def check_classes(info: ModelInfo, data: ImageNetSplit) -> None:
-    """Refuse a data set for a model of other classes, where no accuracy could be right.
-
-    Args:
-        info: the model's.
-        data: the data set.
-
-    Raises:
-        VitdemoError: where the classes, or their order, are not the same; and for a model whose classes nobody knows.
-    """
-    if info.classes is None:
-        raise VitdemoError(f"{info.tag}: nobody said which class each output is; give Model.from_module classes=")
-    if list(info.classes) != list(data.classes):
-        raise VitdemoError(
-            f"{data.path}: its {len(data.classes)} classes are not the {len(info.classes)} of {info.tag}; take the "
-            "data set of that model"
-        )
 
 
 class Model:
@@ -117,6 +99,7 @@ class Model:
             preprocessing=preprocessing,
             classes=None if classes is None else tuple(classes),
             flops_per_image=flops,
+            outputs=outputs,
         )
         return cls(module, info)
 
