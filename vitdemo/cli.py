@@ -244,6 +244,8 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     data = vitdemo.open_images(images)
     _, engine = _engine_of(options)
     table = answers(engine, data, top=top)
+    if data.source == "folder":
+        table["file"] = [os.path.relpath(data.path / file) for file in table["file"]]
     if out:
         with named_errors(out), replacing(out) as file:
             table.to_csv(file, index=False)

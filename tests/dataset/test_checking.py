@@ -276,7 +276,7 @@ def test_damage_is_listed_with_its_class(planted, report):
     assert set(report.damaged["class"]) == {"n90000001 word", "n90000002 word"}
     assert report.summary["errors"] == len(UNREADABLE) + len(NOT_DECODED)
     assert report.summary["warnings"] == len(SUSPECT)
-    assert sum(report.summary["damaged_by_wnid"].values()) == len(damaged)
+    assert sum(report.summary["damaged_by_class"].values()) == len(damaged)
     first = report.damaged.iloc[0]
     text = str(report)
     assert f"{first['file']}  {first['wnid']} {first['class']}: {first['error']}" in text

@@ -70,7 +70,7 @@ class ImageReport:
         ]
         damaged = self.damaged
         for row in damaged.head(SHOWN).to_dict("records"):
-            lines.append(f"  {row['file']}  {row['wnid']} {row['class']}: {row['error'] or row['warning']}")
+            lines.append(f"  {row['file']}  {row['class_id']} {row['class']}: {row['error'] or row['warning']}")
         if len(damaged) > SHOWN:
             lines.append(f"  … and {len(damaged) - SHOWN:,} more, in {IMAGES} and in the report's damaged")
         return "\n".join(lines)

@@ -44,8 +44,9 @@ class Dataset:
     """
 
     def __init__(self, index: Index, opened: tuple = ()):
-        self.path, self.source, self.opened, self.taken = index.path, index.source, opened, None
-        self._parquet, self._in_folders = index.parquet, index.in_folders
+        self.path, self.opened, self.taken = index.path, opened, None
+        self.source = "tar" if index.tar else "parquet" if index.parquet else "folder"
+        self._file, self._parquet, self._in_folders = index.tar, index.parquet, index.in_folders
         self.classes, self.class_names, self.decided = list(index.classes), list(index.classes.values()), ""
         label = {class_id: position for position, class_id in enumerate(self.classes)} | {"": -1}
         self.files, self.sizes, self.labels, self.offsets = [], [], [], []
@@ -105,7 +106,7 @@ class Dataset:
     def _tar(self) -> int:
         """The open tar; a process to which the data set was pickled opens its own."""
         with named_errors(self.path):
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = os.open(self._file, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
@@ -125,11 +126,12 @@ class Dataset:
     def __getitem__(self, i: int) -> Sample:
         file, size, own = self.files[i], self.sizes[i], self._own[i]
         sample = Sample(file, b"", self._ids[own] if own >= 0 else "", self.labels[i])
+        tar = self._tar if self._file else None
         try:
             with named_errors(self.path):  # pread: no file position that threads could share
-                if self.source == "tar":
-                    image = os.pread(self._tar, size, self.offsets[i])
-                elif self.source == "parquet":
+                if tar is not None:
+                    image = os.pread(tar, size, self.offsets[i])
+                elif self._parquet:
                     image, size = self._parquet.image_bytes(self.offsets[i]), -1
                 else:  # ILSVRC2012's own go by their base names, see index_by_folder
                     folder = sample.class_id if self._in_folders and "/" not in file else ""
@@ -276,7 +278,7 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
     """Images without labels: files, folders, tars, parquet files, and patterns such as ``photos/*.jpg``.
 
     Args:
-        paths: of them. A sample goes by its path as it would be given, or by that in a tar.
+        paths: of them. A sample goes by its path below the folder that all share, or by that in a tar.
         progress: show bars, and say what is left out.
 
     Raises:
@@ -296,7 +298,9 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
             found |= index
     if not found:
         raise VitdemoError(f"{', '.join(map(str, paths))}: holds no image that can be read here; give others")
-    return Dataset(Index(Path(os.sep), "folder", {}, [found[name] for name in sorted(found)]))
+    folder = Path(os.path.commonpath([os.path.dirname(name) for name in found]))
+    items = [found[name]._replace(file=os.path.relpath(name, folder)) for name in sorted(found)]
+    return Dataset(Index(folder, None, {}, items))
 
 
 def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | dict[str, Item]:
@@ -309,13 +313,12 @@ def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | d
         if files:
             return index_parquet(path, files)
         listing = list_tar(path, plain_tar(path, progress))
-        return Index(listing.path, "tar", {}, [Item(name, "", *place) for name, place in listing.images.items()])
+        return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
     if path.is_file():
         if suffix_of(path.name) not in image_suffixes():
             raise VitdemoError(f"{path}: is no image of a format that is read here; convert it to JPEG or PNG")
-        name = str(path).lstrip(os.sep)
-        return {name: Item(name, "", path.stat().st_size)}
-    listing, prefix = list_folder(path), str(path).lstrip(os.sep)
+        return {str(path): Item("", "", path.stat().st_size)}
+    listing = list_folder(path)
     if progress and (notes := listing.notes()):
         print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
-    return {f"{prefix}/{name}": Item(f"{prefix}/{name}", "", size) for name, (size, _) in listing.images.items()}
+    return {f"{path}/{name}": Item("", "", size) for name, (size, _) in listing.images.items()}

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from vitdemo.dataset.listing import FORMATS
+from vitdemo.dataset.listing import formats
 from vitdemo.dataset.samples import Sample
 from vitdemo.errors import VitdemoError
 
@@ -79,7 +79,7 @@ def read_header(jpeg: bytes) -> Header:
 
 def open_image(jpeg: bytes) -> Image.Image:
     """PIL's image of the bytes. Raises what PIL raises."""
-    return Image.open(io.BytesIO(jpeg), formats=FORMATS)
+    return Image.open(io.BytesIO(jpeg), formats=formats())
 
 
 def _exif_state(image: Image.Image) -> str:
@@ -183,7 +183,7 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """Decode with PIL and apply timm's evaluation transform; EXIF orientation is ignored, as in timm.
 
     Args:
-        jpeg: the file's bytes, of one of FORMATS.
+        jpeg: the file's bytes, of one of ``formats``.
         preprocessing: the crop that the model's weights expect.
 
     Returns:

@@ -70,7 +70,7 @@ def index_by_folder(listing: Listing) -> Index | None:
                 f"{listing.path}: {first.file} is in {first.class_id}/ and in {second.class_id}/; give each file its "
                 "own name"
             )
-    return Index(listing.path, listing.source, classes, items, tuple(notes), in_folders=True)
+    return Index(listing.path, listing.tar, classes, items, tuple(notes), in_folders=True)
 
 
 def index_by_name(listing: Listing) -> Index | None:
@@ -80,4 +80,4 @@ def index_by_name(listing: Listing) -> Index | None:
         return None
     items = [Item(name, ends[name][1], *place) for name, place in listing.images.items()]
     notes = ("labels from the wnids at the ends of the file names", *listing.notes())
-    return Index(listing.path, listing.source, known_classes([item.class_id for item in items]), items, notes)
+    return Index(listing.path, listing.tar, known_classes([item.class_id for item in items]), items, notes)

@@ -36,7 +36,7 @@ def index_val_tar(path: Path) -> Index:
         )
     wnids = [devkit.synsets[label].wnid for label in devkit.labels]
     items = [Item(name, wnid, size, at) for (name, at, size), wnid in zip(members, wnids, strict=True)]
-    return Index(path, "tar", devkit.class_names, items)
+    return Index(path, path, devkit.class_names, items)
 
 
 def index_by_devkit(listing: Listing) -> Index | None:
@@ -44,7 +44,7 @@ def index_by_devkit(listing: Listing) -> Index | None:
 
     Raises VitdemoError for a devkit of another number of images; gives None where there is none.
     """
-    places = [listing.path, listing.path.parent] if listing.source == "folder" else []
+    places = [listing.path, listing.path.parent] if not listing.tar else []
     found = next((devkit for place in places if (devkit := find_devkit(place))), None)
     if found is None or not all(map(VAL_NAME.fullmatch, listing.images)):
         return None
@@ -56,7 +56,7 @@ def index_by_devkit(listing: Listing) -> Index | None:
         )
     wnids = [devkit.synsets[label].wnid for label in devkit.labels]
     items = [Item(file, wnid, *place) for (file, place), wnid in zip(listing.images.items(), wnids, strict=True)]
-    return Index(listing.path, "folder", devkit.class_names, items, (f"labels from {found.name}", *listing.notes()))
+    return Index(listing.path, None, devkit.class_names, items, (f"labels from {found.name}", *listing.notes()))
 
 
 def index_train_tar(path: Path, progress: bool) -> Index:
@@ -82,7 +82,7 @@ def index_train_tar(path: Path, progress: bool) -> Index:
             lacking = f"a class that {devkit_path.name} lacks; they do not belong together, get both again"
             raise VitdemoError(f"{path}: holds {tar.name}, {lacking}")
     bar = tqdm(tars.items(), desc=f"index {path.name}", unit="class", delay=2, disable=not progress)
-    return Index(path, "tar", names, sorted(item for wnid, tar in bar for item in _index_class(path, wnid, tar)))
+    return Index(path, path, names, sorted(item for wnid, tar in bar for item in _index_class(path, wnid, tar)))
 
 
 def _index_class(path: Path, wnid: str, tar: Member) -> list[Item]:

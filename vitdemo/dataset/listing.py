@@ -22,12 +22,12 @@ UNREAD = ".avif .heic .heif .hif .jxl .jp2 .svg .psd .dng .cr2 .cr3 .nef .arw .r
 class Listing(NamedTuple):
     """What lies in ``path``, a folder or a tar, by path within it with "/": (size in bytes, offset in the tar).
 
-    images: in ascending order. others: files that are no images. unread: images of a format that PIL does not read
+    tar: what is read for it, unpacked where ``path`` is compressed; None for a folder. images: in ascending order. others: files that are no images. unread: images of a format that PIL does not read
     here. folders: the topmost folders, those without images too.
     """
 
     path: Path
-    source: str
+    tar: Path | None
     images: dict[str, tuple[int, int]]
     others: dict[str, tuple[int, int]]
     unread: list[str]
@@ -42,13 +42,13 @@ class Listing(NamedTuple):
         images = {short: self.images[name] for name, short in cut(self.images).items()}
         others = {short: self.others[name] for name, short in cut(self.others).items()}
         folders = {short.partition("/")[0] for short in [*images, *others] if "/" in short}
-        path = self.path / prefix if self.source == "folder" else self.path
-        return Listing(path, self.source, images, others, [*cut(self.unread).values()], folders)
+        path = self.path if self.tar else self.path / prefix
+        return Listing(path, self.tar, images, others, [*cut(self.unread).values()], folders)
 
     def content(self, name: str) -> bytes:
         """The bytes of one of ``others``."""
         size, offset = self.others[name]
-        with named_errors(self.path), open(self.path if self.source == "tar" else self.path / name, "rb") as file:
+        with named_errors(self.path), open(self.tar or self.path / name, "rb") as file:
             file.seek(offset)
             return file.read(size)
 
@@ -74,10 +74,16 @@ def suffix_of(name: str) -> str:
 
 
 @cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that PIL reads here."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of the formats that are read here."""
-    Image.init()
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS) | {".jfif"}
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()) | {".jfif"}
 
 
 def list_folder(path: Path) -> Listing:
@@ -107,7 +113,7 @@ def list_folder(path: Path) -> Listing:
 
     with named_errors(path):
         visit(str(path), "")
-    return _sorted(path, "folder", found, folders)
+    return _sorted(path, None, found, folders)
 
 
 def list_tar(path: Path, tar: Path) -> Listing:
@@ -115,14 +121,14 @@ def list_tar(path: Path, tar: Path) -> Listing:
 
     Args:
         path: what the user gave, for messages.
-        tar: the plain tar.
+        tar: what is read for it, see ``plain_tar``.
     """
     found = [(member.name, member.size, member.offset) for member in index_tar(tar, paths=True)]
-    return _sorted(tar, "tar", found, {name.partition("/")[0] for name, *_ in found if "/" in name})
+    return _sorted(path, tar, found, {name.partition("/")[0] for name, *_ in found if "/" in name})
 
 
-def _sorted(path: Path, source: str, found: list[tuple[str, int, int]], folders: set[str]) -> Listing:
-    listing = Listing(path, source, {}, {}, [], folders)
+def _sorted(path: Path, tar: Path | None, found: list[tuple[str, int, int]], folders: set[str]) -> Listing:
+    listing = Listing(path, tar, {}, {}, [], folders)
     for name, *place in sorted(found):
         suffix = suffix_of(name)
         if suffix not in image_suffixes():

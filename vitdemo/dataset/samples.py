@@ -42,13 +42,13 @@ class Item(NamedTuple):
 class Index:
     """A data set without its images' bytes.
 
-    path: the tar, the folder, or what holds the parquet files. source: "tar", "folder" or "parquet". classes: id ->
+    path: the tar, the folder, or what holds the parquet files. tar: the plain tar that is read, if any. classes: id ->
     name, in the order of the labels. items: the images, ascending. notes: what a user should hear of it.
     in_folders: whether a file without "/" lies in the folder of its class's id. parquet: gives the images of rows.
     """
 
     path: Path
-    source: str
+    tar: Path | None
     classes: dict[str, str]
     items: Sequence[Item]
     notes: tuple[str, ...] = ()

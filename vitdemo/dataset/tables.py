@@ -72,7 +72,7 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
     notes = [f"labels from {where}", *listing._replace(others=rest).notes()]
     if without := [name for name in listing.images if name not in label_of]:
         notes.append(f"left out: {counted(len(without), 'image')} that it does not name, such as {without[0]}")
-    return Index(listing.path, listing.source, classes, items, tuple(notes))
+    return Index(listing.path, listing.tar, classes, items, tuple(notes))
 
 
 def known_table(listing: Listing, split: str) -> Path | str | None:
@@ -81,7 +81,7 @@ def known_table(listing: Listing, split: str) -> Path | str | None:
         inside = sorted((other for other in listing.others if other.split("/")[-1] == name), key=len)
         if inside and inside[0].count("/") <= 1 and has_labels(listing, inside[0]):
             return inside[0]
-    places = list(listing.path.absolute().parents)[:KAGGLE_ABOVE] if listing.source == "folder" else []
+    places = list(listing.path.absolute().parents)[:KAGGLE_ABOVE] if not listing.tar else []
     tables = (place / KAGGLE.format(split=split) for place in [listing.path, *places])
     return next((table for table in tables if table.is_file()), None)
 
