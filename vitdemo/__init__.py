@@ -33,6 +33,8 @@ _NAMES_OF = {
     "errors": "VitdemoError EngineFailure",
     "paths": "data_path results_folder",
     "dataset.dataset": "Dataset ImageNetVal open_data open_images",
+    "models.classes": "match_classes",
+    "inference.answers": "answers",
     "dataset.extraction": "extract",
     "dataset.decoding": "Preprocessing reference_crop fast_crop",
     "dataset.checking": "check_images",

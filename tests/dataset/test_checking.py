@@ -279,7 +279,7 @@ def test_damage_is_listed_with_its_class(planted, report):
     assert sum(report.summary["damaged_by_class"].values()) == len(damaged)
     first = report.damaged.iloc[0]
     text = str(report)
-    assert f"{first['file']}  {first['wnid']} {first['class']}: {first['error']}" in text
+    assert f"{first['file']}  {first['class_id']} {first['class']}: {first['error']}" in text
     assert f"{len(damaged) - 10} more" in text and report.summary["sha256"] in text
 
 

@@ -324,7 +324,7 @@ def test_models_and_data_that_do_not_belong_together(eager, vit_shapes20, shapes
     resnet = load_model("resnet18", "random")
     info = replace(resnet.info, preprocessing=replace(resnet.info.preprocessing, crop_pct=0.5))
     cases = [
-        (convert(resnet), resnet, shapes20, "its 20 classes are not the 1000 of resnet18"),
+        (convert(resnet), resnet, shapes20, "no output of resnet18 is its class 'n90382915'"),
         (convert(resnet), Model(resnet.module, info), None, "images with crop_pct 0.95, resnet18 is for 0.5"),
         (convert(small_model(outputs=2)), small_model(), None, r"logits \[8, 2\] where the model gives \[8, 3\]"),
         (convert(small_model()), small_with_wide_first(), None, r"layer first: \[8, 4, 4, 4\] in the engine, \[8, 5"),

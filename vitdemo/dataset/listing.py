@@ -22,8 +22,9 @@ UNREAD = ".avif .heic .heif .hif .jxl .jp2 .svg .psd .dng .cr2 .cr3 .nef .arw .r
 class Listing(NamedTuple):
     """What lies in ``path``, a folder or a tar, by path within it with "/": (size in bytes, offset in the tar).
 
-    tar: what is read for it, unpacked where ``path`` is compressed; None for a folder. images: in ascending order. others: files that are no images. unread: images of a format that PIL does not read
-    here. folders: the topmost folders, those without images too.
+    tar: what is read for it, unpacked where ``path`` is compressed; None for a folder. images: in ascending order.
+    others: files that are no images. unread: images of a format that PIL does not read here. folders: the topmost
+    folders, those without images too.
     """
 
     path: Path

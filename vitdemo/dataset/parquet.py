@@ -73,7 +73,7 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
     if not items:
         raise VitdemoError(f"{path}: holds no rows; get the files again")
     return Index(
-        path, "parquet", classes, items, (f"read from {len(files)} parquet file{'s' * (len(files) > 1)}",), parquet=rows
+        path, None, classes, items, (f"read from {len(files)} parquet file{'s' * (len(files) > 1)}",), parquet=rows
     )
 
 

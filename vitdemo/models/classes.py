@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from vitdemo.dataset.dataset import Dataset
+from vitdemo.dataset.trees import WNID
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.models.model import ModelInfo
 from vitdemo.paths import user_path
@@ -90,7 +91,7 @@ class _Outputs:
 
     def nearest(self, name: str) -> str:
         """The outputs whose names are most like it, for messages."""
-        near = get_close_matches(plain(name), self.by_name, n=3)
+        near = [] if WNID.fullmatch(name) else get_close_matches(plain(name), self.by_name, n=3)
         shown = dict.fromkeys(self.shown(min(self.by_name[word])) for word in near)
         return f"; the nearest are {', '.join(shown)}" if shown else f"; its outputs are {self.some()}"
 
