@@ -266,7 +266,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     WEIGHTS,
     CALIBRATION,
     option("--latency-ms", "L", "nine calls in ten must take no longer", float),
-    option("--largest-loss", "X", "the largest loss of top-1 against eager fp32, as a fraction (0.01)", float),
+    option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
     option("--images", "N", "how many are scored at most (1000)", int),
     option("--device-batch-sizes", "B,…", "1,2,4,8,16,32 by default", _sizes),
     option("--row-budget-s", "S", "seconds that a row's calls may take (5)", float),
@@ -278,8 +278,8 @@ def _choose(model: str, **options) -> None:
 
     row, report, script = choose(model, _data_of(options), **options)
     print(
-        f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {row['images_per_s']:.1f} images/s"
-        f", nine calls in ten within {row['p90_ms']:.1f} ms; {row['accuracy']}\nmachine: {row['machine']}\n"
+        f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {row['images_per_s']:.1f} images/"
+        f"s, nine calls in ten within {row['p90_ms']:.1f} ms; {row['accuracy']}\nmachine: {row['machine']}\n"
         f"use it: python {script} IMAGE …"
     )
 

@@ -44,7 +44,12 @@ def found(data: Dataset) -> dict[str, str]:
     return {sample.file: sample.class_id for sample in data}
 
 
-WORDS = {f"{name}/{k}.{suffix}": picture(10 * i + k, kind) for i, name in enumerate(["cat", "big dog"]) for k, suffix, kind in [(0, "jpg", "JPEG"), (1, "png", "PNG"), (2, "webp", "WEBP"), (3, "jfif", "JPEG")]}  # fmt: skip
+KINDS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "jfif": "JPEG"}
+WORDS = {
+    f"{name}/{k}.{suffix}": picture(10 * i + k, kind)
+    for i, name in enumerate(["cat", "big dog"])
+    for k, (suffix, kind) in enumerate(KINDS.items())
+}
 FLAT = {f"ILSVRC2012_val_{k:08d}.JPEG": tiny_jpeg(k) for k in range(1, 5)}
 TRUTH = [WNIDS[k % 3] for k in range(1, 5)]
 
@@ -189,7 +194,8 @@ def test_an_imagefolder_of_hugging_face(tmp_path, name, path):
     rows = [
         {"file_name": file, "label": label} for file, label in [("a.jpg", "cat"), ("b.png", "dog"), ("c.jpg", "cat")]
     ]
-    lines = [json.dumps(row) for row in rows] if name.endswith("l") else ["file_name,label", *(f"{r['file_name']},{r['label']}" for r in rows)]  # fmt: skip
+    csv_lines = ["file_name,label", *(f"{row['file_name']},{row['label']}" for row in rows)]
+    lines = [json.dumps(row) for row in rows] if name.endswith("l") else csv_lines
     write(
         tmp_path / "images",
         {"a.jpg": picture(0), "b.png": picture(1, "PNG"), "c.jpg": picture(2), name: "\n".join(lines)},
@@ -312,7 +318,8 @@ def test_phone_photographs_are_counted_and_diagnosed(tmp_path, shapes20, eager, 
     assert found.named == "with images turned as their EXIF says", found.verdict
 
 
-LEFT = ["@eaDir/cat/0.jpg", "__MACOSX/cat/._0.jpg", "lost+found/x.jpg", "$RECYCLE.BIN/a.jpg", "cat/._0.jpg", "cat/.DS_Store", "Thumbs.db"]  # fmt: skip
+LEFT = ["@eaDir/cat/0.jpg", "__MACOSX/cat/._0.jpg", "lost+found/x.jpg", "$RECYCLE.BIN/a.jpg", "cat/._0.jpg"]
+LEFT += ["cat/.DS_Store", "Thumbs.db"]
 
 
 @pytest.mark.parametrize("tar", [False, True])

@@ -268,8 +268,8 @@ def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     if index is None:
         raise VitdemoError(
             f"{listing.path}: {next(iter(listing.images))} and the other images lie flat in it, and nothing says "
-            "their classes; give a table with a row per image, file and label (--labels FILE), or put the devkit beside "
-            "them; `vitdemo predict` needs no labels"
+            "their classes; give a table with a row per image, file and label (--labels FILE), or put the devkit "
+            "beside them; `vitdemo predict` needs no labels"
         )
     return index
 
