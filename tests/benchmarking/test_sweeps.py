@@ -125,7 +125,7 @@ def test_the_accuracy_is_that_of_evaluate(rows):
     data = ImageNetVal(data_path("shapes20"))
     for pair in ("eager:fp32", "openvino:int8"):
         engine = convert(model, *pair.split(":"))
-        found = evaluate(engine, data, limit=40, progress=False).metrics
+        found = evaluate(engine, data.take(range(0, 1000, 25)), progress=False).metrics
         own = rows[pair_of(rows) == pair]
         assert set(own["top1"]) == {found["top1"]} and set(own["images"]) == {40}
         assert set(own["artifact"]) == {engine.card["key"]}

@@ -470,7 +470,7 @@ def test_browsing(shapes20):
 def test_a_file_that_the_disk_does_not_give(tmp_path):
     extract(data_path("shapes20"), tmp_path / "extracted")
     data = ImageNetVal(tmp_path / "extracted")
-    path = data.path / data[1].wnid / data.files[1]
+    path = data.path / data[1].class_id / data.files[1]
     path.unlink()
     path.mkdir()  # reading a folder fails as a bad sector does
     panel = displayed(dataset_browser(data))

@@ -83,7 +83,7 @@ class Dataset:
         other = object.__new__(type(self))
         other.__dict__ |= self.__getstate__()
         other.classes, other.class_names, other.decided = list(classes), list(class_names), decided
-        other.labels = [outputs[label] for label in self._own]
+        other.labels = [outputs[label] for label in self.labels]
         return other
 
     @cached_property
@@ -91,16 +91,6 @@ class Dataset:
         """The labels that there are images of, ascending; None where these are all."""
         found = sorted(set(self.labels) - {-1})
         return found if len(found) < len(self.classes) else None
-
-    @property
-    def ids(self) -> list[str]:
-        """What the data set itself calls its classes, ascending, those without images too."""
-        return self._ids
-
-    @property
-    def own_classes(self) -> dict[int, str]:
-        """Of each class that there are images of, by its label in the data set itself, its id there."""
-        return {label: self._ids[label] for label in sorted(set(self._own) - {-1})}
 
     @cached_property
     def _tar(self) -> int:

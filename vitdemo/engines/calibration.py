@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vitdemo.bundled import CALIBRATIONS
 from vitdemo.dataset.dataset import Dataset, open_data, open_images
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
 from vitdemo.dataset.samples import Sample, UnreadableFile
+from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
 from vitdemo.paths import data_path, user_path
@@ -77,14 +79,10 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
 
 def _images_at(path: Path) -> Dataset:
     """A data set of either split, or images without labels, which are not needed."""
-    try:
-        split = "train" if path.name.endswith("_img_train.tar") else "val"
-        return open_data(path, split=split)
-    except VitdemoError as no_labels:
-        try:
-            return open_images([path])
-        except VitdemoError:
-            raise no_labels from None
+    for split in FOLDERS:
+        with suppress(VitdemoError):
+            return open_data(path, split=split)
+    return open_images([path])
 
 
 def _from_files(data: Sequence[Sample], source: str, preprocessing: Preprocessing) -> Calibration:

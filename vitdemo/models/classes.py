@@ -46,7 +46,7 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
     if -1 in data.labels:
         unlabelled = data.files[data.labels.index(-1)]
         raise VitdemoError(f"{data.path}: {unlabelled} has no label; `vitdemo predict` needs none")
-    own = data.own_classes
+    own = {label: data.classes[label] for label in sorted(set(data.labels))}
     if class_map is None:
         found, decided = _by_names(outputs, own, data)
     elif str(class_map) in ORDERS:
@@ -158,7 +158,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
                 last = outputs.count - 1
                 raise VitdemoError(f"{option}: the class {class_id!r} of {data.path} is no number from 0 to {last}")
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
-    ids = sorted(data.ids, key=_natural if order == "natural" else None)
+    ids = sorted(data.classes, key=_natural if order == "natural" else None)
     if len(ids) != outputs.count:
         raise VitdemoError(
             f"{option}: {data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs; an order tells "
@@ -172,8 +172,8 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
     label_of, found = {class_id: label for label, class_id in own.items()}, {}
     for number, class_id, output in _rows(path):
-        if class_id not in data.ids:
-            near = get_close_matches(class_id, data.ids, n=1) or data.ids[:1]
+        if class_id not in data.classes:
+            near = get_close_matches(class_id, data.classes, n=1) or data.classes[:1]
             raise VitdemoError(
                 f"{path}: row {number}: {class_id!r} is no class of {data.path}, where one is {near[0]!r}; correct it, "
                 "or take the row out"
