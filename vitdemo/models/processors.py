@@ -1,0 +1,189 @@
+"""Hugging Face's preprocessor_config.json as Preprocessing.
+
+Every step but the crop is a factor or an offset of the pixels, and those compose into one mean and one std. What a file
+leaves out is what its class in transformers has.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from vitdemo.dataset.decoding import CENTER_FLOOR, Preprocessing
+from vitdemo.errors import VitdemoError
+from vitdemo.models.loading import read_config
+
+# A number for the size means both sides, unless the class says that it is the shorter one.
+COMMON = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_pad": False,
+    "do_flip_channel_order": False,
+    "size": 224,
+    "shorter": False,
+    "crop_size": 224,
+    "crop_pct": None,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "rescale_offset": False,
+    "include_top": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+IMAGENET = {"image_mean": list(IMAGENET_DEFAULT_MEAN), "image_std": list(IMAGENET_DEFAULT_STD)}
+SHORTER = {"shorter": True, "do_center_crop": True}
+CLIP = SHORTER | {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
+MOBILENET = SHORTER | {"resample": 2, "size": 256}
+DEFAULTS = {  # by the class's name without its ending
+    "ViT": {"resample": 2},
+    "DeiT": {"do_center_crop": True, "size": 256},
+    "Beit": {},
+    "Bit": CLIP,
+    "CLIP": CLIP,
+    "Siglip": {"size": {"height": 224, "width": 224}, "shorter": True},
+    "ConvNext": {"size": 384, "shorter": True, "crop_pct": 224 / 256},
+    "MobileViT": SHORTER | {"crop_size": 256, "do_flip_channel_order": True},
+    "EfficientNet": {"size": 346, "crop_size": 289, "include_top": True},
+    "Pvt": IMAGENET,
+    "Segformer": IMAGENET | {"resample": 2, "size": 512},
+    "MobileNetV1": MOBILENET,
+    "MobileNetV2": MOBILENET,
+    "Levit": SHORTER | IMAGENET,
+    "PoolFormer": SHORTER | IMAGENET | {"crop_pct": 0.9},
+}
+CLASS_NAME = re.compile(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
+
+
+def read_processor(config: Mapping, find: Callable[..., Path], usual: str | None = None) -> tuple[Preprocessing, bool]:
+    """``preprocessing_of`` the file beside a config.json.
+
+    Args:
+        config: what that holds.
+        find: gives the path of the file of a name beside it.
+        usual: the class where the file names none.
+
+    Raises:
+        VitdemoError: as ``preprocessing_of``, and where there is none, as after Trainer's checkpoints.
+    """
+    path = find("preprocessor_config.json")
+    base = config.get("_name_or_path") or "the base model's name"
+    write = f"AutoImageProcessor.from_pretrained({base!r}).save_pretrained({str(path.parent)!r})"
+    return preprocessing_of(read_config(path, f"transformers writes it by `{write}`"), str(path), usual)
+
+
+def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) -> tuple[Preprocessing, bool]:
+    """What a preprocessor_config.json says.
+
+    Args:
+        processor: what that holds.
+        source: its path, for errors.
+        usual: the class where the file names none.
+
+    Returns:
+        The preprocessing, and whether the channels are to be turned round to blue, green, red.
+
+    Raises:
+        VitdemoError: names ``source`` and the entry that asks for something else.
+    """
+    named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or usual
+    kind = CLASS_NAME.fullmatch(str(named))
+    kind = kind and kind[1]
+    if kind not in DEFAULTS:
+        raise _inexpressible(source, "image_processor_type", named, f"those of {', '.join(DEFAULTS)}")
+    values = COMMON | DEFAULTS[kind] | {key: value for key, value in processor.items() if value is not None}
+    if kind == "MobileViT":
+        values["do_normalize"] = False  # whatever the file says
+    cropped = _crop(kind, values, source)
+    factor, known = values["rescale_factor"], "numbers above 0"
+    if values["do_rescale"] and not (_are_numbers([factor], 1) and factor > 0):
+        raise _inexpressible(source, "rescale_factor", factor, known)
+    for key in ("image_mean", "image_std") if values["do_normalize"] or values["include_top"] else ():
+        if not _are_numbers(values[key], 3) or (key == "image_std" and min(values[key]) <= 0):
+            raise _inexpressible(source, key, values[key], f"three {known}")
+    if values["resample"] not in tuple(range(len(INTERPOLATIONS))):
+        raise _inexpressible(source, "resample", values["resample"], "0 to 5")
+    mean, std = _normalisation(values)
+    preprocessing = Preprocessing(
+        **cropped, interpolation=INTERPOLATIONS[values["resample"]], mean=tuple(mean), std=tuple(std)
+    )
+    return preprocessing, bool(values["do_flip_channel_order"])
+
+
+def _crop(kind: str, values: Mapping, source: str) -> dict:
+    """The entries input_size, crop_pct and crop_mode."""
+    fixed = {"do_resize": True, "do_pad": False} | ({"do_center_crop": False} if kind == "ConvNext" else {})
+    for step, usual in fixed.items():
+        if values[step] is not usual:
+            raise _inexpressible(source, step, values[step], str(usual))
+    pct = values["crop_pct"]
+    if kind in ("ConvNext", "PoolFormer") and not (_are_numbers([pct], 1) and 0 < pct <= 1):
+        raise _inexpressible(source, "crop_pct", pct, "a number up to 1")
+    shorter, resized = _sides("size", values["size"], source, values["shorter"])
+    crop, entry, side = resized, "size", resized[0]
+    if values["do_center_crop"]:
+        entry, (_, crop) = "crop_size", _sides("crop_size", values["crop_size"], source, False)
+    elif shorter and kind != "ConvNext":
+        raise _inexpressible(source, "size", values["size"], "the shorter side only with do_center_crop true")
+    if kind == "ConvNext" and shorter and side >= 384:
+        shorter = False  # it squashes large images
+    elif kind in ("ConvNext", "PoolFormer") and (shorter or side == resized[1]):
+        shorter, resized = True, (int(side / pct),) * 2
+    elif kind == "Levit" and shorter:
+        resized = (int(256 / 224 * side),) * 2
+    pct = min(inner / outer for inner, outer in zip(crop, resized, strict=True))
+    while any(math.floor(inner / pct) < outer for inner, outer in zip(crop, resized, strict=True)):
+        pct = math.nextafter(pct, 0)  # timm rounds the quotient down
+    exact = pct <= 1 and all(math.floor(inner / pct) == outer for inner, outer in zip(crop, resized, strict=True))
+    # A squashed image leaves the same rest each time: half of it must round down in torchvision as in transformers.
+    rests = [outer - inner for inner, outer in zip(crop, resized, strict=True)]
+    if not exact or (crop[0] != crop[1] if shorter else any(rest % 4 == 3 for rest in rests)):
+        raise _inexpressible(source, entry, values[entry], f"a crop within {resized[0]} x {resized[1]}, in its ratio")
+    return {"input_size": (3, *crop), "crop_pct": pct, "crop_mode": CENTER_FLOOR if shorter else "squash"}
+
+
+def _sides(key: str, size: object, source: str, shorter: bool) -> tuple[bool, tuple[int, int]]:
+    """Whether the size is that of the shorter side, and height and width."""
+    if isinstance(size, dict):
+        shorter, entries = "shortest_edge" in size, sorted(size)
+        sides = [size[entry] for entry in entries]
+        known = entries in (["shortest_edge"], ["height", "width"])
+    else:
+        sides, known = size if isinstance(size, list) else [size], True
+        shorter = shorter and len(sides) == 1
+    if not known or len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
+        raise _inexpressible(source, key, size, "one number, height and width, or shortest_edge")
+    return shorter, (sides[0], sides[-1])
+
+
+def _normalisation(values: Mapping) -> tuple[list[float], list[float]]:
+    """mean and std of pixels in 0..1 for which all steps together are (pixel - mean) / std."""
+    mean, std = [0.0] * 3, [1.0] * 3
+    if values["do_normalize"]:
+        mean, std = values["image_mean"], values["image_std"]
+    if values["include_top"]:  # EfficientNet's divides once more
+        std = [a * b for a, b in zip(std, values["image_std"], strict=True)]
+    gain = 255 * values["rescale_factor"] if values["do_rescale"] else 255.0
+    offset = 1.0 if values["rescale_offset"] and values["do_rescale"] else 0.0
+    if math.isclose(gain, 1, rel_tol=1e-6) and not offset:  # as usual: the very numbers of the file
+        return mean, std
+    return [(each + offset) / gain for each in mean], [each / gain for each in std]
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    """Whether it is a list of ``count`` finite numbers; JSON's true is none."""
+    known = isinstance(values, (list, tuple)) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+    return known and len(values) == count
+
+
+def _inexpressible(source: str, key: str, value: object, known: str) -> VitdemoError:
+    return VitdemoError(f"{source}: {key} {value!r} cannot be expressed; known here: {known}")
