@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def _content(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays}
-    with torch.serialization.safe_globals([Namespace]):  # timm's own files hold one
+    with torch.serialization.safe_globals([Namespace]), catch_warnings(action="ignore"):  # timm's own files hold one
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

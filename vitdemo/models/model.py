@@ -34,8 +34,9 @@ class ModelInfo:
 
     tag: the full name, e.g. ``vit_base_patch16_224.augreg2_in21k_ft_in1k``. weights: "pretrained", "random"
     or the file they came from. classes: an id for each output, a wnid or a word, or None where nobody knows them.
-    class_names: what people call each output, where that is known. flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's
-    included, at batch 1 (counted by torch's own formulas, ``torch.utils.flop_counter``).
+    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's included, at batch 1
+    (counted by torch's own formulas, ``torch.utils.flop_counter``). class_names: what people call each output, where
+    that is known.
     """
 
     tag: str

@@ -63,9 +63,8 @@ def _unknown(name: str, architecture: str, others: Iterable[str]) -> str:
         hub = f"; a repository of the hub is hf-hub:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
         return f"no such file or folder; check the path{hub}"
     near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
-    return (
-        f"no such model; {f'did you mean {", ".join(near)}?' if near else 'timm.list_models() lists those there are'}"
-    )
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
+    return f"no such model; {hint}"
 
 
 def _options(name: str, said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
