@@ -216,7 +216,7 @@ def test_config_that_timm_cannot_express(folder, changes, named):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"size": {"shortest_edge": 32}}, "size {'shortest_edge': 32} .*only with do_center_crop"),
+        ({"size": {"shortest_edge": 32}}, "size {'shortest_edge': 32} .*the shorter side with do_center_crop"),
         ({"size": {"longest_edge": 32}}, "size {'longest_edge': 32}"),
         ({"size": {"height": 32, "width": 64}}, r"size \(32, 64\) .*32 x 32"),
         ({"size": 224}, r"size \(224, 224\)"),

@@ -13,40 +13,21 @@ from timm.layers import GELUTanh, LayerNorm, QuickGELU
 from timm.models import VisionTransformer
 from torch import nn
 
-from vitdemo.errors import VitdemoError
 from vitdemo.models import loading, transformers_models
 from vitdemo.models.checkpoints import Checkpoint, unwrapped
 from vitdemo.models.labels import labels_of
 from vitdemo.models.loading import WEIGHTS_FILE, Plan
-from vitdemo.models.processors import read_processor
+from vitdemo.models.processors import read_processor, refuse
 
 ARCHITECTURE = "ViTForImageClassification"
 WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")  # google/vit-large-patch16-224 has the second alone
 
-DEFAULTS = {
-    "architectures": None,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-    "qkv_bias": True,
-    "num_labels": 2,
-}
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_fast": GELUTanh,
-    "gelu_new": GELUTanh,
-    "gelu_pytorch_tanh": GELUTanh,
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-}
+SIDES = {"image_size": 224, "patch_size": 16, "num_channels": 3}
+DEPTHS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+LAYERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True}
+DEFAULTS = SIDES | DEPTHS | LAYERS | {"architectures": None, "num_labels": 2}
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}
+ACTIVATIONS |= dict.fromkeys(("gelu_fast", "gelu_new", "gelu_pytorch_tanh"), GELUTanh)
 
 # timm's layer -> Hugging Face's. Several are stacked in this order, output channel after output channel.
 EMBEDDINGS_AND_HEAD = {
@@ -105,12 +86,9 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> 
         return transformers_models.plan_from_config(path, config, find, WEIGHTS_FILES)
     module = build_module(config, str(path))
     preprocessing, _ = read_processor(config, find, "ViTImageProcessor")
-    height, width = module.patch_embed.img_size
-    if preprocessing.input_size[1:] != (height, width):
-        raise VitdemoError(
-            f"{find('preprocessor_config.json')}: size {preprocessing.input_size[1:]} cannot be expressed; known here: "
-            f"one that ends in {height} x {width}, as the model has it"
-        )
+    said, own = preprocessing.input_size[1:], module.patch_embed.img_size
+    known = f"one that ends in {own[0]} x {own[1]}, as the model has it"
+    refuse({"size": said == own}, {"size": said}, str(find("preprocessor_config.json")), known)
     return Plan(
         module, preprocessing, labels_of(config.get("id2label")), partial(find, *WEIGHTS_FILES), load_checkpoint
     )
@@ -127,7 +105,7 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
         "hidden_act": values["hidden_act"] in tuple(ACTIVATIONS),
         "num_channels": values["num_channels"] == 3,
     }
-    _refuse(expressible, values, source, f"{ARCHITECTURE} with 3 channels and one of {', '.join(ACTIVATIONS)}")
+    refuse(expressible, values, source, f"{ARCHITECTURE} with 3 channels and one of {', '.join(ACTIVATIONS)}")
     return VisionTransformer(
         img_size=_pair(values["image_size"]),
         patch_size=_pair(values["patch_size"]),
@@ -192,10 +170,3 @@ def _with_defaults(config: Mapping) -> dict:
 def _pair(value: object) -> tuple:
     """(height, width) of one number or two."""
     return tuple(value) if isinstance(value, list) else (value, value)
-
-
-def _refuse(expressible: Mapping[str, bool], values: Mapping, source: str, known: str) -> None:
-    """Raise VitdemoError for the first entry that is not expressible."""
-    for key, possible in expressible.items():
-        if not possible:
-            raise VitdemoError(f"{source}: {key} {values[key]!r} cannot be expressed; known here: {known}")

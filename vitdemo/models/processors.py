@@ -9,39 +9,21 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
+from timm.data import constants
 
 from vitdemo.dataset.decoding import CENTER_FLOOR, Preprocessing
 from vitdemo.errors import VitdemoError
 from vitdemo.models.loading import read_config
 
+HALF = [0.5, 0.5, 0.5]
+STEPS = {"do_resize": True, "do_center_crop": False, "do_pad": False, "do_flip_channel_order": False}
 # A number for the size means both sides, unless the class says that it is the shorter one.
-COMMON = {
-    "do_resize": True,
-    "do_center_crop": False,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_pad": False,
-    "do_flip_channel_order": False,
-    "size": 224,
-    "shorter": False,
-    "crop_size": 224,
-    "crop_pct": None,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "rescale_offset": False,
-    "include_top": False,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-IMAGENET = {"image_mean": list(IMAGENET_DEFAULT_MEAN), "image_std": list(IMAGENET_DEFAULT_STD)}
+CROP = {"size": 224, "shorter": False, "crop_size": 224, "crop_pct": None, "resample": 3}
+VALUES = {"do_rescale": True, "rescale_factor": 1 / 255, "rescale_offset": False, "include_top": False}
+COMMON = STEPS | CROP | VALUES | {"do_normalize": True, "image_mean": HALF, "image_std": HALF}
+IMAGENET = {"image_mean": constants.IMAGENET_DEFAULT_MEAN, "image_std": constants.IMAGENET_DEFAULT_STD}
 SHORTER = {"shorter": True, "do_center_crop": True}
-CLIP = SHORTER | {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
+CLIP = SHORTER | {"image_mean": constants.OPENAI_CLIP_MEAN, "image_std": constants.OPENAI_CLIP_STD}
 MOBILENET = SHORTER | {"resample": 2, "size": 256}
 DEFAULTS = {  # by the class's name without its ending
     "ViT": {"resample": 2},
@@ -98,46 +80,39 @@ def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) 
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or usual
     kind = CLASS_NAME.fullmatch(str(named))
     kind = kind and kind[1]
-    if kind not in DEFAULTS:
-        raise _inexpressible(source, "image_processor_type", named, f"those of {', '.join(DEFAULTS)}")
+    refuse({"image_processor_type": kind in DEFAULTS}, {"image_processor_type": named}, source, ", ".join(DEFAULTS))
     values = COMMON | DEFAULTS[kind] | {key: value for key, value in processor.items() if value is not None}
     if kind == "MobileViT":
         values["do_normalize"] = False  # whatever the file says
-    cropped = _crop(kind, values, source)
-    factor, known = values["rescale_factor"], "numbers above 0"
-    if values["do_rescale"] and not (_are_numbers([factor], 1) and factor > 0):
-        raise _inexpressible(source, "rescale_factor", factor, known)
-    for key in ("image_mean", "image_std") if values["do_normalize"] or values["include_top"] else ():
-        if not _are_numbers(values[key], 3) or (key == "image_std" and min(values[key]) <= 0):
-            raise _inexpressible(source, key, values[key], f"three {known}")
-    if values["resample"] not in tuple(range(len(INTERPOLATIONS))):
-        raise _inexpressible(source, "resample", values["resample"], "0 to 5")
-    mean, std = _normalisation(values)
-    preprocessing = Preprocessing(
-        **cropped, interpolation=INTERPOLATIONS[values["resample"]], mean=tuple(mean), std=tuple(std)
-    )
-    return preprocessing, bool(values["do_flip_channel_order"])
+    factor, mean, std, pct = (values[key] for key in ("rescale_factor", "image_mean", "image_std", "crop_pct"))
+    expressible = {
+        "do_resize": values["do_resize"] is True,
+        "do_pad": values["do_pad"] is False,
+        "resample": values["resample"] in tuple(range(len(INTERPOLATIONS))),
+        "rescale_factor": _are_numbers([factor], 1) and factor > 0,
+        "image_mean": _are_numbers(mean, 3),
+        "image_std": _are_numbers(std, 3) and min(std) > 0,
+        "crop_pct": pct is None or (_are_numbers([pct], 1) and 0 < pct <= 1),
+    }
+    refuse(expressible, values, source, "a resize by resample 0 to 5, three means, and numbers above 0 for the others")
+    cropped, interpolation = _crop(kind, values, source), INTERPOLATIONS[values["resample"]]
+    mean, std = map(tuple, _normalisation(values))
+    flips = bool(values["do_flip_channel_order"])
+    return Preprocessing(**cropped, interpolation=interpolation, mean=mean, std=std), flips
 
 
 def _crop(kind: str, values: Mapping, source: str) -> dict:
     """The entries input_size, crop_pct and crop_mode."""
-    fixed = {"do_resize": True, "do_pad": False} | ({"do_center_crop": False} if kind == "ConvNext" else {})
-    for step, usual in fixed.items():
-        if values[step] is not usual:
-            raise _inexpressible(source, step, values[step], str(usual))
-    pct = values["crop_pct"]
-    if kind in ("ConvNext", "PoolFormer") and not (_are_numbers([pct], 1) and 0 < pct <= 1):
-        raise _inexpressible(source, "crop_pct", pct, "a number up to 1")
     shorter, resized = _sides("size", values["size"], source, values["shorter"])
     crop, entry, side = resized, "size", resized[0]
     if values["do_center_crop"]:
         entry, (_, crop) = "crop_size", _sides("crop_size", values["crop_size"], source, False)
-    elif shorter and kind != "ConvNext":
-        raise _inexpressible(source, "size", values["size"], "the shorter side only with do_center_crop true")
+    known = "the shorter side with do_center_crop, except for ConvNext"
+    refuse({"size": not shorter or values["do_center_crop"] != (kind == "ConvNext")}, values, source, known)
     if kind == "ConvNext" and shorter and side >= 384:
         shorter = False  # it squashes large images
     elif kind in ("ConvNext", "PoolFormer") and (shorter or side == resized[1]):
-        shorter, resized = True, (int(side / pct),) * 2
+        shorter, resized = True, (int(side / values["crop_pct"]),) * 2
     elif kind == "Levit" and shorter:
         resized = (int(256 / 224 * side),) * 2
     pct = min(inner / outer for inner, outer in zip(crop, resized, strict=True))
@@ -146,8 +121,8 @@ def _crop(kind: str, values: Mapping, source: str) -> dict:
     exact = pct <= 1 and all(math.floor(inner / pct) == outer for inner, outer in zip(crop, resized, strict=True))
     # A squashed image leaves the same rest each time: half of it must round down in torchvision as in transformers.
     rests = [outer - inner for inner, outer in zip(crop, resized, strict=True)]
-    if not exact or (crop[0] != crop[1] if shorter else any(rest % 4 == 3 for rest in rests)):
-        raise _inexpressible(source, entry, values[entry], f"a crop within {resized[0]} x {resized[1]}, in its ratio")
+    exact = exact and (crop[0] == crop[1] if shorter else all(rest % 4 != 3 for rest in rests))
+    refuse({entry: exact}, values, source, f"a crop within {resized[0]} x {resized[1]}, in its ratio")
     return {"input_size": (3, *crop), "crop_pct": pct, "crop_mode": CENTER_FLOOR if shorter else "squash"}
 
 
@@ -160,8 +135,8 @@ def _sides(key: str, size: object, source: str, shorter: bool) -> tuple[bool, tu
     else:
         sides, known = size if isinstance(size, list) else [size], True
         shorter = shorter and len(sides) == 1
-    if not known or len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
-        raise _inexpressible(source, key, size, "one number, height and width, or shortest_edge")
+    known = known and len(sides) in (1, 2) and all(type(side) is int and side > 0 for side in sides)
+    refuse({key: known}, {key: size}, source, "one number, height and width, or shortest_edge")
     return shorter, (sides[0], sides[-1])
 
 
@@ -185,5 +160,15 @@ def _are_numbers(values: object, count: int) -> bool:
     return known and len(values) == count
 
 
-def _inexpressible(source: str, key: str, value: object, known: str) -> VitdemoError:
-    return VitdemoError(f"{source}: {key} {value!r} cannot be expressed; known here: {known}")
+def refuse(expressible: Mapping[str, bool], values: Mapping, source: str, known: str) -> None:
+    """Raise VitdemoError for the first entry of the file ``source`` that is not expressible.
+
+    Args:
+        expressible: by the entries' names.
+        values: what the file says.
+        source: its path.
+        known: what can be expressed.
+    """
+    for key, possible in expressible.items():
+        if not possible:
+            raise VitdemoError(f"{source}: {key} {values[key]!r} cannot be expressed; known here: {known}")
