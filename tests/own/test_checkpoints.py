@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, resolve_data_config
 
 from vitdemo import Preprocessing, VitdemoError, fast_crop, load_model, reference_crop
-from vitdemo.models import processors
+from vitdemo.models import loading, processors
+from vitdemo.models.model import shapes_of
 
 pytestmark = pytest.mark.own
 
@@ -204,9 +205,23 @@ def test_weights_that_do_not_fit_transformers_module(folder, fault, capfd):
     else:
         weights["classifier.more" if fault == "extra" else "classifier.weight"] = torch.zeros(3)
     save_file(weights, folder / "model.safetensors")
-    words = {"missing": "missing keys classifier.weight", "extra": "unexpected keys classifier.more"}
+    words = {"missing": "missing keys .*classifier.weight", "extra": "unexpected keys .*classifier.more"}
     refused(f"model.safetensors: .*{words.get(fault, 'mismatched keys .*classifier.weight')}", folder)
     assert capfd.readouterr().err == ""
+
+
+def test_half_precision_and_prefix_of_a_wrapper_in_transformers_module(architecture, folder, tmp_path):
+    oracle, state = architecture("swin")[0], load_file(folder / "model.safetensors")
+    save_file({key: tensor.half() for key, tensor in state.items()}, folder / "model.safetensors")
+    edited(folder / "config.json", dtype="float16")
+    torch.save({"state_dict": {f"model.{key}": tensor for key, tensor in state.items()}}, tmp_path / "last.ckpt")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = oracle(x).logits
+    torch.testing.assert_close(load_model(folder).module(x), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(load_model(folder, tmp_path / "last.ckpt").module(x), expected, rtol=0, atol=1e-5)
+    random = [load_model(folder, "random").info.weights_sha256 for _ in range(2)]
+    assert random[0] == random[1]
 
 
 def test_folder_that_is_no_classifier_or_needs_more(folder, monkeypatch):
@@ -255,6 +270,11 @@ def test_checkpoint_of_timms_training_script(model_best, way, capsys):
     assert "took the weights, as ema was not asked for" in capsys.readouterr().err
     assert_same(load_model(*given, ema=True), average)
     assert "took the average" in capsys.readouterr().err
+
+
+def test_a_file_as_the_model_takes_no_other_weights(model_best):
+    refused("model_best.pth.tar: is a file of weights; leave --weights out", model_best[0], "random")
+    assert shapes_of(str(model_best[0])) is None  # which is to be read first
 
 
 def test_moving_average_that_is_not_there(tmp_path):
@@ -391,8 +411,6 @@ def test_names_of_timms_on_the_hub(prefix):
 
 
 def test_other_repositories_of_the_hub(monkeypatch):
-    from vitdemo.models import loading
-
     monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", True)
     refused("owner/vit: config.json is not in the Hugging Face cache .*hf download owner/vit", "hf-hub:owner/vit")
 

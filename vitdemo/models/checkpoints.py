@@ -57,15 +57,12 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
         reason = reason_of(error)
         if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
             reason = "it holds more than tensors, perhaps code, and is not opened"
-        raise VitdemoError(
-            f"{path}: cannot be read as weights ({reason}); give a sound .safetensors file, or save the model's "
-            "state_dict() alone"
-        ) from None
+        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save the state_dict() alone anew") from None
     if ema and averages is None:
         raise VitdemoError(f"{path}: holds no {' or '.join(AVERAGED)}; leave the moving average (ema) out")
     if averages is not None and weights is not averages:
-        taken = "the average" if ema else "the weights, as ema was not asked for"
-        print(f"{path}: holds weights and their moving average (EMA); took {taken}", file=sys.stderr)
+        took = "the average" if ema else "the weights, as ema was not asked for"
+        print(f"{path}: holds weights and their moving average (EMA); took {took}", file=sys.stderr)
     arguments = content.get("args")
     said = {"model": content.get("arch")} | (vars(arguments) if isinstance(arguments, Namespace) else {})
     return Checkpoint(path, chosen, said)

@@ -39,20 +39,17 @@ EMBEDDINGS_AND_HEAD = {
 }
 # By the prefix of the blocks: what save_pretrained writes, and what transformers 5 calls the same things in memory,
 # which is what torch.save(model.state_dict()) writes.
+NORMS = {"norm1": ("layernorm_before",), "norm2": ("layernorm_after",)}
 BLOCKS = {
     "vit.encoder.layer": {
-        "norm1": ("layernorm_before",),
         "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
         "attn.proj": ("attention.output.dense",),
-        "norm2": ("layernorm_after",),
         "mlp.fc1": ("intermediate.dense",),
         "mlp.fc2": ("output.dense",),
     },
     "vit.layers": {
-        "norm1": ("layernorm_before",),
         "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
         "attn.proj": ("attention.o_proj",),
-        "norm2": ("layernorm_after",),
         "mlp.fc1": ("mlp.fc1",),
         "mlp.fc2": ("mlp.fc2",),
     },
@@ -150,7 +147,7 @@ def _targets(module: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:
     """Hugging Face's key -> the part of timm's tensor that it fills."""
     layers = dict(EMBEDDINGS_AND_HEAD)
     for block in range(len(module.blocks)):
-        for ours, theirs in BLOCKS[prefix].items():
+        for ours, theirs in (NORMS | BLOCKS[prefix]).items():
             layers[f"blocks.{block}.{ours}"] = tuple(f"{prefix}.{block}.{name}" for name in theirs)
     targets = {}
     for key, tensor in module.state_dict().items():

@@ -28,7 +28,7 @@ def labels_of(given: object, descriptions: object = None) -> Labels:
 
     Args:
         given: ``id2label`` or ``label_names``: a list, or an object by the outputs' numbers.
-        descriptions: timm's ``label_descriptions``: by those names, or in their order.
+        descriptions: timm's ``label_descriptions``, by those names.
 
     Returns:
         Nothing where an output has no name of its own or all are generic; names alone where two outputs share one, as
@@ -41,10 +41,7 @@ def labels_of(given: object, descriptions: object = None) -> Labels:
         return IMAGENET_LABELS
     if all(map(GENERIC.fullmatch, names)):
         return Labels()
-    words = _in_order(descriptions)
-    if isinstance(descriptions, Mapping) and not words:
-        words = tuple(descriptions.get(name, name) for name in names)
-    words = words if len(words) == len(names) and all(isinstance(word, str) for word in words) else names
+    words = tuple(str(descriptions.get(name, name)) for name in names) if isinstance(descriptions, Mapping) else names
     return Labels(names if len(set(names)) == len(names) else None, words)
 
 

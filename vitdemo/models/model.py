@@ -110,18 +110,11 @@ class Model:
         """
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
-        for given in (classes, class_names):
-            if given is not None and len(given) != outputs:
-                raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(given)} classes were given")
-        info = ModelInfo(
-            tag=name,
-            weights=weights,
-            weights_sha256="",  # Model fills it in
-            preprocessing=preprocessing,
-            classes=None if classes is None else tuple(classes),
-            flops_per_image=flops,
-            class_names=None if class_names is None else tuple(class_names),
-        )
+        given = [None if names is None else tuple(names) for names in (classes, class_names)]
+        for names in given:
+            if names is not None and len(names) != outputs:
+                raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(names)} classes were given")
+        info = ModelInfo(name, weights, "", preprocessing, given[0], flops, given[1])  # Model fills in the hash
         return cls(module, info)
 
 
@@ -172,9 +165,8 @@ def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, in
     try:
         return _count_running(module, torch.zeros(1, *input_size))
     except Exception as error:  # a stranger's forward may raise anything
-        raise VitdemoError(
-            f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
-        ) from None
+        wrong = f"does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
+        raise VitdemoError(f"{type(module).__name__}: {wrong}") from None
 
 
 def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
@@ -200,18 +192,21 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
     """
     name, pretrained, checkpoint = os.path.expanduser(str(name)), weights == "pretrained", None
     if is_file(name):
+        if not pretrained:
+            raise VitdemoError(
+                f"{name}: is a file of weights; leave --weights out, or give an architecture as the model"
+            )
         name, weights, pretrained = None, name, False
     if ema and weights == "random":
         raise VitdemoError("ema: random weights have no moving average; give weights, or leave it out")
     if not pretrained and weights != "random":
         checkpoint = read_checkpoint(user_path(weights), ema=ema)
         name = name or architecture_of(checkpoint)
-    said = checkpoint.said if checkpoint else {}
     _check_memory(name, shapes_of(name, pretrained=pretrained))
     try:
         with torch.random.fork_rng(devices=[]):  # random weights leave the caller's seed alone
             torch.manual_seed(0)
-            tag, plan = planned(name, pretrained=pretrained, said=said)
+            tag, plan = planned(name, pretrained=pretrained, said=checkpoint.said if checkpoint else {})
     except VitdemoError:
         raise
     except Exception as error:  # each of timm's and transformers' models has errors of its own
@@ -234,14 +229,14 @@ def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
         pretrained: whether its weights are to be those of that name.
 
     Returns:
-        None for a model that needs values to be built.
+        None for a model that needs values to be built, and for a file, which is to be read first.
 
     Raises:
         VitdemoError: where there is none of this name.
     """
     try:
         with torch.device("meta"):
-            return planned(name, pretrained=pretrained, said={})[1]
+            return None if is_file(name) else planned(name, pretrained=pretrained, said={})[1]
     except VitdemoError:
         raise
     except Exception:  # whatever timm's models raise
@@ -252,7 +247,5 @@ def _check_memory(name: str, plan: Plan | None) -> None:
     """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
     needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
     if needed > (free := free_memory_bytes()):
-        raise VitdemoError(
-            f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "
-            "smaller model, or close other programs"
-        )
+        sizes = f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+        raise VitdemoError(f"{name}: {sizes}; take a smaller model, or close other programs")

@@ -24,7 +24,6 @@ COMMON = STEPS | CROP | VALUES | {"do_normalize": True, "image_mean": HALF, "ima
 IMAGENET = {"image_mean": constants.IMAGENET_DEFAULT_MEAN, "image_std": constants.IMAGENET_DEFAULT_STD}
 SHORTER = {"shorter": True, "do_center_crop": True}
 CLIP = SHORTER | {"image_mean": constants.OPENAI_CLIP_MEAN, "image_std": constants.OPENAI_CLIP_STD}
-MOBILENET = SHORTER | {"resample": 2, "size": 256}
 DEFAULTS = {  # by the class's name without its ending
     "ViT": {"resample": 2},
     "DeiT": {"do_center_crop": True, "size": 256},
@@ -37,12 +36,11 @@ DEFAULTS = {  # by the class's name without its ending
     "EfficientNet": {"size": 346, "crop_size": 289, "include_top": True},
     "Pvt": IMAGENET,
     "Segformer": IMAGENET | {"resample": 2, "size": 512},
-    "MobileNetV1": MOBILENET,
-    "MobileNetV2": MOBILENET,
+    **dict.fromkeys(("MobileNetV1", "MobileNetV2"), SHORTER | {"resample": 2, "size": 256}),
     "Levit": SHORTER | IMAGENET,
     "PoolFormer": SHORTER | IMAGENET | {"crop_pct": 0.9},
 }
-CLASS_NAME = re.compile(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+ENDING = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
 
 
@@ -78,8 +76,7 @@ def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) 
         VitdemoError: names ``source`` and the entry that asks for something else.
     """
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or usual
-    kind = CLASS_NAME.fullmatch(str(named))
-    kind = kind and kind[1]
+    kind = ENDING.sub("", str(named))
     refuse({"image_processor_type": kind in DEFAULTS}, {"image_processor_type": named}, source, ", ".join(DEFAULTS))
     values = COMMON | DEFAULTS[kind] | {key: value for key, value in processor.items() if value is not None}
     if kind == "MobileViT":
@@ -97,8 +94,8 @@ def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) 
     refuse(expressible, values, source, "a resize by resample 0 to 5, three means, and numbers above 0 for the others")
     cropped, interpolation = _crop(kind, values, source), INTERPOLATIONS[values["resample"]]
     mean, std = map(tuple, _normalisation(values))
-    flips = bool(values["do_flip_channel_order"])
-    return Preprocessing(**cropped, interpolation=interpolation, mean=mean, std=std), flips
+    preprocessing = Preprocessing(**cropped, interpolation=interpolation, mean=mean, std=std)
+    return preprocessing, bool(values["do_flip_channel_order"])
 
 
 def _crop(kind: str, values: Mapping, source: str) -> dict:
@@ -115,13 +112,13 @@ def _crop(kind: str, values: Mapping, source: str) -> dict:
         shorter, resized = True, (int(side / values["crop_pct"]),) * 2
     elif kind == "Levit" and shorter:
         resized = (int(256 / 224 * side),) * 2
-    pct = min(inner / outer for inner, outer in zip(crop, resized, strict=True))
-    while any(math.floor(inner / pct) < outer for inner, outer in zip(crop, resized, strict=True)):
+    sides = list(zip(crop, resized, strict=True))
+    pct = min(inner / outer for inner, outer in sides)
+    while any(math.floor(inner / pct) < outer for inner, outer in sides):
         pct = math.nextafter(pct, 0)  # timm rounds the quotient down
-    exact = pct <= 1 and all(math.floor(inner / pct) == outer for inner, outer in zip(crop, resized, strict=True))
+    exact = pct <= 1 and all(math.floor(inner / pct) == outer for inner, outer in sides)
     # A squashed image leaves the same rest each time: half of it must round down in torchvision as in transformers.
-    rests = [outer - inner for inner, outer in zip(crop, resized, strict=True)]
-    exact = exact and (crop[0] == crop[1] if shorter else all(rest % 4 != 3 for rest in rests))
+    exact = exact and (crop[0] == crop[1] if shorter else all((outer - inner) % 4 != 3 for inner, outer in sides))
     refuse({entry: exact}, values, source, f"a crop within {resized[0]} x {resized[1]}, in its ratio")
     return {"input_size": (3, *crop), "crop_pct": pct, "crop_mode": CENTER_FLOOR if shorter else "squash"}
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 
@@ -16,7 +15,7 @@ from vitdemo.models.checkpoints import SUFFIXES, Checkpoint
 from vitdemo.models.loading import Plan, hub_file, is_name, read_config
 from vitdemo.paths import data_path
 
-HUB = re.compile(r"(hf-hub|hf_hub|hf):")
+HUB = re.compile(r"^(hf-hub|hf_hub|hf):")
 ADAPTER = "adapter_config.json"
 
 
@@ -29,14 +28,12 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     """The name of timm's that a checkpoint says it is of. Raises VitdemoError where it says none."""
     name = str(checkpoint.said.get("model")).removeprefix("timm/")
     if not is_name(name):
-        raise VitdemoError(
-            f"{checkpoint.path}: does not say its architecture; give that as the model and this file with --weights, "
-            "or the folder that holds it with its config.json"
-        )
+        cure = "give that as the model and this file with --weights, or the folder that holds it with its config.json"
+        raise VitdemoError(f"{checkpoint.path}: does not say its architecture; {cure}")
     return name
 
 
-def planned(name: str, *, pretrained: bool, said: Mapping[str, Any]) -> tuple[str, Plan]:
+def planned(name: str, *, pretrained: bool, said: Mapping) -> tuple[str, Plan]:
     """The full tag of what ``name`` means, and the plan for it.
 
     Args:
@@ -53,7 +50,7 @@ def planned(name: str, *, pretrained: bool, said: Mapping[str, Any]) -> tuple[st
     if folder != name or (os.path.exists(folder) and not is_name(folder)):
         folder = Path(folder).resolve()
         return folder.name, _plan_from_files(partial(_in_folder, folder), pretrained)
-    bare = HUB.sub("", name, count=1)
+    bare = HUB.sub("", name)
     if (tag := bare.removeprefix("timm/")) != bare and tag in timm.list_pretrained():
         bare = name = tag
     if bare != name:
@@ -64,7 +61,7 @@ def planned(name: str, *, pretrained: bool, said: Mapping[str, Any]) -> tuple[st
 def _plan_from_files(find: Callable[..., Path], pretrained: bool) -> Plan:
     """The plan of a config.json in either layout; ``find`` gives the path of the first of several names."""
     path = find("config.json")
-    config = read_config(path, _instead(path.parent))
+    config = read_config(path, "" if path.exists() else _instead(path.parent))
     if huggingface.is_config(config):
         return huggingface.plan_from_config(path, config, find)
     return timm_models.plan_from_config(path, config, find, pretrained=pretrained)
@@ -78,8 +75,7 @@ def _instead(folder: Path) -> str:
         base = read_config(folder / ADAPTER).get("base_model_name_or_path")
         merge = f"PeftModel.from_pretrained(BASE, {str(folder)!r}).merge_and_unload().save_pretrained(NEW_FOLDER)"
         return f"this is a LoRA adapter without its base {base!r}; `{merge}` makes a model of both"
-    weights = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
-    if weights:
+    if weights := sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES):
         return f"give the architecture as the model and {weights[0]} with --weights"
     return "" if any(folder.iterdir()) else "the folder is empty; give the one that the model was saved to"
 

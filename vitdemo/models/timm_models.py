@@ -9,7 +9,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -22,15 +21,14 @@ from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.models import loading
 from vitdemo.models.checkpoints import SUFFIXES, Checkpoint, unwrapped
-from vitdemo.models.huggingface import is_state_dict
+from vitdemo.models.huggingface import WEIGHTS_FILES, is_state_dict
 from vitdemo.models.labels import IMAGENET_LABELS, Labels, labels_of
 from vitdemo.models.loading import WEIGHTS_FILE, Plan, hub_file, is_name
 
-TORCH_FILE = "pytorch_model.bin"  # what timm wrote before safetensors
 KNOWN = {field.name for field in fields(PretrainedCfg)}  # a configuration of 2021 may hold more
 
 
-def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: Mapping[str, Any]) -> Plan:
+def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: Mapping) -> Plan:
     """The plan of one of timm's names.
 
     Args:
@@ -67,7 +65,7 @@ def _unknown(name: str, architecture: str, others: Iterable[str]) -> str:
     return f"no such model; {hint}"
 
 
-def _options(name: str, said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(name: str, said: Mapping) -> tuple[dict, dict]:
     """What timm's training script built the model with, and the arguments that timm resolves the preprocessing from."""
     options = dict(said.get("model_kwargs") or {}) | ({"global_pool": said["gp"]} if said.get("gp") else {})
     size = said.get("input_size") or said.get("img_size") or options.get("img_size")
@@ -94,22 +92,18 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], *, 
     """
     nested = config.get("pretrained_cfg", config if "num_classes" in config else None)
     if "architecture" not in config or not isinstance(nested, dict):
-        raise VitdemoError(
-            f'{path}: has neither "architecture" and "pretrained_cfg", as timm writes, nor "architectures", as '
-            "transformers writes; save the model with one of them"
-        )
-    described, architecture, options = load_model_config_from_path(path.parent)
-    described = {key: value for key, value in described.items() if key in KNOWN}
-    build = partial(timm.create_model, architecture, pretrained_cfg=described, **options)
+        both = '"architecture" and "pretrained_cfg", as timm writes, nor "architectures", as transformers writes'
+        raise VitdemoError(f"{path}: has neither {both}; save the model with one of them")
+    said, architecture, options = load_model_config_from_path(path.parent)
+    said = {key: value for key, value in said.items() if key in KNOWN}
+    build = partial(timm.create_model, architecture, pretrained_cfg=said, **options)
     module = build()
 
     def contradiction(num_classes: int):
-        raise VitdemoError(
-            f"{path}: says {module.num_classes} classes, and the weights beside it have {num_classes} outputs; put "
-            "that right, or give the architecture as the model and those weights with --weights"
-        )
+        wrong = f"says {module.num_classes} classes, and the weights beside it have {num_classes} outputs"
+        raise VitdemoError(f"{path}: {wrong}; put that right, or give them with --weights to the architecture's name")
 
-    return _plan(module, {}, partial(find, WEIGHTS_FILE, TORCH_FILE), contradiction if pretrained else build)
+    return _plan(module, {}, partial(find, *WEIGHTS_FILES), contradiction if pretrained else build)
 
 
 def _plan(module: nn.Module, said: Mapping, file: Callable[[], Path], build: Callable[..., nn.Module]) -> Plan:
@@ -135,10 +129,8 @@ def load_weights(build: Callable[..., nn.Module], module: nn.Module, checkpoint:
         VitdemoError: for weights that do not fit.
     """
     if is_state_dict(checkpoint.state_dict):
-        raise VitdemoError(
-            f"{checkpoint.path}: Hugging Face's weights do not go into timm's module without their LayerNorm eps and "
-            "preprocessing; give the folder where they lie with their config.json as the model"
-        )
+        folder = "give the folder where they lie with their config.json as the model"
+        raise VitdemoError(f"{checkpoint.path}: Hugging Face's weights do not go into timm's module; {folder}")
     state_dict = _translated(checkpoint.state_dict, module)
     head = module.pretrained_cfg.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]
@@ -165,12 +157,10 @@ def _translated(state_dict: dict[str, torch.Tensor], module: nn.Module) -> dict[
 
 def _load_npz(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Google's own weights. timm's reader takes what it finds, so the count of values tells whether that was all."""
-    path, problem = checkpoint.path, "its values are not as many as the model's"
     values = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
-    if fits := (values == sum(tensor.numel() for tensor in module.parameters())):
-        try:
-            module.load_pretrained(str(path))
-        except Exception as error:  # a reader's own, and an architecture that has none
-            fits, problem = False, reason_of(error)
-    if not fits:
-        raise VitdemoError(loading.misfit(path, problem))
+    try:
+        if values != sum(tensor.numel() for tensor in module.parameters()):
+            raise ValueError("its values are not as many as the model's")
+        module.load_pretrained(str(checkpoint.path))
+    except Exception as error:  # a reader's own, and an architecture that has none
+        raise VitdemoError(loading.misfit(checkpoint.path, reason_of(error))) from None

@@ -14,8 +14,6 @@ from vitdemo.models.labels import labels_of
 from vitdemo.models.loading import Plan, misfit
 from vitdemo.models.processors import read_processor
 
-KIND = "ForImageClassification"
-
 
 class PixelsToLogits(nn.Module):
     """A classifier of transformers as a function of the pixels alone. flips: it was trained on blue, green, red."""
@@ -43,8 +41,8 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], fil
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
-    if KIND not in name:
-        raise VitdemoError(f"{path}: architectures {names!r} cannot be expressed; known here: one …{KIND}")
+    if "ForImageClassification" not in name:
+        raise VitdemoError(f"{path}: architectures {names!r} cannot be expressed; known here: …ForImageClassification")
     try:
         import transformers
     except ImportError:
@@ -75,9 +73,7 @@ def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogi
     try:
         with _quiet():
             classifier, found = kind.from_pretrained(None, state_dict=state_dict, **options)
-        wrong = [
-            f"{what.replace('_', ' ')} {', '.join(map(str, sorted(keys)))}" for what, keys in found.items() if keys
-        ]
+        wrong = [f"{what.replace('_', ' ')} {sorted(keys)}" for what, keys in found.items() if keys]
     except Exception as error:  # transformers' own, of many types
         wrong = [reason_of(error)]
     if wrong:
