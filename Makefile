@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test masks soak format lint notebooks pictures results constraints clean
+.PHONY: help demo lab test masks soak format lint notebooks pictures results families constraints clean
 
 help:
 	@echo "make demo   run three notebooks headlessly on the bundled data, write an HTML report"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make test   the quick checks          make soak   the full fault counts and benchmarks"
 	@echo "make masks  the engines and the notebooks as on processors without bf16"
-	@echo "make format, lint, notebooks, pictures, results, constraints, clean: for those who change the course"
+	@echo "make format, lint, notebooks, pictures, results, families, constraints, clean: for those who change the course"
 
 demo: $(BIN)/.vitdemo
 	$(BIN)/vitdemo run 00 01 03
@@ -56,6 +56,10 @@ pictures: $(BIN)/.vitdemo
 # The README's table and figure, measured on this machine into data/results/NAME.
 results: $(BIN)/.vitdemo
 	$(BIN)/python -m data.results.record --measure "$(NAME)"
+
+# docs/families: which families of models convert, in which engines; about 20 minutes, it may be stopped and goes on.
+families: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m tests.benchmarks.families
 
 # The pins that the course is known to run with: what pip picks today, in an environment of its own.
 constraints:

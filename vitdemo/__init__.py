@@ -32,7 +32,9 @@ def front(package: str, names_of: dict[str, str]) -> tuple[list[str], Callable[[
 _NAMES_OF = {
     "errors": "VitdemoError EngineFailure",
     "paths": "data_path results_folder",
-    "dataset.imagenet": "ImageNetVal Sample",
+    "dataset.dataset": "Dataset ImageNetVal open_data open_images",
+    "models.classes": "match_classes",
+    "inference.answers": "answers",
     "dataset.extraction": "extract",
     "dataset.decoding": "Preprocessing reference_crop fast_crop",
     "dataset.checking": "check_images",

@@ -12,7 +12,7 @@ from typing import Any
 
 import vitdemo
 from vitdemo import course
-from vitdemo.errors import EngineFailure, VitdemoError, terminate_as_interrupt
+from vitdemo.errors import EngineFailure, VitdemoError, named_errors, terminate_as_interrupt
 from vitdemo.paths import user_path
 
 
@@ -87,17 +87,27 @@ def _sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas, such as 1,8") from None
 
 
-MODEL_HELP = "vit_shapes20, a full timm tag, hf:google/vit-base-patch16-224, or a folder"
+MODEL_HELP = "vit_shapes20, a full timm tag, hf:OWNER/NAME, or a folder of timm's or Hugging Face's"
 MODEL = option("model", "MODEL", MODEL_HELP)
 WEIGHTS = option("--weights", "W", "pretrained, random, or a file")
+EMA = flag("--ema", "take the averaged weights of a training checkpoint")
 DEVICE = option("--device", "D", "cpu, cuda, or auto (the default): CUDA where it is and the engine runs on it")
 ENGINE = (
     option("--engine", "E", "eager (the default), openvino, onnx, inductor"),
     option("--precision", "P", "fp32 (the default), bf16, int8"),
     DEVICE,
     WEIGHTS,
+    EMA,
 )
-CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or a tar of JPEGs")
+CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or images without labels")
+CLASS_MAP_HELP = (
+    "a file with rows class,output; or sorted, natural, numbers: how outputs follow from the classes' names"
+)
+DATA = (
+    option("--labels", "FILE", "a table of the images' labels: csv, tsv, jsonl"),
+    option("--split", "S", "val (the default) or train"),
+    option("--class-map", "MAP", CLASS_MAP_HELP),
+)
 
 # What a verb needs is imported when it runs, here or by vitdemo's front: --help and a mistyped option answer at once.
 
@@ -150,7 +160,7 @@ def _extract(out: str, **options) -> int | None:
 
 def _engine_of(options: dict[str, Any]) -> tuple:
     """The model and the engine that ``options`` ask for, which are no longer in them."""
-    model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights"))
+    model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
     return model, vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration", "force"))
 
 
@@ -171,12 +181,18 @@ def _convert(**options) -> None:
     MODEL,
     *ENGINE,
     option("--data", "PATH", "real images: a data set; the bundled ones for vit_shapes20"),
+    *DATA,
     option("--images", "N", "how many of them (256)", int),
     CALIBRATION,
 )
 def _verify(**options) -> int:
     """Hold an engine against the fp32 reference, layer by layer."""
+    from vitdemo.models.classes import match_classes
+
+    data, class_map = _data_of(options), options.pop("class_map", None)
     model, engine = _engine_of(options)
+    if data is not None:
+        options["data"] = match_classes(model.info, data, class_map) if class_map else data
     report = vitdemo.verify(engine, model, **options)
     print(report)
     return 0 if report.ok else 1
@@ -197,13 +213,87 @@ def _cache(clear: bool = False) -> None:
         print(table.to_string(index=False, formatters={"build_s": "{:.1f}".format}))
 
 
+def _data_of(options: dict[str, Any]) -> Any:
+    """The data set that ``options`` ask for, None without --data."""
+    how = _taken(options, "labels", "split")
+    if (path := options.pop("data", None)) is not None:
+        return vitdemo.open_data(path, **how)
+    if how or "class_map" in options:
+        raise VitdemoError("--labels, --split and --class-map say how --data is read; give that too")
+    return None
+
+
+SHOWN = 100  # images on the screen; a file has them all
+
+
+@verb(
+    MODEL,
+    option("images", "IMAGE", "files, folders, patterns, a tar or parquet files", nargs="+"),
+    *ENGINE,
+    CALIBRATION,
+    option("--top", "K", "how many classes of each image, 5 at most (3)", int),
+    option("--out", "FILE", "a new .csv for all answers", user_path),
+)
+def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **options) -> None:
+    """Say what a model sees in images without labels."""
+    from vitdemo.inference.answers import answers
+    from vitdemo.paths import replacing
+
+    if out and (out.suffix != ".csv" or out.exists() or not out.absolute().parent.is_dir()):
+        raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, in a folder that is there")
+    data = vitdemo.open_images(images)
+    _, engine = _engine_of(options)
+    table = answers(engine, data, top=top)
+    if data.source == "folder":
+        table["file"] = [os.path.relpath(data.path / file) for file in table["file"]]
+    if out:
+        with named_errors(out), replacing(out) as file:
+            table.to_csv(file, index=False)
+    for row in table.head(SHOWN).to_dict("records"):
+        said = [f"{row[f'class_{k}']} {row[f'probability_{k}']:.1%}" for k in range(1, top + 1) if row[f"class_{k}"]]
+        print(row["file"], *(said if not row["error"] else [row["error"]]), sep="\t")
+    if len(table) > SHOWN:
+        print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv takes them all'}")
+    if rotated := table.attrs["rotated"]:
+        print(f"{rotated} of them carry an EXIF orientation, which is ignored, as timm does", file=sys.stderr)
+    print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable", file=sys.stderr)
+
+
+@verb(
+    MODEL,
+    option("--data", "PATH", "labelled images, as for evaluate", required=True),
+    *DATA,
+    WEIGHTS,
+    CALIBRATION,
+    option("--latency-ms", "L", "nine calls in ten must take no longer", float),
+    option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
+    option("--images", "N", "how many are scored at most (1000)", int),
+    option("--device-batch-sizes", "B,…", "1,2,4,8,16,32 by default", _sizes),
+    option("--row-budget-s", "S", "seconds that a row's calls may take (5)", float),
+    option("--out", "DIR", "a new folder for the measurements, the engine and its script", user_path, required=True),
+)
+def _choose(model: str, **options) -> None:
+    """Measure, verify and export the engine to use here."""
+    from vitdemo.benchmarking.choice import choose
+
+    row, report, script = choose(model, _data_of(options), **options)
+    print(
+        f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {row['images_per_s']:.1f} images/"
+        f"s, nine calls in ten within {row['p90_ms']:.1f} ms; {row['accuracy']}\nmachine: {row['machine']}\n"
+        f"use it: python {script} IMAGE …"
+    )
+
+
 DIAGNOSE_HELP = "look for what costs accuracy: takes as long as six more runs over 256 images"
 SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
 
 
 @verb(
     MODEL,
-    option("--data", "PATH", "a val tar, a folder of archives, or val/", required=True),
+    option(
+        "--data", "PATH", "a folder per class, images with a table, parquet, or ILSVRC2012's archives", required=True
+    ),
+    *DATA,
     *ENGINE,
     CALIBRATION,
     option("--device-batch-size", "B", type=int),
@@ -217,15 +307,19 @@ SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all d
     flag("--resume", "go on with an interrupted run in --out"),
     option("--out", "DIR", "a new folder for the results", user_path, required=True),
 )
-def _evaluate(data: str, out: Path, diagnose: bool = False, **options) -> int | None:
+def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     """Run a model over a data set: accuracy and speed."""
     from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
     from vitdemo.machine import now
+    from vitdemo.models.classes import match_classes
 
     if diagnose and options.get("weights") == "random":
         raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
-    start, dataset = now(), vitdemo.ImageNetVal(data)
-    model, engine = _engine_of(options)
+    start, dataset = now(), _data_of(options)
+    model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
+    dataset = match_classes(model.info, dataset, options.pop("class_map", None))
+    print(f"outputs and classes: matched {dataset.decided}", file=sys.stderr)
+    engine = vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration"))
     try:
         runs, reference = evaluate_beside_reference(engine, model, dataset, out=out, **options)
     except EngineFailure as failure:
@@ -270,6 +364,7 @@ AGAINST_HELP = "a sweep to hold the ratios to eager against; exit code 1 where o
     option("--replicas", "N", "share each batch among N processes, by Ray", int),
     option("--row-budget-s", "S", "seconds that a row's calls may take (20)", float),
     option("--data", "PATH", "images for the accuracy: a data set; the bundled ones for vit_shapes20"),
+    *DATA,
     option("--images", "N", "how many of them (1000)", int),
     CALIBRATION,
     option("--against", "CSV", AGAINST_HELP, user_path),
@@ -294,6 +389,7 @@ def _benchmark(out: Path, against: Path | None = None, **options) -> int:
         pairs, sizes = choose_pairs(asked["engines"]), asked["device_batch_sizes"]
         gate.check_overlap(baseline, models, pairs, sizes, asked["replicas"])
     began = time.time()
+    options["data"] = _data_of(options)
     try:
         rows = vitdemo.benchmark(out=out, **options)
     except KeyboardInterrupt:

@@ -46,9 +46,13 @@ def data_path(name: str) -> Path:
     return path
 
 
-def _is_content(path: Path) -> bool:
-    """False for hidden files, and for folders that systems create on every disk."""
-    return not path.name.startswith(".") and path.name not in ("lost+found", "System Volume Information")
+# What Synology's and macOS's, Linux's and Windows's file systems and viewers leave beside people's files.
+SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of this base name is hidden, or was left there by a system."""
+    return name in SYSTEM or (name.startswith(".") and name not in (".", ".."))
 
 
 def claim_folder(path: Path | str) -> Path:
@@ -58,7 +62,7 @@ def claim_folder(path: Path | str) -> Path:
     """
     path = user_path(path)
     try:
-        if path.exists() and (not path.is_dir() or any(map(_is_content, path.iterdir()))):
+        if path.exists() and (not path.is_dir() or not all(is_system(entry.name) for entry in path.iterdir())):
             raise VitdemoError(f"{path}: already holds something; give another output folder or empty this one")
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -50,13 +50,13 @@ def test_its_script_runs_without_vitdemo(engine, precision, tmp_path):
     assert len(script.read_text().splitlines()) <= 45
     chosen = [SHAPES20[i] for i in (0, 16, 376, 612, 741, 999)]  # a grey, a CMYK, a tiny and a turned one among them
     for sample in chosen:
-        (tmp_path / sample.file).write_bytes(sample.jpeg)
+        (tmp_path / sample.file).write_bytes(sample.image)
     blocked = "import sys; sys.modules['vitdemo'] = None; import runpy; sys.argv = sys.argv[1:]; "
     command = [sys.executable, "-I", "-c", blocked + "runpy.run_path(sys.argv[0], run_name='__main__')", str(script)]
     command += [sample.file for sample in chosen]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line, sample in zip(done.stdout.strip().splitlines(), chosen, strict=True):
-        crop = reference_crop(sample.jpeg, made.info.preprocessing)
+        crop = reference_crop(sample.image, made.info.preprocessing)
         p, k = made(crop[None])[0].double().softmax(0).max(0)
         assert line.split("\t")[1] == f"{p:.1%} {SHAPES20.class_names[k]}"

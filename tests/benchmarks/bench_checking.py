@@ -51,7 +51,7 @@ def bare(data: ImageNetVal, decode: Callable[[bytes], object]) -> int:
 
     def failed(index: int) -> bool:
         try:
-            decode(data[index].jpeg)
+            decode(data[index].image)
         except (RuntimeError, ValueError):
             return True
         return False

@@ -27,8 +27,8 @@ from PIL import Image
 
 from tests.benchmarks.turns import Part, ratio, take_turns
 from tests.dataset.conftest import val_name, write_devkit, write_tar
+from vitdemo.dataset.dataset import ImageNetVal
 from vitdemo.dataset.extraction import extract, extract_members
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.dataset.tars import Member, md5
 from vitdemo.machine import describe_machine, machine_record
 

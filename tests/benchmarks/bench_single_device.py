@@ -36,7 +36,7 @@ from tests.native import is_native
 from vitdemo import ImageNetVal, Model, convert, data_path, evaluate, load_model
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.inference.loop import predict
 from vitdemo.inference.random_input import run_random_input
@@ -61,7 +61,7 @@ class Images(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         sample = self.samples[i]
-        return self.transform(Image.open(io.BytesIO(sample.jpeg)).convert("RGB")), sample.label
+        return self.transform(Image.open(io.BytesIO(sample.image)).convert("RGB")), sample.label
 
 
 def input_variants(samples: list[Sample], preprocessing: Preprocessing) -> dict[str, Callable[[], object]]:
@@ -70,7 +70,7 @@ def input_variants(samples: list[Sample], preprocessing: Preprocessing) -> dict[
     height = int(preprocessing.input_size[1] / preprocessing.crop_pct)
 
     def bare(i: int) -> torch.Tensor:
-        pixels = torch.from_numpy(simplejpeg.decode_jpeg(samples[i].jpeg)).permute(2, 0, 1).unsqueeze(0)
+        pixels = torch.from_numpy(simplejpeg.decode_jpeg(samples[i].image)).permute(2, 0, 1).unsqueeze(0)
         return center_crop(resize(pixels, [height], InterpolationMode.BICUBIC), [height])
 
     def threads(work: Callable) -> None:

@@ -24,7 +24,7 @@ BLOCKS, HEADS, TOKENS, GRID = 6, 4, 197, (14, 14)  # of vit_shapes20
 
 @pytest.fixture(scope="module")
 def pixels(shapes20, vit_shapes20):
-    return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(3)])
+    return torch.stack([reference_crop(shapes20[i].image, vit_shapes20.info.preprocessing) for i in range(3)])
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def bf16(vit_shapes20):
 
 @pytest.fixture(scope="module")
 def pixels(shapes20, vit_shapes20):
-    return reference_crop(shapes20[0].jpeg, vit_shapes20.info.preprocessing)
+    return reference_crop(shapes20[0].image, vit_shapes20.info.preprocessing)
 
 
 def test_top5_is_torchs(eager, vit_shapes20, shapes20, pixels):
@@ -66,14 +66,14 @@ def test_answers_under_a_preprocessing(eager, vit_shapes20, shapes20, pixels):
     squashed = replace(own, crop_mode="squash", crop_pct=1.0)
     names = names_of(vit_shapes20.info, shapes20)
     inputs = {"own": own, "squashed": squashed, "wrong": wrong}
-    found = answers_under(vit_shapes20, shapes20[0].jpeg, inputs, names)
+    found = answers_under(vit_shapes20, shapes20[0].image, inputs, names)
     first = top5(eager, pixels, names).iloc[0]
     assert found.loc["own", "answer"] == first["answer"]
     assert found.loc["own", "probability"] == found.loc["own", "first"] == pytest.approx(first["probability"])
     with torch.no_grad():
         by_hand = vit_shapes20.module(pixels[None] / 255).double().softmax(dim=1)[0]
     assert found.loc["wrong", "first"] == pytest.approx(by_hand[first["class"]].item(), abs=1e-6)
-    crop = reference_crop(shapes20[0].jpeg, squashed)
+    crop = reference_crop(shapes20[0].image, squashed)
     assert found.loc["squashed", "probability"] == pytest.approx(top5(eager, crop)["probability"][0])
 
 
@@ -98,7 +98,7 @@ def test_disagreements_of_two_engines(eager, bf16, shapes20):
     worst = found.iloc[0]
     sample = shapes20[int(worst["index"])]
     assert (worst["file"], worst["label"]) == (sample.file, sample.label)
-    crop = fast_crop(sample.jpeg, eager.info.preprocessing)[None]
+    crop = fast_crop(sample.image, eager.info.preprocessing)[None]
     p, q = (engine(crop)[0].double().softmax(dim=0) for engine in (bf16, eager))
     assert worst["distance"] == pytest.approx(0.5 * (p - q).abs().sum().item(), abs=2e-2)
     assert worst["reference"] == q.argmax()
@@ -124,7 +124,7 @@ def test_a_planted_difference_comes_first(eager, vit_shapes20, shapes20):
 
 def test_an_unreadable_image_is_left_out(eager, bf16, shapes20):
     samples = [shapes20[k] for k in range(4)]
-    samples[2] = samples[2]._replace(jpeg=b"no picture")
+    samples[2] = samples[2]._replace(image=b"no picture")
     assert sorted(disagreements(bf16, eager, samples, progress=False)["index"]) == [0, 1, 3]
     with pytest.raises(VitdemoError, match="not one image could be read"):
         disagreements(bf16, eager, samples[2:3], progress=False)
@@ -149,7 +149,7 @@ def test_sound_pictures_of_any_kind(vit_shapes20, kind):
 
 
 def test_a_second_look(eager, vit_shapes20, shapes20, pixels):
-    first, jpeg = look_at(eager, vit_shapes20, pixels), shapes20[0].jpeg
+    first, jpeg = look_at(eager, vit_shapes20, pixels), shapes20[0].image
     own, arguments = vit_shapes20.info.preprocessing, (first, eager, vit_shapes20, shapes20, shapes20.files[0], jpeg)
     assert second_look(*arguments, own) == {}
     ((name, hidden),) = second_look(*arguments, own, WINDOW, **SETTINGS).items()

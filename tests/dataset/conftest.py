@@ -11,6 +11,7 @@ import struct
 import sys
 import tarfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from vitdemo import ImageNetVal, VitdemoError, extract
-from vitdemo.imagenet import ImageNetTrain
+from vitdemo.dataset.dataset import open_data
 
 FIELDS = "ILSVRC2012_ID WNID words gloss num_children children wordnet_height num_train_images".split()
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -223,7 +224,7 @@ def write_devkit(path: Path, ids: dict[str, int], truth: list[int], **replaced: 
 class Archives:
     """A val tar of 12 images with its devkit: 4 invented classes, whose IDs run against their lexicographic order."""
 
-    split, read, record = "val", ImageNetVal, "extraction.json"
+    split, read, record = "val", staticmethod(ImageNetVal), "extraction.json"
     ids = {"n90000001": 4, "n90000002": 2, "n90000003": 3, "n90000004": 1}
     truth = [3, 1, 4, 1, 2, 2, 3, 4, 1, 2, 3, 4]
     labels = [2, 3, 0, 3, 1, 1, 2, 0, 3, 1, 2, 0]
@@ -245,7 +246,7 @@ def archives(tmp_path) -> Archives:
 class TrainArchives:
     """A train tar of 3 of the classes of ``Archives``, with its devkit: tars in a tar, neither in order."""
 
-    split, read, record = "train", ImageNetTrain, "extraction_train.json"
+    split, read, record = "train", staticmethod(partial(open_data, split="train")), "extraction_train.json"
 
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)

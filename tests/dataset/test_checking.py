@@ -238,7 +238,7 @@ def test_one_row_per_image_in_the_order_of_the_set(planted, report):
     assert list(report.rows.columns) == COLUMNS
     data, rows = planted.tar, report.rows
     assert rows["file"].tolist() == data.files and rows["label"].tolist() == data.labels
-    assert rows["wnid"].tolist() == [data.classes[label] for label in data.labels]
+    assert rows["class_id"].tolist() == [data.classes[label] for label in data.labels]
     assert rows["bytes"].tolist() == data.sizes
     assert rows["sha256"].tolist() == [hashlib.sha256(content).hexdigest() for content in planted.files.values()]
 
@@ -276,10 +276,10 @@ def test_damage_is_listed_with_its_class(planted, report):
     assert set(report.damaged["class"]) == {"n90000001 word", "n90000002 word"}
     assert report.summary["errors"] == len(UNREADABLE) + len(NOT_DECODED)
     assert report.summary["warnings"] == len(SUSPECT)
-    assert sum(report.summary["damaged_by_wnid"].values()) == len(damaged)
+    assert sum(report.summary["damaged_by_class"].values()) == len(damaged)
     first = report.damaged.iloc[0]
     text = str(report)
-    assert f"{first['file']}  {first['wnid']} {first['class']}: {first['error']}" in text
+    assert f"{first['file']}  {first['class_id']} {first['class']}: {first['error']}" in text
     assert f"{len(damaged) - 10} more" in text and report.summary["sha256"] in text
 
 

@@ -17,7 +17,7 @@ from tests.dataset.conftest import many_scans, mutated
 from vitdemo import Preprocessing, VitdemoError, reference_crop
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.decoding import INPUT_PATHS, UnreadableImage, fast_crop, refusal
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.imagenet import image_facts
 from vitdemo.machine import now
 
@@ -43,7 +43,7 @@ def jpegs(request) -> list[bytes]:
     data = request.getfixturevalue("shapes20")
     facts = image_facts(data)
     odd = facts.index[(facts["mode"] != "RGB") | (facts["exif"] != "") | ~facts["width"].between(100, 1000)]
-    return [data[i].jpeg for i in [*odd, *range(0, len(data), 50)]]
+    return [data[i].image for i in [*odd, *range(0, len(data), 50)]]
 
 
 def timm_reference(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_batches_hold_every_image_once_in_order(count, batch, input_path):
 
 def test_fallbacks_and_seconds_are_counted():
     data = samples(6, bad=(1,))
-    data[3] = data[3]._replace(jpeg=jpeg_of(np.full((30, 30, 3), 9, np.uint8), "CMYK"))
+    data[3] = data[3]._replace(image=jpeg_of(np.full((30, 30, 3), 9, np.uint8), "CMYK"))
     start = time()
     (fast,) = prefetched_batches(data, range(6), CENTER, 8, input_path="fast")
     (reference,) = prefetched_batches(data, range(6), CENTER, 8)

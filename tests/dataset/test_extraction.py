@@ -8,8 +8,8 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 
 from tests.dataset.conftest import Archives, TrainArchives, extracted, md5_of, refused, tar_bytes, tree, write_tar
 from vitdemo import ImageNetVal, extract
+from vitdemo.dataset.dataset import open_data
 from vitdemo.dataset.tars import ARCHIVE_MD5
-from vitdemo.imagenet import ImageNetTrain
 
 
 def test_extraction_writes_a_tree_a_class_list_and_a_record_and_leaves_the_archives(either, tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_val_and_train_live_in_one_folder(archives, tmp_path):
     val, train = extracted(archives.folder, out), extracted(archives.folder, out, "train")
     both = {"val", "train", "classes.csv", "extraction.json", "extraction_train.json"}
     assert {path.name for path in out.iterdir()} == both
-    assert len(ImageNetVal(out)) == len(val) == 12 and len(ImageNetTrain(out)) == len(train) == 9
+    assert len(ImageNetVal(out)) == len(val) == 12 and len(open_data(out, split="train")) == len(train) == 9
     assert val.classes == train.classes
     before = tree(out)
     train_archives.write({"n90000001": tar_bytes({"n90000001_1.JPEG": b"other"})})

@@ -145,7 +145,7 @@ def test_what_is_odd_but_harmless_is_survived(tmp_path, split):
     ]
     path = write_archive(split, tmp_path / "archives", b"".join(harmless) + END)
     data = extracted(path, tmp_path / "out", split)
-    assert {s.file: s.jpeg for s in data if s.file in files} == files
+    assert {s.file: s.image for s in data if s.file in files} == files
 
 
 def test_an_enormous_image_is_extracted_without_being_decoded(tmp_path):
@@ -155,7 +155,7 @@ def test_an_enormous_image_is_extracted_without_being_decoded(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100 << 20  # bytes; its pixels would be 400 MB
-    assert data[0].jpeg == enormous_jpeg()
+    assert data[0].image == enormous_jpeg()
 
 
 # ---- random mutations
@@ -204,7 +204,7 @@ def extract_mutated(kind: str, folder: Path, seeds: range) -> dict:
             try:
                 data = extracted(tar, out, "train" if kind == "train" else "val")
                 outcomes["survived"] += 1
-                assert all(len(sample.jpeg) < 1 << 20 for sample in data)
+                assert all(len(sample.image) < 1 << 20 for sample in data)
             except VitdemoError as error:
                 assert "\n" not in str(error) and str(sandbox) in str(error), (seed, str(error))
                 outcomes[re.sub(r"'.*?'|\d+|\S*/\S*", "…", str(error))] += 1

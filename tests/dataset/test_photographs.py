@@ -23,7 +23,7 @@ def test_the_photographs_have_the_same_indices_everywhere(photos, tmp_path, monk
     devkit = write_devkit(folder / "ILSVRC2012_devkit_t12.tar.gz", IDS, [IDS[wnid] for wnid in wnids])
     data, label = extracted(folder, tmp_path / "out"), dict(zip(jpegs, map(WNIDS.index, wnids), strict=True))
     assert dict(zip(data.files, data.labels, strict=True)) == label and len(set(data.labels)) == 1000
-    assert {sample.file: sample.jpeg for sample in data} == jpegs
+    assert {sample.file: sample.image for sample in data} == jpegs
 
     for theirs in (ImageFolder(data.path), torchvisions_imagenet(tmp_path / "out", devkit, "val", monkeypatch)):
         assert {Path(path).name: target for path, target in theirs.samples} == label

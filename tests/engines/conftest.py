@@ -12,7 +12,7 @@ IMAGES = 60
 def crops(shapes20, vit_shapes20) -> torch.Tensor:
     """Images from all over shapes20, uint8[60, 3, 224, 224]."""
     step, preprocessing = len(shapes20) // IMAGES, vit_shapes20.info.preprocessing
-    return torch.stack([reference_crop(shapes20[i * step].jpeg, preprocessing) for i in range(IMAGES)])
+    return torch.stack([reference_crop(shapes20[i * step].image, preprocessing) for i in range(IMAGES)])
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def tiny(vit_shapes20) -> Model:
 
 @pytest.fixture(scope="module")
 def x(shapes20, vit_shapes20) -> torch.Tensor:
-    return torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in range(3)])
+    return torch.stack([reference_crop(shapes20[i].image, vit_shapes20.info.preprocessing) for i in range(3)])
 
 
 def recipe(model: Model, cls=ExportedEngine, precision="fp32", device="cpu") -> Recipe:

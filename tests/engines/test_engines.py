@@ -91,7 +91,7 @@ def test_logits_are_eagers_but_for_rounding(computing, eager, crops):
 
 @pytest.mark.soak
 def test_agreement_on_all_of_shapes20(computing, eager, shapes20):
-    x = torch.stack([reference_crop(sample.jpeg, eager.info.preprocessing) for sample in shapes20])
+    x = torch.stack([reference_crop(sample.image, eager.info.preprocessing) for sample in shapes20])
     found, expected = in_batches(computing, x), in_batches(eager, x)
     assert agreement(found, expected) >= LEAST[computing.precision] and pearson(found, expected) >= 0.98
 

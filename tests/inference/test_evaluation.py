@@ -17,9 +17,9 @@ from timm.data import create_transform
 from torchmetrics.classification import MulticlassAccuracy
 
 from tests.inference.on_replicas import as_json, metrics_of, predictions
-from vitdemo import EngineFailure, ImageNetVal, Model, VitdemoError, convert, evaluate, extract, wilson_interval
+from vitdemo import Dataset, EngineFailure, Model, VitdemoError, convert, evaluate, extract, wilson_interval
 from vitdemo.dataset.decoding import INPUT_PATHS
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
@@ -32,13 +32,14 @@ def evaluation(eager, shapes20, tmp_path_factory):
     return evaluate(eager, shapes20, limit=101, out=out, progress=False)
 
 
-class SomeSamples(list):
-    """A data set in memory: what evaluate needs of one."""
+class SomeSamples(Dataset):
+    """The first samples of a data set, changed."""
 
-    def __init__(self, data: ImageNetVal, samples: list[Sample]):
-        super().__init__(samples)
-        self.path, self.classes, self.labels = "memory", data.classes, [s.label for s in samples]
-        self.files, self.fingerprint = [s.file for s in samples], str(hash(tuple(samples)))
+    def __init__(self, data: Dataset, samples: list[Sample]):
+        self.__dict__ |= data.take(range(len(samples))).__getstate__() | {"samples": samples}
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.samples[i]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def by_reference(eager, shapes20):
 def test_predictions_are_those_of_a_plain_timm_loop(by_reference, shapes20, vit_shapes20):
     evaluation = by_reference
     transform = create_transform(**asdict(vit_shapes20.info.preprocessing), is_training=False)
-    images = [Image.open(io.BytesIO(shapes20[i].jpeg)).convert("RGB") for i in range(101)]
+    images = [Image.open(io.BytesIO(shapes20[i].image)).convert("RGB") for i in range(101)]
     with torch.no_grad():
         logits = vit_shapes20.module(torch.stack([transform(image) for image in images]))
     assert evaluation.rows["predicted_1"].tolist() == logits.argmax(1).tolist()
@@ -130,8 +131,8 @@ def test_answers_that_mean_nothing_have_no_accuracy(vit_shapes20, shapes20, engi
 
 def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
     samples = [shapes20[i] for i in range(10)]
-    samples[3] = samples[3]._replace(jpeg=samples[3].jpeg[:200])
-    samples[7] = samples[7]._replace(jpeg=b"")
+    samples[3] = samples[3]._replace(image=samples[3].image[:200])
+    samples[7] = samples[7]._replace(image=b"")
     run = evaluate(eager, SomeSamples(shapes20, samples), device_batch_size=4, progress=False)
     whole = evaluate(eager, shapes20, device_batch_size=4, limit=10, progress=False)
     assert (run.metrics["images"], run.metrics["errors"]) == (10, 2)
@@ -140,7 +141,7 @@ def test_unreadable_images_are_rows_counted_as_wrong(eager, shapes20):
     assert "2 unreadable counted as wrong" in str(run)
     data = SomeSamples(shapes20, samples)
     data.class_names = shapes20.class_names
-    plot_predictions(run, data, range(10))  # a picture that cannot be read does not stop the gallery
+    plot_predictions(run, range(10))  # a picture that cannot be read does not stop the gallery
     plot_gallery(data, range(10))
 
 
@@ -252,15 +253,15 @@ def test_interruption_keeps_what_is_done_and_no_thread(vit_shapes20, eager, shap
 
 
 def test_other_classes_are_refused(eager, shapes20, vit_shapes20):
-    data = SomeSamples(shapes20, [shapes20[0]])
-    data.classes = shapes20.classes[:-1]
-    with pytest.raises(VitdemoError, match="its 19 classes are not the 20"):
-        evaluate(eager, data, progress=False)
-    data.classes = shapes20.classes[::-1]  # the same names in another order shuffle every label
-    with pytest.raises(VitdemoError, match="classes are not"):
-        evaluate(eager, data, progress=False)
+    others = tuple(f"n8{k:07}" for k in range(20))
+    model = Model(vit_shapes20.module, replace(vit_shapes20.info, classes=others, class_names=others))
+    with pytest.raises(VitdemoError, match="no output of vit_shapes20 is its class 'n90382915' .20 of 20 have none"):
+        evaluate(convert(model), shapes20, limit=1, progress=False)
+    turned = Model(vit_shapes20.module, replace(vit_shapes20.info, classes=tuple(shapes20.classes[::-1])))
+    run = evaluate(convert(turned), shapes20, limit=1, progress=False)  # by name, wherever the output stands
+    assert run.data.classes[run.rows["label"][0]] == shapes20[0].class_id == run.rows["class_id"][0]
     nameless = Model(vit_shapes20.module, replace(vit_shapes20.info, classes=None))
-    with pytest.raises(VitdemoError, match="which class each output is"):
+    with pytest.raises(VitdemoError, match="which class each of its 20 outputs is"):
         evaluate(convert(nameless), shapes20, progress=False)
 
 

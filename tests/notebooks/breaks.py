@@ -264,7 +264,7 @@ class Reread:
 
     def __getitem__(self, i):
         sample = self.data[i]
-        return sample._replace(jpeg=sample.jpeg[:-1] + b"!") if i == 5 else sample
+        return sample._replace(image=sample.image[:-1] + b"!") if i == 5 else sample
 
     def __len__(self):
         return len(self.data)

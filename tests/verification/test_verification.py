@@ -199,7 +199,7 @@ def flipped(model: Model, pixels: torch.Tensor) -> Altered:
 
 def test_flips_are_listed_and_one_is_always_allowed(eager, vit_shapes20, shapes20):
     spread = [i * 1000 // 16 for i in range(16)]
-    pixels = torch.stack([reference_crop(shapes20[i].jpeg, vit_shapes20.info.preprocessing) for i in spread])
+    pixels = torch.stack([reference_crop(shapes20[i].image, vit_shapes20.info.preprocessing) for i in spread])
     first, second = eager(pixels).topk(2).values.T
     close = (first - second).argsort()[:2]  # so that a swap hardly moves anything but the answer
     one, two = (
@@ -281,8 +281,8 @@ def test_images_that_cannot_be_read_are_left_out(eager, vit_shapes20, shapes20, 
     folder = tmp_path / "val"
     for i in range(4):
         sample = shapes20[i]
-        (folder / sample.wnid).mkdir(parents=True, exist_ok=True)
-        (folder / sample.wnid / sample.file).write_bytes(sample.jpeg if i != 2 else sample.jpeg[:100])
+        (folder / sample.class_id).mkdir(parents=True, exist_ok=True)
+        (folder / sample.class_id / sample.file).write_bytes(sample.image if i != 2 else sample.image[:100])
     (tmp_path / "classes.csv").write_text(
         "label,wnid,ilsvrc_id,name\n"
         + "".join(f"{k},{wnid},{k + 1},{wnid}\n" for k, wnid in enumerate(shapes20.classes))
@@ -324,7 +324,7 @@ def test_models_and_data_that_do_not_belong_together(eager, vit_shapes20, shapes
     resnet = load_model("resnet18", "random")
     info = replace(resnet.info, preprocessing=replace(resnet.info.preprocessing, crop_pct=0.5))
     cases = [
-        (convert(resnet), resnet, shapes20, "its 20 classes are not the 1000 of resnet18"),
+        (convert(resnet), resnet, shapes20, "no output of resnet18 is its class 'n90382915'"),
         (convert(resnet), Model(resnet.module, info), None, "images with crop_pct 0.95, resnet18 is for 0.5"),
         (convert(small_model(outputs=2)), small_model(), None, r"logits \[8, 2\] where the model gives \[8, 3\]"),
         (convert(small_model()), small_with_wide_first(), None, r"layer first: \[8, 4, 4, 4\] in the engine, \[8, 5"),

@@ -17,7 +17,7 @@ from threading import RLock
 import torch
 from tqdm import tqdm
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import open_again
 from vitdemo.engines.artifacts import Recipe, artifacts_root
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.roof import Products, Shape
@@ -83,14 +83,14 @@ class EngineBench:
         """Of the random pixels in use, float32[N, C]."""
         return torch.cat([self.engine(x) for x in self._pixels])
 
-    def answers(self, data: str, images: int) -> dict:
-        """Of the first ``images`` of the data set at ``data``.
+    def answers(self, address: tuple, images: int) -> dict:
+        """Of the first ``images`` of the data set of an ``address``.
 
         ``top1``, how many were ``calibrated_on_scored``, and ``answers``, their class indices.
         """
         from vitdemo.evaluation.evaluation import evaluate  # here, as importing it takes longer than most calls
 
-        found = evaluate(self.engine, ImageNetVal(data), limit=images, progress=False)
+        found = evaluate(self.engine, open_again(address), limit=images, progress=False)
         known = {name: found.metrics[name] for name in ("images", "top1", "calibrated_on_scored")}
         return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
 

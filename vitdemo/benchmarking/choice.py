@@ -1,7 +1,9 @@
-"""Which of the measured engines to use, and that engine as a script that needs no vitdemo."""
+"""The verb ``choose``: which of the measured engines to use, and that engine as a script that needs no vitdemo."""
 
 import copy
+import math
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,15 +14,22 @@ import torch
 
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
-from vitdemo.engines.artifacts import artifacts_root
+from vitdemo.benchmarking.sweeps import benchmark
+from vitdemo.dataset.dataset import Dataset
+from vitdemo.engines.artifacts import artifacts_root, convert
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.engines.graph import export_graph
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.models.model import Model
+from vitdemo.inference.answers import output_names
+from vitdemo.models.classes import match_classes
+from vitdemo.models.model import Model, load_model
 from vitdemo.paths import PART, claim_folder, replacing
 from vitdemo.precisions import TORCH_TYPES
+from vitdemo.stats import spread
+from vitdemo.verification.verification import Report, verify
 
 SCRIPT, CLASSES, PROGRAM = "classify.py", "classes.txt", "model.pt2"
+DEVICE_BATCH_SIZES, LARGEST_LOSS = (1, 2, 4, 8, 16, 32), 0.01
 TEMPLATE = Path(__file__).with_name(f"{SCRIPT}.j2")
 
 
@@ -51,6 +60,61 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
             "more time, or take a larger loss"
         )
     return fast.loc[fast["images_per_s"].idxmax()]
+
+
+def choose(
+    name: Path | str,
+    data: Dataset,
+    *,
+    latency_ms: float = math.inf,
+    largest_loss: float = LARGEST_LOSS,
+    weights: Path | str = "pretrained",
+    class_map: Path | str | None = None,
+    calibration: Path | str | None = None,
+    images: int = 1000,
+    device_batch_sizes: Sequence[int] = DEVICE_BATCH_SIZES,
+    row_budget_s: float = 5.0,
+    out: Path | str,
+) -> tuple[pd.Series, Report, Path]:
+    """From a model and images to the engine to use on this machine: measured, verified, exported with its script.
+
+    Every engine and native precision that a script can be written for is measured by ``benchmark``; of those fast and
+    right enough the one with the most images/s that passes ``verify`` is taken.
+
+    Args:
+        name: of the model, as in ``load_model``.
+        data: labelled images. Without ``calibration`` a quarter of them, at most 256, is for finding int8's ranges and
+            is not scored.
+        latency_ms: fast enough is where nine calls in ten stay within it.
+        largest_loss: right enough is a top-1 at most this fraction below eager fp32's.
+        weights, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
+        out: a new folder: ``sweeps/`` with all rows, and ``choice/`` with the engine and ``classify.py``.
+
+    Returns:
+        The row of the engine, its report, and the path of the script.
+
+    Raises:
+        VitdemoError: for bad input, and where none is fast and right enough.
+    """
+    out, model = claim_folder(out), load_model(name, weights)
+    data = match_classes(model.info, data, class_map)
+    if calibration is None:
+        ranges = set(spread(len(data), min(256, len(data) // 4)))
+        calibration = data.take(sorted(ranges)) if ranges else None
+        data = data.take([i for i in range(len(data)) if i not in ranges])
+    engines = [engine for engine, kind in find_engines().items() if kind.script]
+    options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
+    rows = benchmark(
+        name, engines=engines, weights=weights, data=data, calibration=calibration, out=out / "sweeps", **options
+    )
+    while True:
+        chosen = choose_engine(rows, latency_ms, largest_loss)
+        engine = convert(model, chosen["engine"], chosen["precision"], calibration=calibration, device="cpu")
+        report = verify(engine, model, data)
+        if report.ok:
+            return chosen, report, write_script(engine, out / "choice", output_names(model.info))
+        print(f"{report}\nnot taken: {engine.name} {engine.precision} fails verify", file=sys.stderr)
+        rows = rows[(rows["engine"] != engine.name) | (rows["precision"] != engine.precision)]
 
 
 def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | None = None) -> Path:

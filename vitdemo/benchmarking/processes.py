@@ -11,7 +11,7 @@ from types import ModuleType
 import psutil
 
 from vitdemo.benchmarking.bench import EngineBench, Failed, serve
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import reason_of
 from vitdemo.inference.replicas import Replicas
@@ -73,7 +73,7 @@ class ReplicaBench(EngineBench):
     """An engine in replicas, in the synchronous schedule: one step is a batch of ``device_batch_size`` on each of them,
     begun together and over when the last one is done. Answers and logits are those of the engine without replicas."""
 
-    def __init__(self, engine: Engine, data: ImageNetVal, count: int, share: float):
+    def __init__(self, engine: Engine, data: Dataset, count: int, share: float):
         super().__init__(engine)
         self._replicas = Replicas(engine, data, count, share=share)
 

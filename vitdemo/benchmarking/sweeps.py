@@ -17,15 +17,17 @@ from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
 from vitdemo.benchmarking.processes import ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.bundled import MODELS, SHAPES20
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
 from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.roof import ROOF_BATCH, SQUARE, linear_shapes
 from vitdemo.errors import VitdemoError, at_least_1
 from vitdemo.inference.cluster import check_ray
 from vitdemo.machine import cores, free_memory_bytes, now, source_commit
-from vitdemo.models.model import Model, check_classes, load_model
+from vitdemo.models.classes import match_classes
+from vitdemo.models.model import Model, load_model
 from vitdemo.paths import data_path, user_path
+from vitdemo.stats import spread
 
 # One model's sweep: one process per pair of engine and precision, all taking turns, in rounds.
 
@@ -64,7 +66,7 @@ class Candidate:
 class SweepRun:
     """One model's sweep, as its settings say."""
 
-    def __init__(self, model: Model, sweep: Sweep, data: ImageNetVal | None):
+    def __init__(self, model: Model, sweep: Sweep, data: Dataset | None):
         self._model, self._sweep, self._data, self._settings = model, sweep, data, sweep.settings
         self._sizes, self._replicas = self._settings["device_batch_sizes"], self._settings["replicas"]
         sizes = {min(size, ROOF_BATCH) for size in self._sizes}
@@ -184,7 +186,7 @@ class SweepRun:
         recipe = candidate.recipe
         try:
             if self._replicas:
-                data = self._data or ImageNetVal(data_path(SHAPES20))
+                data = self._data or open_data(data_path(SHAPES20))
                 candidate.bench = ReplicaBench(recipe.engine(cores()), data, self._replicas, share)
             elif not issubclass(recipe.cls, CompiledEngine):
                 candidate.bench.ask("engine", recipe, cores())
@@ -225,7 +227,7 @@ class SweepRun:
         facts["precision_ran"] = candidate.bench.ask("precision_ran")
         logits, answers = candidate.bench.ask("logits"), None
         if self._data:
-            found = candidate.bench.ask("answers", str(Path(self._data.path).absolute()), self._settings["images"])
+            found = candidate.bench.ask("answers", self._data.address, self._settings["images"])
             answers = found.pop("answers")
             facts.update(found)
         if candidate.pair == EAGER:
@@ -256,7 +258,8 @@ def benchmark(
     device: str = "auto",
     replicas: int | None = None,
     row_budget_s: float = 20.0,
-    data: Path | str | None = None,
+    data: Dataset | Path | str | None = None,
+    class_map: Path | str | None = None,
     images: int = 1000,
     calibration: Path | str | None = None,
     out: Path | str,
@@ -283,7 +286,8 @@ def benchmark(
         replicas: how many processes share each batch (``device_batch_size`` each), by Ray; None is no replicas.
         row_budget_s: seconds that the calls of one row may take.
         data: images for the accuracy; None is the bundled ones for vit_shapes20, and no accuracy for others.
-        images: how many of ``data``, from the first.
+        class_map: which output is which class, where names do not say it; see ``match_classes``.
+        images: how many of ``data``, evenly spread over it.
         calibration: images for int8, as in ``convert``.
         out: the folder of ``perf_<model>_<setting>_<time>.csv``, one file per model, its machine's record beside it.
 
@@ -333,7 +337,7 @@ def benchmark(
     if replicas:
         check_ray(None)
     loaded = [load_model(name, weights) for name in names]  # before anything is measured: a mistyped name says so now
-    scored = [scored_data(model, data) for model in loaded]
+    scored = [scored_data(model, data, class_map, images) for model in loaded]
     tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
         settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
@@ -356,7 +360,9 @@ def check_sizes(sizes: Sequence[int]) -> list[int]:
     return sorted(set(sizes))
 
 
-def scored_data(model: Model, data: Path | str | None) -> ImageNetVal | None:
+def scored_data(
+    model: Model, data: Dataset | Path | str | None, class_map: Path | str | None = None, images: int = 1000
+) -> Dataset | None:
     """The images that ``model`` is scored on; None where nothing could be said with them."""
     if model.info.weights == "random":
         if data:
@@ -364,7 +370,10 @@ def scored_data(model: Model, data: Path | str | None) -> ImageNetVal | None:
         return None
     bundled = data_path(SHAPES20) if model.info.tag in MODELS else None
     found = data or bundled
-    found = ImageNetVal(found) if found else None
-    if found and model.info.classes is not None:
-        check_classes(model.info, found)
-    return found
+    if isinstance(found, (str, Path)):
+        found = open_data(found)
+    if not found:
+        return None
+    found = match_classes(model.info, found, class_map)
+    # Evenly spread: in a folder per class the first ones would be of the first classes.
+    return found.take(spread(len(found), images)) if images < len(found) else found

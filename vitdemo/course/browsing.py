@@ -2,18 +2,19 @@
 
 import pandas as pd
 
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import image_facts
-from vitdemo.dataset.imagenet import ImageNetVal, Sample, UnreadableFile
+from vitdemo.dataset.samples import Sample, UnreadableFile
 from vitdemo.errors import VitdemoError
 from vitdemo.plots.dataset import short_names
 
 
-def pages_of(data: ImageNetVal, label: int | None = None, per_page: int = 12) -> int:
+def pages_of(data: Dataset, label: int | None = None, per_page: int = 12) -> int:
     """How many pages ``browse`` has; at least 1."""
     return max(1, -(-len(_chosen(data, label)) // per_page))
 
 
-def browse(data: ImageNetVal, label: int | None = None, page: int = 1, per_page: int = 12) -> pd.DataFrame:
+def browse(data: Dataset, label: int | None = None, page: int = 1, per_page: int = 12) -> pd.DataFrame:
     """A page of the images of a class, or of all.
 
     Args:
@@ -39,11 +40,11 @@ def browse(data: ImageNetVal, label: int | None = None, page: int = 1, per_page:
     return table
 
 
-def _chosen(data: ImageNetVal, label: int | None) -> list[int]:
+def _chosen(data: Dataset, label: int | None) -> list[int]:
     return [i for i, own in enumerate(data.labels) if label is None or own == label]
 
 
-def sample_of(data: ImageNetVal, i: int) -> Sample:
+def sample_of(data: Dataset, i: int) -> Sample:
     """``data[i]``, without bytes where the disk does not give them."""
     try:
         return data[i]

@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from vitdemo.course.buggy_scripts import BUGS, IMAGES, NEEDS_ENGINE, SEEN_BY, BuggyRun, buggy_run
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
 from vitdemo.evaluation.diagnosis import diagnose
 from vitdemo.evaluation.evaluation import calibrated_on_scored
@@ -104,7 +104,7 @@ class Hunt:
         return f"{right} of {len(self.bugs)} are right; {wrong[0]}: see what {SEEN_BY[self.bugs[wrong[0]]]} says of it"
 
 
-def hunt(model: Model, data: ImageNetVal, seed: int = 0) -> Hunt:
+def hunt(model: Model, data: Dataset, seed: int = 0) -> Hunt:
     """One ``buggy_run`` without a bug and one with each of BUGS.
 
     Args:

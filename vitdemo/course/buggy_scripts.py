@@ -13,8 +13,8 @@ import torch
 
 from vitdemo.course.looks import with_preprocessing
 from vitdemo.dataset.batches import prefetched_batches
+from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.dataset.devkit import devkit_of, read_devkit
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import convert, recipe_for
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
@@ -71,7 +71,7 @@ class BuggyRun:
     wall_s: float
     model: Model
     engine: Engine
-    data: ImageNetVal
+    data: Dataset
 
     @property
     def correct(self) -> int:
@@ -87,7 +87,7 @@ class BuggyRun:
         return found | {"p99_ms": latency["p99"], "images_per_s": images / sum(self.step_s)}
 
 
-def buggy_run(model: Model, data: ImageNetVal, bug: str | None = None) -> BuggyRun:
+def buggy_run(model: Model, data: Dataset, bug: str | None = None) -> BuggyRun:
     """Run ``model`` over the first IMAGES of ``data`` in batches of BATCH, with one of BUGS or none.
 
     Without a bug the script is plain and right: every image once, the labels of the devkit, the mean and std of the
@@ -104,7 +104,7 @@ def buggy_run(model: Model, data: ImageNetVal, bug: str | None = None) -> BuggyR
     """
     _check_input(data, bug)
     model = _with_other_mean_and_std(model) if bug == NORMALISED else model
-    labels, data = _labels(data, bug), ImageNetVal(data.path)
+    labels, data = _labels(data, bug), open_data(data.path)
     data.labels = labels  # as the script reads them, whatever the devkit says
     samples, batches = [data[i] for i in range(IMAGES)], _batches(bug)
     calibration = samples[:CALIBRATION] if bug == CALIBRATED else None
@@ -147,7 +147,7 @@ def _timed(
     return engine, answers, step_s, wall_s
 
 
-def _check_input(data: ImageNetVal, bug: str | None) -> None:
+def _check_input(data: Dataset, bug: str | None) -> None:
     if bug is not None and bug not in BUGS:
         raise VitdemoError(f"bug {bug!r}: there is no such bug; there are {', '.join(map(repr, BUGS))}")
     if data.source != "tar" or len(data) < IMAGES:
@@ -164,7 +164,7 @@ def _with_other_mean_and_std(model: Model) -> Model:
     return with_preprocessing(model, replace(own, mean=mean, std=std))
 
 
-def _labels(data: ImageNetVal, bug: str | None) -> list[int]:
+def _labels(data: Dataset, bug: str | None) -> list[int]:
     if bug == ILSVRC:
         return [id - 1 for id in read_devkit(devkit_of(Path(data.path))).ground_truth]
     if bug == AS_TEXT:
@@ -181,7 +181,7 @@ def _batches(bug: str | None) -> list[list[int]]:
     return batches[:-1] if bug == DROPPED else batches
 
 
-def _pixels(data: ImageNetVal, model: Model) -> torch.Tensor:
+def _pixels(data: Dataset, model: Model) -> torch.Tensor:
     """The scored images as uint8[IMAGES, 3, H, W]."""
     crop = model.info.preprocessing
     batches = prefetched_batches(data, range(IMAGES), crop, BATCH, input_path="fast")

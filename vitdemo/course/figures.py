@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from vitdemo.course.attention import class_attention
 from vitdemo.course.looks import PictureResult, name_in
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
@@ -80,7 +80,7 @@ def plot_blocks(model: Model, look: PictureResult) -> Figure:
 
 
 def plot_disagreements(
-    table: pd.DataFrame, data: ImageNetVal, names: Sequence[str] | None = None, count: int = 6
+    table: pd.DataFrame, data: Dataset, names: Sequence[str] | None = None, count: int = 6
 ) -> Figure:
     """The first ``count`` rows of ``disagreements``: the reference's answer, → the candidate's, and the true class.
 
@@ -100,7 +100,7 @@ def plot_disagreements(
         told_apart = names == truths and row.candidate != row.reference
         right = {row.candidate: CANDIDATE, row.reference: REFERENCE} if told_apart else {}
         colors.append(right.get(row.label, NEITHER))
-    return picture_grid([thumbnail(data[i].jpeg) for i in shown["index"]], captions, min(6, count), colors)
+    return picture_grid([thumbnail(data[i].image) for i in shown["index"]], captions, min(6, count), colors)
 
 
 def _short(name: str) -> str:

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from vitdemo.course.attention import attention_maps, has_attention, mask_patches, rollout
 from vitdemo.dataset.batches import Batch, prefetched_batches
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import Preprocessing, crop_picture
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError
@@ -75,7 +75,7 @@ def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = Non
     )
 
 
-def names_of(info: ModelInfo, data: ImageNetVal | None = None) -> list[str] | None:
+def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
     """A short name for each output, or None where nobody knows what the outputs mean.
 
     Args:
@@ -176,7 +176,7 @@ def answers_masked(
 def disagreements(
     candidate: Engine,
     reference: Engine,
-    data: ImageNetVal,
+    data: Dataset,
     *,
     limit: int | None = None,
     device_batch_size: int = 8,

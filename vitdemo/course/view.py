@@ -18,8 +18,8 @@ from vitdemo.course.attention import attention_maps, mask_patches, most_looked_a
 from vitdemo.course.figures import plot_blocks, plot_disagreements, plot_looks
 from vitdemo.course.looks import PictureResult, disagreements, look_at, names_of, reference_of, with_preprocessing
 from vitdemo.course.panel import html_of
+from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.dataset.decoding import Preprocessing, crop_picture
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.artifacts import convert
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 class ImageView:
     """Holds what took long to get: the data set, the model and its engines, and the last look and comparison."""
 
-    def __init__(self, data: ImageNetVal, calibration: Path | str | None = None):
+    def __init__(self, data: Dataset, calibration: Path | str | None = None):
         self._data, self._calibration, self._uploaded = {str(data.path): data}, calibration, ()
         last = lru_cache(maxsize=1)
         self.model, self.engine = last(self._model), lru_cache(KEPT_ENGINES)(self._engine)
@@ -82,10 +82,10 @@ class ImageView:
         looks = (look_html(name, look, file, blue) for name, look in changed.items())
         return head + self.first_html(*picture) + "".join(looks)
 
-    def _opened(self, path: str) -> ImageNetVal:
+    def _opened(self, path: str) -> Dataset:
         if path not in self._data:
             self._say(f"opening {path} …")
-            self._data = {path: ImageNetVal(path, progress=False)}
+            self._data = {path: open_data(path, progress=False)}
         return self._data[path]
 
     def _model(self, name: str) -> Model:
@@ -99,7 +99,7 @@ class ImageView:
         self._say(f"getting {pair} of {model.info.tag} ready; building it takes seconds to minutes, once …")
         return convert(model, *pair, calibration=self._calibration)
 
-    def _first_look(self, engine: Engine, model: Model, data: ImageNetVal, file: str, content: bytes) -> PictureResult:
+    def _first_look(self, engine: Engine, model: Model, data: Dataset, file: str, content: bytes) -> PictureResult:
         pixels = crop_picture(file, content, model.info.preprocessing)
         return look_at(engine, model, pixels, names_of(model.info, data))
 
@@ -107,12 +107,12 @@ class ImageView:
         first = self.first_look(*picture)
         return look_html(OWN, first, picture[-2], first.top5["class"].iloc[0])
 
-    def _apart(self, other: Pair, pair: Pair, model: Model, data: ImageNetVal, among: int) -> pd.DataFrame:
+    def _apart(self, other: Pair, pair: Pair, model: Model, data: Dataset, among: int) -> pd.DataFrame:
         engines = [self.engine(model, each) for each in (other, pair)]
         self._say(f"comparing {other} with {pair} on {min(among, len(data))} images …")
         return disagreements(*engines, data, limit=among, progress=False)
 
-    def _engines_apart(self, data: ImageNetVal, model: Model, pair: Pair, other: Pair, among: int) -> str:
+    def _engines_apart(self, data: Dataset, model: Model, pair: Pair, other: Pair, among: int) -> str:
         if other == pair:
             raise VitdemoError(f"two engines: {pair} is the one above; choose another beside it")
         table = self.apart(other, pair, model, data, among)
@@ -132,7 +132,7 @@ def look_html(name: str, look: PictureResult, file: str, blue: int) -> str:
     return f"<div>{html_of(plot_looks({name: look}, blue), alt)}</div>"
 
 
-def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
+def picture_of(images: Dataset, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
     """File name, bytes, and what it is, where that is known.
 
     Args:
@@ -151,14 +151,14 @@ def picture_of(images: ImageNetVal, picture: str, index: int, upload: tuple) -> 
     if index >= len(images):
         raise VitdemoError(f"image {index}: the data set has 0 to {len(images) - 1}")
     sample = images[index]
-    return sample.file, sample.jpeg, f", is: {short_names(images)[sample.label]}"
+    return sample.file, sample.image, f", is: {short_names(images)[sample.label]}"
 
 
 def second_look(
     first: PictureResult,
     engine: Engine,
     model: Model,
-    data: ImageNetVal,
+    data: Dataset,
     file: str,
     content: bytes,
     wanted: Preprocessing,

@@ -16,8 +16,8 @@ from vitdemo.course import view
 from vitdemo.course.browsing import browse, pages_of, sample_of
 from vitdemo.course.panel import Panel, html_of, image_html
 from vitdemo.course.performance import architecture_of, measured_and_published
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import CROP_MODES
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.engines.contract import find_engines
 from vitdemo.errors import VitdemoError
 from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
@@ -31,7 +31,7 @@ BUTTONS = {"layout": ONE_LINE, "style": {"button_width": "auto"}}
 
 
 def image_explorer(
-    data: ImageNetVal,
+    data: Dataset,
     model: str = "vit_shapes20",
     engine: str = "eager",
     precision: str = "fp32",
@@ -79,7 +79,7 @@ def image_explorer(
     return Panel(controls, view.ImageView(data, calibration).draw, lines)
 
 
-def _picture_controls(data: ImageNetVal) -> dict[str, widgets.Widget]:
+def _picture_controls(data: Dataset) -> dict[str, widgets.Widget]:
     return {
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
         "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
@@ -177,7 +177,7 @@ def _choice(rows: pd.DataFrame, budget_ms: float, loss: float) -> str:
     return f"{what}: {found} on {best['machine']}; {best['accuracy']}"
 
 
-def dataset_browser(data: ImageNetVal, per_page: int = 12) -> Panel:
+def dataset_browser(data: Dataset, per_page: int = 12) -> Panel:
     """The images of a data set, by class and page by page, with what their files say (``browse``).
 
     Args:
@@ -206,9 +206,9 @@ def dataset_browser(data: ImageNetVal, per_page: int = 12) -> Panel:
     return Panel(controls, draw, (("label", "page"),))
 
 
-def _tile(data: ImageNetVal, index: int, name: str) -> str:
+def _tile(data: Dataset, index: int, name: str) -> str:
     small = io.BytesIO()
-    picture = thumbnail(sample_of(data, index).jpeg)
+    picture = thumbnail(sample_of(data, index).image)
     picture.resize((120, 120)).save(small, "JPEG", quality=85)
     caption = f'<figcaption style="width: 120px; font-size: 80%">{index}: {escape(name)}</figcaption>'
     image = image_html(small.getvalue(), "jpeg", f"image {index}, {name}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, fast_crop, reference_crop
-from vitdemo.dataset.imagenet import Sample, UnreadableFile
+from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, fast_crop, is_rotated, reference_crop
+from vitdemo.dataset.samples import Sample, UnreadableFile
 from vitdemo.machine import cores
 
 
@@ -19,10 +19,11 @@ class Batch:
 
     Attributes:
         start: the first one's index in the data set.
-        files, wnids, labels: of each sample, as in ``Sample``.
+        files, class_ids, labels: of each sample, as in ``Sample``.
         pixels: uint8[B, 3, H, W]; zeros where an image cannot be read.
         errors: of each sample, why it cannot be read; "" where it can.
         fallbacks: how many images of the fast path the reference path had to decode.
+        rotated: how many have an EXIF orientation other than upright, which is ignored.
         began, ended: seconds since 1970, from the first image's first byte to the last one's last pixel.
         decode_cpu_s: CPU seconds of all of them.
         recycle: to be called once nobody needs the pixels any more: gives their memory to a batch to come.
@@ -30,11 +31,12 @@ class Batch:
 
     start: int
     files: list[str]
-    wnids: list[str]
+    class_ids: list[str]
     labels: list[int]
     pixels: torch.Tensor
     errors: list[str]
     fallbacks: int
+    rotated: int
     began: float
     ended: float
     decode_cpu_s: float
@@ -43,21 +45,23 @@ class Batch:
 
 def _load_into(
     pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
-) -> tuple[str, str, int, str, bool, float, float, float]:
+) -> tuple[str, str, int, str, bool, bool, float, float, float]:
     """Decode one sample to its place in a batch; what a ``Batch`` says of it, from file to decode_cpu_s."""
-    began, cpu, error, fell_back = time.time(), time.thread_time(), "", False
+    began, cpu, error, fell_back, rotated = time.time(), time.thread_time(), "", False, False
     try:
         sample = data[index]
-        crop = fast_crop(sample.jpeg, preprocessing) if input_path == "fast" else None
+        crop = fast_crop(sample.image, preprocessing) if input_path == "fast" else None
         fell_back = crop is None and input_path == "fast"
-        pixels.copy_(reference_crop(sample.jpeg, preprocessing) if crop is None else crop)
+        rotated = is_rotated(sample.image)
+        pixels.copy_(reference_crop(sample.image, preprocessing) if crop is None else crop)
     except UnreadableFile as unreadable:
         sample, error = unreadable.sample, str(unreadable)
     except UnreadableImage as unreadable:
         error = str(unreadable)
     if error:
         pixels.zero_()
-    return sample.file, sample.wnid, sample.label, error, fell_back, began, time.time(), time.thread_time() - cpu
+    times = began, time.time(), time.thread_time() - cpu
+    return sample.file, sample.class_id, sample.label, error, fell_back, rotated, *times
 
 
 def prefetched_batches(
@@ -108,6 +112,6 @@ def prefetched_batches(
 
 def _finished(start: int, pixels: torch.Tensor, futures: list, recycle: Callable[[], None]) -> Batch:
     columns = map(list, zip(*(future.result() for future in futures), strict=True))
-    files, wnids, labels, errors, fell_back, began, ended, cpu_s = columns
+    files, class_ids, labels, errors, fell_back, rotated, began, ended, cpu_s = columns
     times = min(began), max(ended), sum(cpu_s)
-    return Batch(start, files, wnids, labels, pixels, errors, sum(fell_back), *times, recycle)
+    return Batch(start, files, class_ids, labels, pixels, errors, sum(fell_back), sum(rotated), *times, recycle)

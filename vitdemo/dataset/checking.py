@@ -21,15 +21,15 @@ import pandas as pd
 import simplejpeg
 from tqdm.auto import tqdm
 
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import PIL_ALONE, UNREADABLE, one_line, open_image, read_header, refusal
-from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, at_least_1, named_errors
 from vitdemo.machine import cores, installed_version, machine_record, now
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
 IMAGES, SUMMARY = "images.csv", "images.json"
 FACTS = ["width", "height", "mode", "exif", "error", "warning"]
-COLUMNS = ["file", "label", "wnid", "bytes", *FACTS, "sha256"]
+COLUMNS = ["file", "label", "class_id", "bytes", *FACTS, "sha256"]
 
 UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # in TurboJPEG's message
 CHUNK = 16  # images per task: one alone takes hardly longer than to hand it to a thread
@@ -57,7 +57,7 @@ class ImageReport:
         """The rows with an error or a warning; ``class`` is the first synonym of the class's name."""
         found = self.rows[(self.rows["error"] != "") | (self.rows["warning"] != "")]
         classes = [self.class_names[label].split(",")[0] for label in found["label"]]
-        return found[["file", "wnid", "label", "error", "warning"]].assign(**{"class": classes})
+        return found[["file", "class_id", "label", "error", "warning"]].assign(**{"class": classes})
 
     def __str__(self) -> str:
         s, counts = self.summary, {}
@@ -70,14 +70,14 @@ class ImageReport:
         ]
         damaged = self.damaged
         for row in damaged.head(SHOWN).to_dict("records"):
-            lines.append(f"  {row['file']}  {row['wnid']} {row['class']}: {row['error'] or row['warning']}")
+            lines.append(f"  {row['file']}  {row['class_id']} {row['class']}: {row['error'] or row['warning']}")
         if len(damaged) > SHOWN:
             lines.append(f"  … and {len(damaged) - SHOWN:,} more, in {IMAGES} and in the report's damaged")
         return "\n".join(lines)
 
 
 def check_images(
-    data: ImageNetSplit, out: Path | str | None = None, *, limit: int | None = None, progress: bool = True
+    data: Dataset, out: Path | str | None = None, *, limit: int | None = None, progress: bool = True
 ) -> ImageReport:
     """Read, hash and strictly decode each image once.
 
@@ -96,12 +96,12 @@ def check_images(
 
     Args:
         data: the images.
-        out: a folder for the report, or None. images.csv: one row per image, with file, label, wnid, bytes; width and
-            height in pixels, mode and exif as in ``image_facts``; error (no image comes out: PIL, with which
+        out: a folder for the report, or None. images.csv: one row per image, with file, label, class_id, bytes; width
+            and height in pixels, mode and exif as in ``image_facts``; error (no image comes out: PIL, with which
             ``evaluate`` reads, cannot decode the file, the disk does not give it, or it is enormous and was not
             decoded); warning (an image comes out that may be wrong: libjpeg warned of damage that it went over, or the
             file is of another format than its name says); sha256. images.json: its summary, with counts of modes, EXIF
-            states, errors and warnings, the damaged per wnid; min, median, max of width, height, bytes; sha256 of the
+            states, errors and warnings, the damaged per class; min, median, max of width, height, bytes; sha256 of the
             set; rate and machine. An earlier report there is replaced.
         limit: check the first so many only.
         progress: show a bar.
@@ -134,7 +134,7 @@ def check_images(
     return report
 
 
-def _checked(data: ImageNetSplit, images: int) -> Iterator[list[tuple]]:
+def _checked(data: Dataset, images: int) -> Iterator[list[tuple]]:
     """The rows of the first ``images`` samples in their order, a chunk at a time. Closing it stops the threads."""
     chunks = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
     pool = ThreadPoolExecutor(cores(), thread_name_prefix="check")
@@ -144,11 +144,11 @@ def _checked(data: ImageNetSplit, images: int) -> Iterator[list[tuple]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _row(data: ImageNetSplit, index: int) -> tuple:
+def _row(data: Dataset, index: int) -> tuple:
     label = data.labels[index]
     what = (data.files[index], label, data.classes[label], data.sizes[index])
     try:
-        jpeg = data[index].jpeg
+        jpeg = data[index].image
     except VitdemoError as error:  # a file that the disk does not give is damage too
         return *what, 0, 0, UNREADABLE, "", str(error), "", ""
     return *what, *examine_jpeg(jpeg), hashlib.sha256(jpeg).hexdigest()
@@ -191,7 +191,7 @@ def _pil_error(jpeg: bytes) -> str:
     return ""
 
 
-def _summarise(table: pd.DataFrame, data: ImageNetSplit, wall_s: float) -> dict:
+def _summarise(table: pd.DataFrame, data: Dataset, wall_s: float) -> dict:
     damaged = table[(table["error"] != "") | (table["warning"] != "")]
     seen = table[table["mode"] != UNREADABLE]
     digest = hashlib.sha256()
@@ -202,7 +202,7 @@ def _summarise(table: pd.DataFrame, data: ImageNetSplit, wall_s: float) -> dict:
         "images": len(table),
         "errors": int((table["error"] != "").sum()),
         "warnings": int((table["warning"] != "").sum()),
-        "damaged_by_wnid": dict(Counter(damaged["wnid"])),
+        "damaged_by_class": dict(Counter(damaged["class_id"])),
         "modes": dict(Counter(table["mode"]).most_common()),
         "exif": dict(Counter(state for state in table["exif"] if state).most_common()),
         "width": _spread(seen["width"]),

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import pandas as pd
 import simplejpeg
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, crop, get_dimensions, resize
 
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.listing import formats
+from vitdemo.dataset.samples import Sample
 from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")
@@ -29,7 +30,7 @@ warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")  # 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is enormous is refused in words
 
 UNREADABLE = "unreadable"
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # PIL knows more, and starts Ghostscript for one of them
+EXIF_WITHIN = 1 << 16  # bytes from the start, where cameras' JPEGs have it
 
 ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
 ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
@@ -64,11 +65,11 @@ def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFram
     for index in range(len(data) if limit is None else min(limit, len(data))):
         sample = data[index]
         try:
-            header = read_header(sample.jpeg)
+            header = read_header(sample.image)
         except Exception:  # PIL raises a dozen types, and each means: this is no image
             header = Header(0, 0, UNREADABLE, "", "")
         row = {"file": sample.file, "width": header.width, "height": header.height, "mode": header.mode}
-        rows.append(row | {"bytes": len(sample.jpeg), "exif": header.exif})
+        rows.append(row | {"bytes": len(sample.image), "exif": header.exif})
     return pd.DataFrame(rows)
 
 
@@ -80,7 +81,7 @@ def read_header(jpeg: bytes) -> Header:
 
 def open_image(jpeg: bytes) -> Image.Image:
     """PIL's image of the bytes. Raises what PIL raises."""
-    return Image.open(io.BytesIO(jpeg), formats=FORMATS)
+    return Image.open(io.BytesIO(jpeg), formats=formats())
 
 
 def _exif_state(image: Image.Image) -> str:
@@ -96,6 +97,26 @@ def _exif_state(image: Image.Image) -> str:
     if warned:
         return "broken"
     return "rotated" if orientation != 1 else "present" if block is not None else ""
+
+
+def is_rotated(image: bytes) -> bool:
+    """Whether a file says that its picture is to be turned or mirrored. Few have the EXIF for which PIL is asked."""
+    if b"Exif" not in image[:EXIF_WITHIN]:
+        return False
+    try:
+        return read_header(image).exif == "rotated"
+    except Exception:  # as in image_facts
+        return False
+
+
+def upright(image: bytes) -> bytes:
+    """A picture turned and mirrored as its EXIF says, as PNG; the same bytes where they say nothing."""
+    if not is_rotated(image):
+        return image
+    with open_image(image) as picture:
+        turned, png = ImageOps.exif_transpose(picture), io.BytesIO()
+    turned.convert("RGB").save(png, "PNG")
+    return png.getvalue()
 
 
 def one_line(error: Exception) -> str:
@@ -175,7 +196,7 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """Decode with PIL and apply timm's evaluation transform; EXIF orientation is ignored, as in timm.
 
     Args:
-        jpeg: the file's bytes, of one of FORMATS.
+        jpeg: the file's bytes, of one of ``formats``.
         preprocessing: the crop that the model's weights expect.
 
     Returns:

@@ -41,13 +41,13 @@ class Devkit(NamedTuple):
 
 
 def read_devkit(path: Path | str) -> Devkit:
-    """Read a devkit ``.tar.gz`` without unpacking it to disk.
+    """Read a devkit ``.tar.gz`` without unpacking it to disk, or one that was unpacked.
 
     Format: ``data/meta.mat``, a MAT-file with the struct array ``synsets``, of which the leaves (num_children 0) are
     the classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, one ID per line [the devkit's readme.txt].
 
     Args:
-        path: the devkit; its MD5 is not looked at.
+        path: the devkit, a file or a folder; its MD5 is not looked at.
 
     Returns:
         The classes, and the ID of every validation image.
@@ -56,18 +56,15 @@ def read_devkit(path: Path | str) -> Devkit:
         VitdemoError: for a file of another form, and for classes that cannot be names of folders.
     """
     path = Path(path)
-    content = _gunzip(path)
-    files, parsed = {}, []
-    for member in walk_tar(io.BytesIO(content), 0, len(content), path):
-        files["/".join(member.name.split("/")[-2:])] = member
+    parsed = []
+    files = _files_in_folder(path) if path.is_dir() else _files_in_tar(path)
     for name, parse in ((META_MAT, _parse_synsets), (GROUND_TRUTH, _parse_truth)):
-        member = files.get(name)
-        if not member or not member.isreg():
+        if name not in files:
             raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
-        if member.size > FILE_LIMIT:
-            raise VitdemoError(f"{path}: {member.name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
+        if len(files[name]) > FILE_LIMIT:
+            raise VitdemoError(f"{path}: {name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
         try:
-            parsed.append(parse(content[member.offset_data : member.offset_data + member.size]))
+            parsed.append(parse(files[name]))
         except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
             raise VitdemoError(f"{path}: {name} cannot be read ({reason_of(error)}); get the devkit again") from None
     devkit = Devkit(*parsed)
@@ -75,6 +72,20 @@ def read_devkit(path: Path | str) -> Devkit:
     if unknown:
         raise VitdemoError(f"{path}: ground truth has ID {min(unknown)}, which no leaf of meta.mat has; get it again")
     return devkit
+
+
+def _files_in_tar(path: Path) -> dict[str, bytes]:
+    content, files = _gunzip(path), {}
+    for member in walk_tar(io.BytesIO(content), 0, len(content), path):
+        if member.isreg():
+            name = "/".join(member.name.split("/")[-2:])
+            files[name] = content[member.offset_data : member.offset_data + member.size]
+    return files
+
+
+def _files_in_folder(path: Path) -> dict[str, bytes]:
+    with named_errors(path):
+        return {name: (path / name).read_bytes() for name in (META_MAT, GROUND_TRUTH) if (path / name).is_file()}
 
 
 def _gunzip(path: Path) -> bytes:
@@ -124,7 +135,7 @@ def devkit_of(place: Path) -> Path:
 def find_devkit(place: Path) -> Path | None:
     """The devkit beside a tar of images, named like it, or any in a folder; None where there is none.
 
-    Of several the one whose MD5 is known is taken.
+    Of several the one whose MD5 is known is taken; without any, one that was unpacked.
 
     Raises:
         VitdemoError: for several of which none, or more than one, is known.
@@ -132,6 +143,8 @@ def find_devkit(place: Path) -> Path | None:
     folder, pattern = _where_devkits_lie(place)
     with named_errors(folder):
         found = sorted(file for file in folder.iterdir() if fnmatch(file.name, pattern))
+        unpacked = [file for file in folder.glob("*devkit*") if (file / META_MAT).is_file()]
+    found = found or (unpacked if place.is_dir() else [])
     known = [path for path in found if path.name in ARCHIVE_MD5]
     if len(found) > 1 and len(known) != 1:
         raise VitdemoError(f"{folder}: which devkit of {', '.join(file.name for file in found)}? leave one there")

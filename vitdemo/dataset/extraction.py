@@ -12,8 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.dataset.devkit import DEVKITS, devkit_of, find_devkit, read_devkit
-from vitdemo.dataset.imagenet import ImageNetSplit, ImageNetTrain, ImageNetVal
 from vitdemo.dataset.tars import ARCHIVE_MD5, Member, md5
 from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classes, read_record, split_tar
 from vitdemo.errors import VitdemoError, named_errors
@@ -21,12 +21,11 @@ from vitdemo.paths import PART, remove_leftovers, replacing, user_path
 
 LOCK = ".lock"  # after the name of a split
 BUFFER = 1 << 18  # bytes read at once of many small members
-SPLITS = {"val": ImageNetVal, "train": ImageNetTrain}
 
 
 def extract(
     archives: Path | str, out: Path | str, *, split: str = "val", unverified: bool = False, progress: bool = True
-) -> ImageNetSplit:
+) -> Dataset:
     """Extract the tar of a split to ``out/<split>/<wnid>/<file>``; both splits may go to one ``out``.
 
     The name ``<split>/`` appears last and says that all is there; until then the files are in ``<split>.part/``. Run
@@ -47,23 +46,23 @@ def extract(
         VitdemoError: for archives that are missing, damaged or unverified, for an ``out`` that holds anything else, and
             for a disk too small.
     """
-    if split not in SPLITS:
-        raise VitdemoError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    if split not in RECORDS:
+        raise VitdemoError(f"split: {split!r} is not one of {', '.join(RECORDS)}")
     tar = split_tar(user_path(archives).absolute(), split)
     devkit = devkit_of(tar) if split == "val" else find_devkit(tar)
     if devkit:
         _verify(devkit, unverified, progress)
     digest = _verify(tar, unverified, progress)
-    source = SPLITS[split](tar, progress=progress)  # reads what is in them
+    source = open_data(tar, split=split, progress=progress)  # reads what is in them
     record = {"images": len(source), "classes": len(source.classes), "archive": tar.name, "md5": digest}
     out = user_path(out).absolute()
     with named_errors(out):
-        _claim(out, source, record | {"fingerprint": source.fingerprint})
+        _claim(out, split, source, record | {"fingerprint": source.fingerprint})
         _write_classes(out, source, devkit)
     samples = zip(source.files, source.offsets, source.sizes, source.labels, strict=True)
     targets = {f"{source.classes[label]}/{file}": Member(file, offset, size) for file, offset, size, label in samples}
     written = extract_members(tar, targets, out / split, progress=progress)
-    extracted = SPLITS[split](out)  # which holds number, names, sizes and labels against the record
+    extracted = open_data(out, split=split)  # which holds number, names, sizes and labels against the record
     if progress:
         verified = f"archives {'' if ARCHIVE_MD5.get(tar.name) == digest else 'not '}verified by MD5, files by size"
         counts = f"{len(source):,} images of {len(source.classes):,} classes"
@@ -88,33 +87,33 @@ def _verify(path: Path, unverified: bool, progress: bool) -> str:
     return digest
 
 
-def _claim(out: Path, source: ImageNetSplit, record: dict) -> None:
+def _claim(out: Path, split: str, source: Dataset, record: dict) -> None:
     """Make ``out`` the place of this extraction; VitdemoError when it holds anything but this or another split."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, CLASSES, *RECORDS.values())
     names = {entry.name for entry in entries(out) if not fnmatch(entry.name, DEVKITS)}  # which a diagnosis looks for
-    folders = {name for split in SPLITS for name in (split, split + PART, split + LOCK, check_folder(out, split).name)}
+    folders = {name for each in RECORDS for name in (each, each + PART, each + LOCK, check_folder(out, each).name)}
     foreign = names - {CLASSES, *folders, *RECORDS.values()}
     if foreign:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
-    records = {split: read_record(out, split) for split in SPLITS}
-    unrecorded = any(records[split] is None and names & {split, split + PART} for split in SPLITS)
-    before = records[source.split] or record  # of these archives, whatever the tar is called now
+    records = {each: read_record(out, each) for each in RECORDS}
+    unrecorded = any(records[each] is None and names & {each, each + PART} for each in RECORDS)
+    before = records[split] or record  # of these archives, whatever the tar is called now
     same = all(before.get(name) == record[name] for name in ("md5", "fingerprint"))
     if unrecorded or (names and not any(records.values())) or not same:
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
-    others = [split for split in SPLITS if split != source.split and records[split]]
+    others = [other for other in RECORDS if other != split and records[other]]
     if others and CLASSES in names and [synset.wnid for synset in read_classes(out / CLASSES)] != source.classes:
         raise VitdemoError(
             f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; give a new folder, or put the "
             "same devkit beside both tars"
         )
-    if not records[source.split]:
-        with replacing(out / RECORDS[source.split]) as file:
+    if not records[split]:
+        with replacing(out / RECORDS[split]) as file:
             json.dump(record, file, indent=2)
 
 
-def _write_classes(out: Path, source: ImageNetSplit, devkit: Path | None) -> None:
+def _write_classes(out: Path, source: Dataset, devkit: Path | None) -> None:
     if (out / CLASSES).exists() and not devkit:  # the other split's, which may know the IDs
         return
     ids = {synset.wnid: synset.id for synset in read_devkit(devkit).synsets} if devkit else {}

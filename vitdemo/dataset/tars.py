@@ -1,8 +1,11 @@
 """Reads tar archives without trusting them: where each image lies, and checksums."""
 
+import gzip
 import hashlib
 import os
+import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -10,10 +13,12 @@ from typing import BinaryIO, NamedTuple
 from tqdm.auto import tqdm
 
 from vitdemo.errors import VitdemoError, named_errors, reason_of
+from vitdemo.paths import cache_root, is_system, replacing
 
 PADDING_LIMIT = 1 << 20  # bytes of zeros at the end of a tar; tar's default is 10 KiB at the most
 IMAGE_LIMIT = 1 << 28  # bytes of an image, which is read whole; far above any of ImageNet's
 
+TARS = "tars"  # in the cache
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 ARCHIVE_MD5 = {
@@ -83,18 +88,48 @@ def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterat
         )
 
 
-def index_tar(path: Path | str, within: Member | None = None) -> list[Member]:
-    """The regular files of a plain tar, in the tar's order; folders in it are passed over.
+def plain_tar(path: Path, progress: bool = True) -> Path:
+    """A tar that can be read at any place: itself, or what a ``.tar.gz`` holds, unpacked into the cache once.
+
+    Args:
+        path: the tar.
+        progress: show a bar while it is unpacked.
+
+    Raises:
+        VitdemoError: for a damaged archive, and where the cache cannot be written.
+    """
+    with named_errors(path), open(path, "rb") as file:
+        if not file.read(2) == b"\x1f\x8b":
+            return path
+        status = os.fstat(file.fileno())
+    name = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+    plain = cache_root() / TARS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.tar"
+    if not plain.exists():
+        with named_errors(plain, "; VITDEMO_CACHE names another folder for what is unpacked"):
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(plain, "wb") as to, open(path, "rb") as file:
+                bar = dict(total=status.st_size, desc=f"unpack {path.name} into the cache", disable=not progress)
+                with tqdm.wrapattr(file, "read", **bar) as packed, gzip.open(packed) as content:
+                    try:
+                        shutil.copyfileobj(content, to, 1 << 20)
+                    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                        raise VitdemoError(f"{path}: no whole gzip file ({error}); get the archive again") from None
+    return plain
+
+
+def index_tar(path: Path | str, within: Member | None = None, *, paths: bool = False) -> list[Member]:
+    """The regular files of a plain tar, in the tar's order; folders, and what systems add, are passed over.
 
     Args:
         path: the tar.
         within: a member that is a tar itself, whose files are listed instead, with their offsets in the file
             ``path``: a tar in a tar is read where it lies.
+        paths: name the files by their paths in the tar, which has folders; else by their base names.
 
     Raises:
         VitdemoError: naming the file and the member, for a file that cannot be read, is compressed or is no tar, that
             is damaged, truncated or empty, and for what a data set never needs and an attack may use: links, devices
-            and sparse files, absolute and ``..`` paths, and two members of one base name.
+            and sparse files, absolute and ``..`` paths, and two members of one name.
     """
     path = Path(path)
     where = f"{path}: {within.name!r}" if within else str(path)
@@ -111,7 +146,10 @@ def index_tar(path: Path | str, within: Member | None = None) -> list[Member]:
                 raise VitdemoError(f"{where}: member {member.name!r} would lie outside its folder; refused")
             if member.isdir() or member.name.endswith("/"):  # a folder in the oldest format
                 continue
-            name = member.name.rpartition("/")[2]
+            steps = [step for step in member.name.split("/") if step not in ("", ".")]
+            if any(map(is_system, steps)):
+                continue
+            name = "/".join(steps) if paths else member.name.rpartition("/")[2]
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or name in ("", "."):
                 raise VitdemoError(f"{where}: member {member.name!r} is not a plain file; refused")
             if name in members:

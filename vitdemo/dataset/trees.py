@@ -1,9 +1,7 @@
-"""Trees ``<split>/<wnid>/<file>``: finding one, indexing it, naming its classes; and what ``extract`` wrote beside."""
+"""Where a split's folder or tar lies, what wnids are called, and what ``extract`` wrote beside a folder."""
 
 import csv
-import itertools
 import json
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +12,12 @@ from vitdemo.paths import PART
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 
-FOLDERS = {"val": ("val", "validation"), "train": ("train",)}  # the first is ours and torchvision's
+# Of a split's folders the first that is there is read; the first of all is ours and torchvision's.
+FOLDERS = {"val": ("val", "validation", "test"), "train": ("train",)}
+KAGGLE = "ILSVRC/Data/CLS-LOC"  # where ImageNet from Kaggle has its folders
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}
 CLASSES, CLASSES_COLUMNS = "classes.csv", ["label", "wnid", "ilsvrc_id", "name"]
 AGAIN = "run the same vitdemo extract again"
-OTHERS = (".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # that torchvision's ImageFolder reads as well
 
 
 class Synset(NamedTuple):
@@ -29,19 +28,12 @@ class Synset(NamedTuple):
     words: str
 
 
-class Item(NamedTuple):
-    """Where an image lies: base name, wnid, size in bytes, and offset in its tar in bytes."""
-
-    file: str
-    wnid: str
-    size: int
-    offset: int = 0
-
-
 def expected(split: str) -> str:
     """What a path to a split may be, for messages."""
-    devkit = " with its devkit beside it" if split == "val" else ""
-    return f"expected <name>_img_{split}.tar{devkit}, or {split}/ with one folder per class, named n01440764 …"
+    return (
+        f"expected {split}/ with one folder per class, images with a table of their labels, parquet files, or "
+        f"<name>_img_{split}.tar{' with its devkit beside it' if split == 'val' else ''}"
+    )
 
 
 def split_tar(path: Path, split: str = "val") -> Path:
@@ -66,88 +58,38 @@ def split_tar(path: Path, split: str = "val") -> Path:
 
 
 def find_tree(path: Path, split: str) -> Path | None:
-    """The folder with one folder per class in or at ``path``; None when ``path`` is a folder of archives."""
-    for folder in FOLDERS[split]:
+    """The folder of the split's images in or at ``path``; None when ``path`` is a folder of archives."""
+    if path.name.endswith(PART) or (path / (split + PART)).exists():
+        raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
+    for folder in (*FOLDERS[split], f"{KAGGLE}/{split}"):
         if (path / folder).is_dir():
             return path / folder
-    if path.name.endswith(PART) or (path / (split + PART)).exists() or (path / RECORDS[split]).exists():
+    if (path / RECORDS[split]).exists():
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     return None if any(entry.name.endswith(f"_img_{split}.tar") for entry in path.iterdir()) else path
 
 
-def index_tree(folder: Path, split: str) -> tuple[dict[str, str], list[Item]]:
-    """The classes of a tree, wnid -> name, lexicographic, and its JPEGs in ascending file name.
+def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
+    """Names of the classes by wnid, lexicographic: those of ``classes.csv`` beside ``folder``, else of what is known.
 
-    Raises VitdemoError for what is no tree, and for files that results could not tell apart.
+    Raises VitdemoError for a ``classes.csv`` without one of the wnids.
     """
-    wnids, items = [], []
-    for entry in os.scandir(folder):
-        if _is_jpeg(entry.name):
-            raise VitdemoError(
-                f"{folder}: JPEGs lie flat in it ({entry.name}); read like this all would be one class. They belong "
-                "in one folder per class: vitdemo extract sorts the original archives"
-            )
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
-        if not WNID.fullmatch(entry.name):
-            raise VitdemoError(
-                f"{folder}: no data set: {entry.name!r} is no wnid, and numbers or words do not say a class's index "
-                f"(as text, 10 comes before 2); {expected(split)}"
-            )
-        wnids.append(entry.name)
-        for file in os.scandir(entry):
-            if file.name.lower().endswith(OTHERS):  # torchvision and timm would count it
-                raise VitdemoError(f"{folder}: {entry.name}/{file.name} is no JPEG, only those are read; take it out")
-            if not _is_jpeg(file.name):
-                continue
-            if not file.name.isprintable():  # as a surrogate is not either, where the name is not UTF-8
-                raise VitdemoError(f"{folder}: the file name {file.name!r} cannot be written to a table; rename it")
-            items.append(Item(file.name, entry.name, file.stat().st_size))
-    if not items:
-        raise VitdemoError(f"{folder}: no data set, it holds no JPEGs by class; {expected(split)}")
-    items.sort()
-    for first, second in itertools.pairwise(items):
-        if first.file == second.file:
-            raise VitdemoError(
-                f"{folder}: {first.file} is in {first.wnid}/ and in {second.wnid}/; results go by file name: "
-                "give each file its own"
-            )
-    return _tree_classes(folder, sorted(wnids)), items
-
-
-def _is_jpeg(name: str) -> bool:
-    return name.lower().endswith((".jpeg", ".jpg")) and not name.startswith(".")
-
-
-def _tree_classes(folder: Path, wnids: list[str]) -> dict[str, str]:
-    """The classes in ``classes.csv`` beside the tree; without it those that ``known_classes`` knows."""
     path = folder.parent / CLASSES
     if not path.exists():
-        return known_classes(wnids, folder, f"move it away, or put a {CLASSES} beside the folder")
+        return known_classes(wnids)
     names = {synset.wnid: synset.words for synset in read_classes(path)}
-    for wnid in wnids:
-        if wnid not in names:
-            raise VitdemoError(f"{path}: lacks {wnid}, which has a folder in {folder}; extract to a new folder")
+    if lacking := sorted(set(wnids) - set(names)):
+        raise VitdemoError(f"{path}: lacks {lacking[0]}, which has images in {folder}; extract to a new folder")
     return names
 
 
-def known_classes(wnids: list[str], place: Path, cure: str) -> dict[str, str]:
-    """Names of all classes by wnid, lexicographic, where only some wnids are known.
-
-    ImageNet's 1,000 if the wnids are among them, as a subset keeps its indices; else the wnids are the classes.
-    Raises VitdemoError with ``place`` and ``cure`` when only some of them are ImageNet's.
-    """
+def known_classes(wnids: list[str]) -> dict[str, str]:
+    """Names of the classes by wnid: of ImageNet's 1,000 if all wnids are among them, else the wnids there are."""
     from timm.data import ImageNetInfo  # seconds to import, and few sets need it
 
     info = ImageNetInfo("imagenet-1k")
     names = {wnid: info.label_name_to_description(wnid) for wnid in info.label_names()}
-    unknown = [wnid for wnid in wnids if wnid not in names]
-    if 0 < len(unknown) < len(wnids):
-        raise VitdemoError(
-            f"{place}: {unknown[0]} is not among ImageNet's 1,000 classes and others are, so their indices are "
-            f"uncertain; {cure}"
-        )
-    return {wnid: wnid for wnid in wnids} if unknown else names
+    return names if set(wnids) <= set(names) else {wnid: names.get(wnid, wnid) for wnid in sorted(wnids)}
 
 
 def read_classes(path: Path) -> list[Synset]:

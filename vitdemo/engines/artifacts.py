@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device

@@ -1,19 +1,17 @@
 """Chooses the images on which ``onnx`` and ``openvino`` find the ranges of int8, by their runtimes' own tools."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vitdemo.bundled import CALIBRATIONS
+from vitdemo.dataset.dataset import Dataset, open_data, open_images
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
-from vitdemo.dataset.imagenet import ImageNetTrain, ImageNetVal, Sample, UnreadableFile
-from vitdemo.dataset.tars import IMAGE_LIMIT, index_tar
-from vitdemo.dataset.trees import FOLDERS, find_tree
-from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.dataset.samples import Sample, UnreadableFile
+from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
 from vitdemo.paths import data_path, user_path
 from vitdemo.stats import spread
@@ -48,7 +46,7 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
 
     Args:
         model: whose crop they get.
-        given: a data set, its path (a val set's, or a train set's with no val set beside it), a plain tar of JPEGs, or
+        given: a data set, its path, or that of any images without labels, see ``open_data`` and ``open_images``; or
             pixels, uint8[N, 3, H, W]. None takes the bundled ones for vit_shapes20, random pixels for random weights.
 
     Raises:
@@ -73,45 +71,31 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
             )
         return Calibration(given.cpu().contiguous(), "pixels given by the caller")
     if isinstance(given, (str, Path)):
-        return _from_files(_jpegs_at(user_path(given)), str(given), info.preprocessing)
-    return _from_files(_spread(given), str(getattr(given, "path", "a data set")), info.preprocessing)
+        given = _images_at(user_path(given))
+    return _from_files(given, str(getattr(given, "path", "a data set")), info.preprocessing)
 
 
-def _from_files(jpegs: Iterator[bytes], source: str, preprocessing: Preprocessing) -> Calibration:
-    crops, files = [], []
-    for jpeg in jpegs:
+def _images_at(path: Path) -> Dataset:
+    """A data set of either split, or images without labels, which are not needed."""
+    try:
+        split = "train" if path.name.endswith("_img_train.tar") else "val"
+        return open_data(path, split=split)
+    except VitdemoError as no_labels:
         try:
-            crops.append(reference_crop(jpeg, preprocessing))
-        except UnreadableImage:
+            return open_images([path])
+        except VitdemoError:
+            raise no_labels from None
+
+
+def _from_files(data: Sequence[Sample], source: str, preprocessing: Preprocessing) -> Calibration:
+    crops, files = [], []
+    for i in spread(len(data), IMAGES):
+        try:
+            image = data[i].image
+            crops.append(reference_crop(image, preprocessing))
+        except (UnreadableFile, UnreadableImage):
             continue  # one less to calibrate on; extract and check-images are there to say which
-        files.append((len(jpeg), hashlib.sha256(jpeg).hexdigest()))
+        files.append((len(image), hashlib.sha256(image).hexdigest()))
     if not crops:
         raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")
     return Calibration(torch.stack(crops), source, tuple(files))
-
-
-def _jpegs_at(path: Path) -> Iterator[bytes]:
-    """The images of a data set, or of a plain tar of JPEGs that has no labels and needs none."""
-    if path.is_file() and not path.name.endswith(("_img_val.tar", "_img_train.tar")):
-        yield from _jpegs_in(path)
-    else:
-        with named_errors(path):
-            found = [] if path.is_file() else [split for split in FOLDERS if find_tree(path, split) != path]
-            split = ImageNetTrain if path.name.endswith("_img_train.tar") or found == ["train"] else ImageNetVal
-        yield from _spread(split(path))
-
-
-def _jpegs_in(tar: Path) -> Iterator[bytes]:
-    members = sorted(member for member in index_tar(tar) if member.name.lower().endswith((".jpeg", ".jpg")))
-    with named_errors(tar), open(tar, "rb") as file:
-        for i in spread(len(members), IMAGES):
-            if members[i].size > IMAGE_LIMIT:
-                raise VitdemoError(f"{tar}: {members[i].name!r} is larger than {IMAGE_LIMIT >> 20} MiB; take it out")
-            file.seek(members[i].offset)
-            yield file.read(members[i].size)
-
-
-def _spread(data: Sequence[Sample]) -> Iterator[bytes]:
-    for i in spread(len(data), IMAGES):
-        with suppress(UnreadableFile):  # one less to calibrate on
-            yield data[i].jpeg

@@ -15,16 +15,18 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.batches import prefetched_batches
-from vitdemo.dataset.decoding import Preprocessing
+from vitdemo.dataset.dataset import Dataset
+from vitdemo.dataset.decoding import Preprocessing, is_rotated, upright
 from vitdemo.dataset.devkit import devkit_of, read_devkit
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.samples import Sample, UnreadableFile
 from vitdemo.dataset.trees import CLASSES, Synset, read_classes
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.evaluation.published import Published, comparable_published
 from vitdemo.machine import now
-from vitdemo.models.model import Model, check_classes
+from vitdemo.models.classes import match_classes
+from vitdemo.models.model import Model
 from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
 # Class orders that are mistaken for the order of the wnids, and the devkit that tells them apart.
@@ -42,7 +44,7 @@ class Numbering(NamedTuple):
     missing: str = ""
 
 
-def read_numbering(data: ImageNetVal) -> Numbering:
+def read_numbering(data: Dataset) -> Numbering:
     """From the devkit beside a tar or beside ``val/``; the IDs alone also from ``classes.csv`` beside ``val/``."""
     path = Path(data.path)
     try:
@@ -64,7 +66,7 @@ def _ids(synsets: list[Synset], classes: Sequence[str]) -> np.ndarray | None:
     return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
 
 
-def other_orders(data: ImageNetVal, numbering: Numbering) -> dict[str, np.ndarray | None]:
+def other_orders(data: Dataset, numbering: Numbering) -> dict[str, np.ndarray | None]:
     """The orders of the classes that get mistaken for the lexicographic one of the wnids.
 
     Name of the order -> int[classes], the rank of each label in it, or None where it cannot be known.
@@ -86,7 +88,7 @@ NORMALISATIONS = {
     "with CLIP's mean/std": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
 }
 OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
-AS_IT_IS = "as it is"
+AS_IT_IS, UPRIGHT = "as it is", "with images turned as their EXIF says"
 SIGNIFICANCE = 0.05
 EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
 
@@ -127,8 +129,8 @@ class Hypothesis:
 class Variant:
     """An engine and the crops it is given, which is ``crop`` in all but mean and std; those lie in the engine.
 
-    answers: int[images], the index of the largest logit, -1 for an unreadable image. took_s: with the decoding, where
-    no run before it had decoded the same crops.
+    upright: whether the images are turned as their EXIF says. answers: int[images], the index of the largest logit, -1
+    for an unreadable image. took_s: with the decoding, where no run before it had decoded the same crops.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Variant:
     engine: Engine
     crop: Preprocessing
     swap_channels: bool = False
+    upright: bool = False
     answers: list[int] = field(default_factory=list)
     took_s: float = 0.0
 
@@ -167,12 +170,30 @@ def planned_variants(engine: Engine, model: Model) -> list[Variant]:
     ]
 
 
+class Upright:
+    """Samples turned as their EXIF says."""
+
+    def __init__(self, samples: Subset):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Sample:
+        sample = self.samples[i]
+        try:
+            return sample._replace(image=upright(sample.image))
+        except Exception:  # what cannot be decoded gets its error from the decoder
+            return sample
+
+
 def answer(runs: list[Variant], sample: Subset, device_batch_size: int, progress: bool) -> None:
     """Fill in the runs' answers. Crops that runs share are decoded once."""
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
-        for crop in dict.fromkeys(run.crop for run in runs):
-            sharing, start = [run for run in runs if run.crop == crop], now()
-            batches = prefetched_batches(sample, range(len(sample)), crop, device_batch_size)
+        for crop, turned in dict.fromkeys((run.crop, run.upright) for run in runs):
+            sharing, start = [run for run in runs if (run.crop, run.upright) == (crop, turned)], now()
+            source = Upright(sample) if turned else sample
+            batches = prefetched_batches(source, range(len(sample)), crop, device_batch_size)
             with closing(batches):
                 for batch in batches:
                     readable = np.array([not error for error in batch.errors])
@@ -196,9 +217,7 @@ def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hy
     return [Hypothesis(run.name, run.cure, correct, before, run.took_s) for (run, correct), before in pairs]
 
 
-def order_hypotheses(
-    answers: np.ndarray, labels: np.ndarray, data: ImageNetVal, numbering: Numbering
-) -> list[Hypothesis]:
+def order_hypotheses(answers: np.ndarray, labels: np.ndarray, data: Dataset, numbering: Numbering) -> list[Hypothesis]:
     """The outputs, or the labels, stand in another order than that of the wnids; told by counting anew."""
     hypotheses = []
     for name, ranks in other_orders(data, numbering).items():
@@ -232,7 +251,7 @@ def devkit_hypothesis(
 def diagnose(
     engine: Engine,
     model: Model,
-    data: ImageNetVal,
+    data: Dataset,
     *,
     images: int = 256,
     device_batch_size: int = 8,
@@ -261,8 +280,14 @@ def diagnose(
         EngineFailure: when the engine breaks.
     """
     _check_input(engine, model, data, images, device_batch_size)
+    data = match_classes(model.info, data)
     start, runs, indices = now(), planned_variants(engine, model), spread(len(data), images)
-    answer(runs, Subset(data, indices), device_batch_size, progress)
+    sample = Subset(data, indices)
+    rotated = sum(_is_rotated(sample, i) for i in range(len(sample)))
+    if rotated:
+        cure = f"turn the files for good, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
+        runs.append(Variant(UPRIGHT, cure, runs[1].engine, runs[1].crop, upright=True))
+    answer(runs, sample, device_batch_size, progress)
     labels, files = np.array([data.labels[i] for i in indices]), [data.files[i] for i in indices]
     answers, numbering = np.array(runs[0].answers), read_numbering(data)
     hypotheses = [
@@ -270,20 +295,28 @@ def diagnose(
         devkit_hypothesis(answers, labels, files, numbering),
         *preprocessing_hypotheses(runs, labels),
     ]
-    wnids = [data.classes[label] for label in data.labels]
-    published, _ = comparable_published(model.info.tag, data.files, wnids)
+    if not rotated:
+        hypotheses.append(Hypothesis(UPRIGHT, "", not_tested="no image carries an EXIF orientation"))
+    ids = [data.classes[label] for label in data.labels]
+    published, _ = comparable_published(model.info.tag, data.files, ids)
     as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
     return Diagnosis(as_it_is, hypotheses, published, int((answers < 0).sum()), now() - start)
 
 
-def _check_input(engine: Engine, model: Model, data: ImageNetVal, images: int, device_batch_size: int) -> None:
+def _check_input(engine: Engine, model: Model, data: Dataset, images: int, device_batch_size: int) -> None:
     at_least_1(images=images, device_batch_size=device_batch_size)
     if engine.info != model.info:
         raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
     if model.info.weights == "random" or engine.name == "null":
         what = "random weights" if model.info.weights == "random" else "the null engine"
         raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
-    check_classes(model.info, data)
+
+
+def _is_rotated(samples: Subset, i: int) -> bool:
+    try:
+        return is_rotated(samples[i].image)
+    except UnreadableFile:
+        return False
 
 
 @dataclass

@@ -10,8 +10,9 @@ from time import process_time, time
 import pandas as pd
 from tqdm.auto import tqdm
 
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import INPUT_PATHS
-from vitdemo.dataset.imagenet import ImageNetVal, UnreadableFile
+from vitdemo.dataset.samples import UnreadableFile
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.metrics import Session, describe_threads, set_faults, summarise
@@ -29,8 +30,8 @@ from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
 from vitdemo.inference.streams import has_choice, quicker_on_images
 from vitdemo.machine import cores, machine_record, now
+from vitdemo.models.classes import match_classes
 from vitdemo.models.loading import full_tag
-from vitdemo.models.model import check_classes
 from vitdemo.paths import user_path
 from vitdemo.stats import percentiles_ms
 
@@ -41,12 +42,14 @@ class Evaluation:
 
     rows: one row per image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder.
     times: one row per batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
+    data: the images with the model's outputs as labels.
     """
 
     rows: pd.DataFrame
     metrics: dict
     out: Path | None
     times: pd.DataFrame
+    data: Dataset
 
     def __str__(self) -> str:
         m = self.metrics
@@ -54,7 +57,14 @@ class Evaluation:
         return (
             f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {describe_threads(m)}, "
             f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
+            f"{self._turned()}"
         )
+
+    def _turned(self) -> str:
+        if not (rotated := self.metrics.get("rotated")):
+            return ""
+        many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
+        return f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
 
     def _shared(self) -> str:
         if not (shared := self.metrics["replicas"]):
@@ -71,13 +81,22 @@ class Evaluation:
         unread = f", {m['errors']} unreadable counted as wrong" if m["errors"] else ""
         scored = f", {m['calibrated_on_scored']} of them seen in calibration" if m["calibrated_on_scored"] else ""
         counts = f"{m['correct']}/{m['images']}{unread}{scored}; 95 % interval {low:.1%} to {high:.1%}"
-        return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
+        outputs, present = len(self.data.classes), m["classes_present"]
+        if present == outputs:
+            return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
+        low, high = m["top1_present_ci95"]
+        among = f"{m['correct_present']}/{m['images']}; {low:.1%} to {high:.1%}"
+        return (
+            f"top-1 {m['top1']:.1%} among all {outputs} outputs ({counts}), top-5 {m['top5']:.1%}; top-1 "
+            f"{m['top1_present']:.1%} among the {present} classes that are present ({among})"
+        )
 
 
 def evaluate(
     engine: Engine,
-    data: ImageNetVal,
+    data: Dataset,
     *,
+    class_map: Path | str | None = None,
     device_batch_size: int = 8,
     replicas: int | Replicas | None = None,
     schedule: str = "async",
@@ -96,8 +115,9 @@ def evaluate(
     ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine.
 
     Args:
-        engine: what ``convert`` made, of a model whose classes are those of ``data``.
-        data: the labelled images.
+        engine: what ``convert`` made.
+        data: the labelled images, of classes that the model has too; see ``match_classes``.
+        class_map: which output is which class, where names do not say it; see there.
         device_batch_size: images that the device gets at once.
         replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or
             ``Replicas`` that were started before, of this engine and data.
@@ -114,7 +134,8 @@ def evaluate(
         VitdemoError: for bad input.
         EngineFailure: when the engine breaks, after writing ``"valid": false``.
     """
-    _check_input(engine, data, device_batch_size, input_path, limit)
+    _check_input(device_batch_size, input_path, limit)
+    data = match_classes(engine.info, data, class_map)
     _check_replicas(engine, data, replicas, schedule, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
     device_batch_size = min(device_batch_size, images)  # what the device gets, and what the metrics say
@@ -123,7 +144,7 @@ def evaluate(
     with named_errors(out or data.path):
         rows, finished, before = open_run_folder(out, settings, data, resume) if out else ([None] * images, None, {})
     if finished:
-        return Evaluation(rows_frame(rows), finished, out, Session(0, 0, 0).table())
+        return Evaluation(rows_frame(rows), finished, out, Session(0, 0, 0).table(), data)
     todo = [batch for batch in batches_of(range(images), device_batch_size) if not rows[batch.start]]
     options = dict(device_batch_size=device_batch_size, input_path=input_path)
     with ExitStack() as stack:
@@ -163,11 +184,11 @@ def evaluate(
     metrics = summarise(table, settings, form, session)
     metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
     finish_run(out, rows, metrics)
-    return Evaluation(table, metrics, out, session.table())
+    return Evaluation(table, metrics, out, session.table(), data)
 
 
 def _form(
-    engine: Engine, data: ImageNetVal, images: int, replicas: Replicas | None, kept: int | None, **options
+    engine: Engine, data: Dataset, images: int, replicas: Replicas | None, kept: int | None, **options
 ) -> tuple[Engine, int, dict[int, float]]:
     """In which form ``images`` images are run: here, and as run.json says it; and by which rates that was chosen.
 
@@ -183,7 +204,7 @@ def _form(
 
 
 def _here(
-    engine: Engine, data: ImageNetVal, todo: Sequence[range], session: Session, **options
+    engine: Engine, data: Dataset, todo: Sequence[range], session: Session, **options
 ) -> Iterator[tuple[int, list[Row]]]:
     """The first image's number and the rows of each batch, from this process."""
     cpu = process_time()
@@ -211,21 +232,21 @@ def _on_replicas(
     session.replicas = replicas.summary(schedule, time() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
 
 
-def _check_input(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, limit: int | None) -> None:
+def _check_input(device_batch_size: int, input_path: str, limit: int | None) -> None:
     if input_path not in INPUT_PATHS:
         raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
     at_least_1(device_batch_size=device_batch_size, limit=limit)
-    check_classes(engine.info, data)
 
 
 def _check_replicas(
-    engine: Engine, data: ImageNetVal, replicas: int | Replicas | None, schedule: str, ray_address: str | None
+    engine: Engine, data: Dataset, replicas: int | Replicas | None, schedule: str, ray_address: str | None
 ) -> None:
     """Before anything is written or started."""
     if schedule not in SCHEDULES:
         raise VitdemoError(f"schedule {schedule!r}: is not one of {', '.join(SCHEDULES)}")
     if isinstance(replicas, Replicas):
-        if replicas.engine is not engine or replicas.data.fingerprint != data.fingerprint:
+        same = replicas.data.fingerprint == data.fingerprint and replicas.data.labels == data.labels
+        if replicas.engine is not engine or not same:
             raise VitdemoError("replicas: were started for another engine or other data")
     elif replicas is not None:
         at_least_1(replicas=replicas)
@@ -234,10 +255,10 @@ def _check_replicas(
         raise VitdemoError("schedule and ray_address are for replicas; say how many, or leave them out")
 
 
-def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_path: str, images: int) -> dict:
+def _settings(engine: Engine, data: Dataset, device_batch_size: int, input_path: str, images: int) -> dict:
     """All that shapes the predictions: a run may be resumed only under the very same."""
     return {
-        "model": asdict(engine.info) | {"classes": len(engine.info.classes)},
+        "model": asdict(engine.info) | {"classes": engine.info.outputs, "class_names": None},
         "engine": engine.name,
         "precision": engine.precision,
         "device": engine.device,
@@ -246,12 +267,15 @@ def _settings(engine: Engine, data: ImageNetVal, device_batch_size: int, input_p
         "images": images,
         "artifact": engine.card.get("key"),
         "data_fingerprint": data.fingerprint,
+        "classes_decided": data.decided,
+        "classes_present": len(data.present or data.classes),
+        "labels_sha256": hashlib.sha256(str(data.labels).encode()).hexdigest(),
         "versions": machine_record()["versions"],
         "input_path": input_path,
     }
 
 
-def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int | None:
+def calibrated_on_scored(engine: Engine, data: Dataset, images: int) -> int | None:
     """How many of the scored images the engine was calibrated on, told by their bytes.
 
     Args:
@@ -266,7 +290,8 @@ def calibrated_on_scored(engine: Engine, data: ImageNetVal, images: int) -> int 
     if not files:
         return None
     sizes, found = {size for size, _ in files}, 0  # only files of such a size need be read
-    for i in (i for i, size in enumerate(data.sizes[:images]) if size in sizes):
+    for i in (i for i, size in enumerate(data.sizes[:images]) if size in sizes or size < 0):
         with suppress(UnreadableFile):  # then it was not calibrated on either, as far as anybody can tell
-            found += (data.sizes[i], hashlib.sha256(data[i].jpeg).hexdigest()) in files
+            image = data[i].image
+            found += (len(image), hashlib.sha256(image).hexdigest()) in files
     return found

@@ -72,6 +72,10 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
       an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
       Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
       answers mean nothing.
+    - ``correct_present``, ``top1_present``: the same where the answer is the largest logit among the
+      ``classes_present`` outputs whose classes the data set has images of, the convention of ImageNet-A and -R.
+      Equal to ``top1`` where all classes are there. ``classes_decided``: how outputs and classes were matched.
+    - ``rotated``: images of this session whose EXIF orientation is not upright; it is ignored, as timm does.
     - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
       row written, the first batch included. ``images_per_s = session_images / wall_s``: end to end.
     - ``threads``: CPU threads of a call; ``streams``: calls side by side in a process. ``images_per_s_by_streams``: by
@@ -100,7 +104,7 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
     it was not calibrated or nobody knows the files.
     """
     images, times = len(rows), session.table()
-    counts = {"top1": int(rows["correct"].sum())}
+    counts = {"top1": int(rows["correct"].sum()), "top1_present": int(rows["correct_present"].sum())}
     counts["top5"] = int(rows[PREDICTED].eq(rows["label"], axis=0).any(axis=1).sum())
     accuracy = {}
     for name, count in counts.items():
@@ -127,6 +131,9 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "images": images,
         "correct": counts["top1"],
         "correct_top5": counts["top5"],
+        "correct_present": counts["top1_present"],
+        "classes_present": settings["classes_present"],
+        "classes_decided": settings["classes_decided"],
         "errors": int(rows["error"].ne("").sum()),
         **accuracy,
         "session_images": session_images,
@@ -140,6 +147,7 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
         "decode_share": decode_cpu_s / core_s,
         "compute_share": (session.cpu_s - decode_cpu_s) / core_s,
         "fallbacks": int(times["fallbacks"].sum()),
+        "rotated": int(times["rotated"].sum()),
         "first_batch_ms": first_s and round(first_s * 1e3, 3),
         "first_batch_share": first_s and paid_once([first_s, *others_s]),
         "latency_ms": percentiles_ms(others_s),

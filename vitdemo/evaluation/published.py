@@ -130,7 +130,7 @@ def compare_published(evaluation: Evaluation) -> Comparison:
         evaluation: what ``evaluate`` gave.
     """
     m, rows = evaluation.metrics, evaluation.rows
-    published, reason = comparable_published(m["model"], rows["file"].tolist(), rows["wnid"].tolist())
+    published, reason = comparable_published(m["model"], rows["file"].tolist(), rows["class_id"].tolist())
     if published is None:
         return Comparison("not published", f"published top-1: {reason}")
     own = "" if m["weights"] == "pretrained" else f"; of the published weights, these are from {m['weights']}"

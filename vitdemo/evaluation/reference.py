@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.engines.artifacts import convert
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.roof import ROOF_BATCH, Roof, linear_shapes, machine_roof
@@ -31,7 +31,7 @@ GIB = 2**30
 def evaluate_beside_reference(
     engine: Engine,
     model: Model,
-    data: ImageNetVal,
+    data: Dataset,
     *,
     repeat: int = 1,
     skip_validation: bool = False,

@@ -63,8 +63,10 @@ class Replica:
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), node, socket.gethostname(), self._cores, installed())
 
-    def prepare(self, ticket, recipe: list, data: str, fingerprint: str) -> tuple[int, dict[str, float]]:
-        """Get the engine of ``ticket`` ready, open the data set at ``data``; the engine's threads and what it runs in.
+    def prepare(self, ticket, recipe: list, address: tuple) -> tuple[int, dict[str, float]]:
+        """Get the engine of ``ticket`` ready, open the data set of ``address``.
+
+        Gives the engine's threads and what it runs in.
 
         recipe: a list of one Ray reference to what the engine can be built from; it is fetched only where this
         machine's cache has no artifact of the ticket. Raises VitdemoError, naming this machine.
@@ -72,13 +74,11 @@ class Replica:
         import ray
         import torch
 
-        from vitdemo.dataset.imagenet import ImageNetVal
+        from vitdemo.dataset.dataset import open_again
 
         torch.set_num_threads(len(self._cores))
         try:
-            self._data = ImageNetVal(data)
-            if self._data.fingerprint != fingerprint:
-                raise VitdemoError(f"{data}: holds other images than on the machine that asks; copy it again")
+            self._data = open_again(address)
             self._engine = ticket.open(lambda: ray.get(recipe[0]), len(self._cores))
         except VitdemoError as error:
             raise VitdemoError(f"replica on {socket.gethostname()}: {error}") from None

@@ -12,7 +12,7 @@ import torch
 from scipy.special import softmax
 
 from vitdemo.dataset.batches import Batch, prefetched_batches
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, reason_of
 from vitdemo.machine import Phases
@@ -45,7 +45,7 @@ TOP = 5
 PREDICTED = [f"predicted_{k}" for k in range(1, TOP + 1)]
 PROBABILITY = [f"probability_{k}" for k in range(1, TOP + 1)]
 GUESSES = dict.fromkeys(PREDICTED, int) | dict.fromkeys(PROBABILITY, float)  # None where there is none
-COLUMNS = {"file": str, "label": int, "wnid": str, **GUESSES, "correct": int, "error": str}
+COLUMNS = {"file": str, "label": int, "class_id": str, **GUESSES, "correct": int, "correct_present": int, "error": str}
 Row = namedtuple("Row", COLUMNS)  # of one image; probabilities have the six digits that predictions.csv has
 
 
@@ -55,7 +55,7 @@ class BatchTimes(NamedTuple):
     decode_began, decode_ended: its first image's first byte and its last one's last pixel; others are decoded between.
     submitted, finished: when the engine was given it and had its logits; others may be before it in the queue.
     decode_cpu_s: CPU seconds of its decoding. fallbacks: images that the fast path left to the reference path.
-    replica: which one did it, 0 where there is none.
+    rotated: images whose EXIF orientation is not upright. replica: which one did it, 0 where there is none.
     """
 
     images: int
@@ -65,6 +65,7 @@ class BatchTimes(NamedTuple):
     finished: float
     decode_cpu_s: float
     fallbacks: int
+    rotated: int = 0
     replica: int = 0
 
 
@@ -85,7 +86,8 @@ class InFlight:
         batch = self.batch
         decoding = batch.began, batch.ended
         finished = self.finished or time.time()
-        return BatchTimes(len(batch.files), *decoding, self.submitted, finished, batch.decode_cpu_s, batch.fallbacks)
+        counts = batch.fallbacks, batch.rotated
+        return BatchTimes(len(batch.files), *decoding, self.submitted, finished, batch.decode_cpu_s, *counts)
 
 
 def predict(
@@ -114,6 +116,7 @@ def predict(
         EngineFailure: when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
+    present = getattr(data, "present", None)
     batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, input_path=input_path)
 
     def finish() -> tuple[Batch, torch.Tensor]:
@@ -135,7 +138,7 @@ def predict(
                 in_flight.append(InFlight(batch, engine.submit(batch.pixels), submitted))
             if done:
                 with phases("postprocess"):
-                    rows = _rows(*done)
+                    rows = _rows(*done, present)
                 yield rows
             elif batch is None:
                 return
@@ -157,16 +160,21 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
     return logits
 
 
-def _rows(batch: Batch, logits: torch.Tensor) -> list[Row]:
-    """Equal logits rank by class index, so that a tie is broken the same way everywhere."""
+def _rows(batch: Batch, logits: torch.Tensor, present: list[int] | None) -> list[Row]:
+    """Equal logits rank by class index, so that a tie is broken the same way everywhere.
+
+    present: the outputs that ``correct_present`` chooses among; None for all.
+    """
     classes = ranking(logits)  # and not of the probabilities: small ones tie at 0
     # Not by torch, which starts a team of threads for however little: they would take cores from the engine.
     probabilities = np.take_along_axis(softmax(logits.numpy(), axis=1), classes.numpy(), axis=1)
     rows = []
-    samples = zip(batch.files, batch.labels, batch.wnids, batch.errors, strict=True)
-    for k, (file, label, wnid, error) in enumerate(samples):
+    samples = zip(batch.files, batch.labels, batch.class_ids, batch.errors, strict=True)
+    among = classes[:, 0] if present is None else torch.tensor(present)[ranking(logits[:, present])[:, 0]]
+    for k, (file, label, class_id, error) in enumerate(samples):
         top = [] if error else classes[k, :TOP].tolist()
         odds = [round(p, 6) for p in probabilities[k, : len(top)].tolist()]
         none = [None] * (TOP - len(top))
-        rows.append(Row(file, label, wnid, *top, *none, *odds, *none, int(label in top[:1]), error))
+        correct = int(label in top[:1]), int(not error and label == among[k])
+        rows.append(Row(file, label, class_id, *top, *none, *odds, *none, *correct, error))
     return rows

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import pandas as pd
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.inference.loop import COLUMNS, PREDICTED, PROBABILITY, Row, batches_of
 from vitdemo.machine import machine_record
@@ -20,7 +20,7 @@ PREDICTIONS, METRICS, RUN = "predictions.csv", "metrics.json", "run.json"
 FLAGPERF = "flagperf.csv"
 
 
-def open_run_folder(out: Path, settings: dict, data: ImageNetVal, resume: bool) -> tuple[list, dict | None, dict]:
+def open_run_folder(out: Path, settings: dict, data: Dataset, resume: bool) -> tuple[list, dict | None, dict]:
     """Take ``out`` for a run.
 
     What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
@@ -98,7 +98,7 @@ def _finished_metrics(out: Path) -> dict | None:
     return metrics if metrics.get("valid") else None
 
 
-def _read_rows(path: Path, data: ImageNetVal, images: int) -> list[Row | None]:
+def _read_rows(path: Path, data: Dataset, images: int) -> list[Row | None]:
     """The whole rows of an interrupted run, which replicas left in any order, by image; None where there is none.
 
     Raises VitdemoError when they are not rows of these images, at most one each.
@@ -133,7 +133,7 @@ def appending(out: Path | None) -> TextIO:
 
 def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """The rows as a table; an unreadable image has no numbers."""
-    types = {"label": "int64", "correct": "int64"} | dict.fromkeys(PREDICTED, "Int64")
+    types = dict.fromkeys(["label", "correct", "correct_present"], "int64") | dict.fromkeys(PREDICTED, "Int64")
     return pd.DataFrame(rows, columns=[*COLUMNS], dtype=object).astype(types | dict.fromkeys(PROBABILITY, "float64"))
 
 

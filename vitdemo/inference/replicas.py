@@ -16,19 +16,19 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 from tqdm.auto import tqdm
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.inference.actor import Place, Replica, Shard, installed
 from vitdemo.inference.cluster import Share, connect, loss_of, place_replicas
 from vitdemo.inference.schedule import Schedule
 from vitdemo.machine import now
+from vitdemo.models.classes import match_classes
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Replicas(AbstractContextManager):
     def __init__(
         self,
         engine: Engine,
-        data: ImageNetVal,
+        data: Dataset,
         count: int,
         *,
         cores_each: int | None = None,
@@ -149,7 +149,8 @@ class Replicas(AbstractContextManager):
         at_least_1(replicas=count, cores_each=cores_each)
         if engine.recipe is None:
             raise VitdemoError(f"{engine.info.tag}: replicas build an engine anew, so take one that convert made")
-        self.engine, self.data, self._cores_each, self._deadline_s = engine, data, cores_each, deadline_s
+        self.engine, self.data = engine, match_classes(engine.info, data)
+        self._address, self._cores_each, self._deadline_s = self.data.address, cores_each, deadline_s
         print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
         begin = now()
         self._ray = connect(ray_address)
@@ -330,11 +331,14 @@ class Replicas(AbstractContextManager):
     def _start(self, slot: ReplicaState) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        share, data = slot.share, (str(Path(self.data.path).absolute()), self.data.fingerprint)
+        share = slot.share
         where = NodeAffinitySchedulingStrategy(share.node, soft=True)  # another one where that is gone
         options = dict(num_cpus=share.cpus, num_gpus=share.gpus, scheduling_strategy=where)
         slot.actor = self._ray.remote(Replica).options(**options).remote(share.number, share.count, self._cores_each)
-        calls = slot.actor.place.remote(), slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, *data)
+        calls = (
+            slot.actor.place.remote(),
+            slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, self._address),
+        )
         slot.tasks.extend(Task(call, None) for call in calls)
 
     def _place(self, slot: ReplicaState, place: Place) -> None:

@@ -7,7 +7,7 @@ decoding; calls on one thread each wait for nobody. Replicas gain by the same, w
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from vitdemo.dataset.imagenet import Sample
+from vitdemo.dataset.samples import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure
 from vitdemo.inference.loop import predict

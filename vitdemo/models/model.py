@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vitdemo.dataset.decoding import Preprocessing
-from vitdemo.dataset.imagenet import ImageNetSplit
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import free_memory_bytes
 from vitdemo.models.checkpoints import read_checkpoint
@@ -36,7 +35,7 @@ class ModelInfo:
     or the file they came from. classes: an id for each output, a wnid or a word, or None where nobody knows them.
     flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's included, at batch 1
     (counted by torch's own formulas, ``torch.utils.flop_counter``). class_names: what people call each output, where
-    that is known.
+    that is known. outputs: how many there are.
     """
 
     tag: str
@@ -46,30 +45,12 @@ class ModelInfo:
     classes: tuple[str, ...] | None
     flops_per_image: int
     class_names: tuple[str, ...] | None = None
+    outputs: int = 0
 
     def random_pixels(self, *counts: int) -> torch.Tensor:
         """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def check_classes(info: ModelInfo, data: ImageNetSplit) -> None:
-    """Refuse a data set for a model of other classes, where no accuracy could be right.
-
-    Args:
-        info: the model's.
-        data: the data set.
-
-    Raises:
-        VitdemoError: where the classes, or their order, are not the same; and for a model whose classes nobody knows.
-    """
-    if info.classes is None:
-        raise VitdemoError(f"{info.tag}: nobody said which class each output is; give Model.from_module classes=")
-    if list(info.classes) != list(data.classes):
-        raise VitdemoError(
-            f"{data.path}: its {len(data.classes)} classes are not the {len(info.classes)} of {info.tag}; take the "
-            "data set of that model"
-        )
 
 
 class Model:
@@ -114,7 +95,7 @@ class Model:
         for names in given:
             if names is not None and len(names) != outputs:
                 raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(names)} classes were given")
-        info = ModelInfo(name, weights, "", preprocessing, given[0], flops, given[1])  # Model fills in the hash
+        info = ModelInfo(name, weights, "", preprocessing, given[0], flops, given[1], outputs)  # Model adds the hash
         return cls(module, info)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, open_image, reference_crop, refusal
-from vitdemo.dataset.imagenet import ImageNetVal
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
 
@@ -34,7 +34,7 @@ def thumbnail(jpeg: bytes) -> Image.Image:
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
 
 
-def short_names(data: ImageNetVal) -> list[str]:
+def short_names(data: Dataset) -> list[str]:
     """The first synonym of each class's name, by label: what fits under a picture."""
     return [name.split(",")[0] for name in data.class_names]
 
@@ -64,7 +64,7 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
     return figure
 
 
-def plot_gallery(data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
+def plot_gallery(data: Dataset, indices: Sequence[int], columns: int = 6) -> Figure:
     """Images with their class names.
 
     Args:
@@ -73,7 +73,7 @@ def plot_gallery(data: ImageNetVal, indices: Sequence[int], columns: int = 6) ->
         columns: how many stand in a row.
     """
     names, samples = short_names(data), [data[i] for i in indices]
-    return picture_grid([thumbnail(s.jpeg) for s in samples], [names[s.label] for s in samples], columns)
+    return picture_grid([thumbnail(s.image) for s in samples], [names[s.label] for s in samples], columns)
 
 
 def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
@@ -95,7 +95,7 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
     return picture_grid([thumbnail(jpeg), *crops], [original, *captions], columns=1 + len(crops))
 
 
-def plot_class_histogram(data: ImageNetVal) -> Figure:
+def plot_class_histogram(data: Dataset) -> Figure:
     """How many images each class of ``data`` has, as bars; classes are named where there are at most 30."""
     counts = np.bincount(data.labels, minlength=len(data.classes))
     figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")

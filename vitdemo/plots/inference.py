@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from vitdemo.dataset.imagenet import ImageNetVal
 from vitdemo.evaluation.diagnosis import Diagnosis
 from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.evaluation.metrics import describe_threads
@@ -19,30 +18,28 @@ RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette,
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")
 
 
-def plot_predictions(evaluation: Evaluation, data: ImageNetVal, indices: Sequence[int], columns: int = 6) -> Figure:
+def plot_predictions(evaluation: Evaluation, indices: Sequence[int], columns: int = 6) -> Figure:
     """Images, each with its prediction, its probability and, where wrong, the true class.
 
     Args:
-        evaluation: of ``data``.
-        data: the labelled images.
+        evaluation: of the images.
         indices: which to show.
         columns: of the grid.
     """
-    names, captions, colors = short_names(data), [], []
+    names, captions, colors = short_names(evaluation.data), [], []
     for _, row in evaluation.rows.iloc[list(indices)].iterrows():
         truth = names[row["label"]]
         guess = "unreadable" if row["error"] else f"{names[row['predicted_1']]} {row['probability_1']:.0%}"
         captions.append(f"✓ {guess}" if row["correct"] else f"✗ {guess}\nis: {truth}")
         colors.append(RIGHT if row["correct"] else WRONG)
-    return picture_grid([thumbnail(data[i].jpeg) for i in indices], captions, columns, colors)
+    return picture_grid([thumbnail(evaluation.data[i].image) for i in indices], captions, columns, colors)
 
 
-def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) -> Figure:
+def plot_mistakes(evaluation: Evaluation, count: int = 10) -> Figure:
     """The wrong answers given with the highest probability.
 
     Args:
-        evaluation: of ``data``.
-        data: the labelled images.
+        evaluation: of the images.
         count: how many to show at most.
     """
     rows = evaluation.rows
@@ -51,15 +48,14 @@ def plot_mistakes(evaluation: Evaluation, data: ImageNetVal, count: int = 10) ->
         figure = plt.figure(figsize=(4, 1))
         figure.text(0.5, 0.5, f"no mistakes in {len(rows)} images", ha="center", va="center")
         return figure
-    return plot_predictions(evaluation, data, wrong.index, columns=5)
+    return plot_predictions(evaluation, wrong.index, columns=5)
 
 
-def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
+def plot_per_class(evaluation: Evaluation) -> Figure:
     """Top-1 of every class that has images, with 95 % Wilson intervals, the worst first (at most 40).
 
     Args:
-        evaluation: of ``data``.
-        data: the labelled images.
+        evaluation: of the images.
     """
     by_class = evaluation.rows.groupby("label")["correct"].agg(["sum", "count"])
     by_class["top1"] = by_class["sum"] / by_class["count"]
@@ -67,7 +63,7 @@ def plot_per_class(evaluation: Evaluation, data: ImageNetVal) -> Figure:
     intervals = pd.DataFrame(
         [wilson_interval(int(c), int(n)) for c, n in zip(worst["sum"], worst["count"], strict=True)]
     )
-    names = short_names(data)
+    names = short_names(evaluation.data)
     figure, ax = plt.subplots(figsize=(9, 0.6 + 0.24 * len(worst)), layout="constrained")
     y = range(len(worst))
     ax.barh(y, worst["top1"] * 100, color=RIGHT, height=0.7)

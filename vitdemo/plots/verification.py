@@ -6,7 +6,7 @@ from textwrap import shorten
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
 from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 from vitdemo.verification.tolerances import RANDOM, REAL, Report
@@ -66,7 +66,7 @@ def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
     return figure
 
 
-def plot_flips(report: Report, data: ImageNetVal, count: int = 12) -> Figure:
+def plot_flips(report: Report, data: Dataset, count: int = 12) -> Figure:
     """Images whose answer flipped: the reference's answer, → the candidate's, and the true class.
 
     Blue: the candidate is right; orange: the reference is; grey: neither.
@@ -88,5 +88,5 @@ def plot_flips(report: Report, data: ImageNetVal, count: int = 12) -> Figure:
         captions.append(f"{before}\n→ {after}" + (f"\nis: {names[flip.label]}" if labelled else ""))
         right = {flip.candidate: CANDIDATE, flip.reference: REFERENCE} if labelled else {}
         colors.append(right.get(flip.label, GREY))
-    pictures = [thumbnail(data[i].jpeg) for i in report.flips["index"].head(count)]
+    pictures = [thumbnail(data[i].image) for i in report.flips["index"].head(count)]
     return picture_grid(pictures, captions, min(6, len(pictures)), colors)

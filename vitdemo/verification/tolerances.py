@@ -20,7 +20,7 @@ from math import inf
 import pandas as pd
 import torch
 
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset
 from vitdemo.engines.contract import Engine
 from vitdemo.models.model import ModelInfo
 from vitdemo.verification.comparison import LOGITS, Comparison, compare_answers, compare_logits, ranking
@@ -133,9 +133,7 @@ def _accuracy_line(images: int, reference: dict, candidate: dict, worse: int, be
     )
 
 
-def make_report(
-    engine: Engine, model: ModelInfo, data: ImageNetVal | None, comparisons: dict[str, Comparison]
-) -> Report:
+def make_report(engine: Engine, model: ModelInfo, data: Dataset | None, comparisons: dict[str, Comparison]) -> Report:
     """The tables of what was gathered, and their judgement.
 
     Args:
@@ -168,7 +166,7 @@ def make_report(
 NO_ANSWERS = pd.DataFrame(columns=["index", "file", "label", "reference", "candidate"])
 
 
-def _answers(data: ImageNetVal, indices: list[int], logits: tuple[torch.Tensor, torch.Tensor]) -> pd.DataFrame:
+def _answers(data: Dataset, indices: list[int], logits: tuple[torch.Tensor, torch.Tensor]) -> pd.DataFrame:
     reference, candidate = (ranking(side)[:, 0].tolist() for side in logits)
     known = ((i, data.files[i], data.labels[i]) for i in indices)
     rows = [(*image, a, b) for image, a, b in zip(known, reference, candidate, strict=True)]

@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from vitdemo.bundled import SHAPES20
 from vitdemo.dataset.batches import prefetched_batches
-from vitdemo.dataset.imagenet import ImageNetVal
+from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
-from vitdemo.models.model import Model, ModelInfo, check_classes
+from vitdemo.models.classes import match_classes
+from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import data_root
 from vitdemo.precisions import TORCH_TYPES
 from vitdemo.stats import spread
@@ -33,7 +34,7 @@ Layers = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what an engine's `
 def verify(
     engine: Engine,
     model: Model,
-    data: ImageNetVal | Path | str | None = None,
+    data: Dataset | Path | str | None = None,
     *,
     images: int = 256,
     progress: bool = True,
@@ -93,25 +94,23 @@ def _check_input(engine: Engine, model: Model, images: int) -> None:
             )
 
 
-def _data_for(info: ModelInfo, data: ImageNetVal | Path | str | None) -> ImageNetVal | None:
+def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | None:
     if data is None:
         return _bundled_data(info)
     if isinstance(data, (str, Path)):
-        data = ImageNetVal(data)
-    if info.classes is not None:
-        check_classes(info, data)
-    return data
+        data = open_data(data)
+    return data if info.classes is None else match_classes(info, data)
 
 
-def _bundled_data(info: ModelInfo) -> ImageNetVal | None:
+def _bundled_data(info: ModelInfo) -> Dataset | None:
     path = data_root() / SHAPES20
     if info.classes is None or not path.exists():
         return None
-    shapes20 = ImageNetVal(path)
+    shapes20 = open_data(path)
     return shapes20 if list(info.classes) == shapes20.classes else None
 
 
-def _real_batches(data: ImageNetVal, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _real_batches(data: Dataset, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
     indices = spread(len(data), images)
     read = 0

@@ -1,0 +1,324 @@
+"""A labelled data set, and ``open_data``, the one door to it from whatever people have."""
+
+import errno
+import glob
+import hashlib
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from vitdemo.dataset import trees
+from vitdemo.dataset.folders import index_by_folder, index_by_name, of_split
+from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
+from vitdemo.dataset.listing import Listing, image_suffixes, list_folder, list_tar, suffix_of
+from vitdemo.dataset.parquet import index_parquet, parquet_files
+from vitdemo.dataset.samples import Index, Item, Sample, UnreadableFile
+from vitdemo.dataset.tables import index_by_table, known_table
+from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.paths import user_path
+
+# An image that is gone since it was indexed, or a process that has no more files or memory: no row of an evaluation.
+NOT_THE_FILES_FAULT = {errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
+
+
+class Dataset:
+    """Samples in ascending file, whatever they lie in. ``open_data`` makes it.
+
+    Threads may read from one object at once; it can be pickled to a process that sees the same path.
+
+    Attributes:
+        path: the tar, the folder or the parquet files' folder.
+        source: "tar", "folder" or "parquet".
+        classes: the ids of the classes: wnids, words or numbers, as text in ascending order.
+        class_names: of each class what people call it.
+        files, sizes, labels: of each sample the path in the set; bytes, -1 where nobody knows; the index into
+            ``classes``, -1 where nobody said.
+        offsets: of each sample in the tar in bytes, or the row in parquet files; 0 in a folder.
+        decided: how it was told which output of a model each label is; "" for a data set by itself.
+    """
+
+    def __init__(self, index: Index, opened: tuple = ()):
+        self.path, self.opened, self.taken = index.path, opened, None
+        self.source = "tar" if index.tar else "parquet" if index.parquet else "folder"
+        self._file, self._parquet, self._in_folders = index.tar, index.parquet, index.in_folders
+        self.classes, self.class_names, self.decided = list(index.classes), list(index.classes.values()), ""
+        label = {class_id: position for position, class_id in enumerate(self.classes)} | {"": -1}
+        self.files, self.sizes, self.labels, self.offsets = [], [], [], []
+        for file, class_id, size, offset in index.items:
+            if size > IMAGE_LIMIT:
+                limit = f"{IMAGE_LIMIT >> 20} MiB, and no image is"
+                raise VitdemoError(f"{self.path}: {file!r} is larger than {limit}; take it out")
+            self.files.append(file)
+            self.sizes.append(size)
+            self.labels.append(label[class_id])
+            self.offsets.append(offset)
+        self._ids, self._own = self.classes, self.labels
+
+    def take(self, indices: Sequence[int]) -> "Dataset":
+        """Some of the samples, in ascending order, as a data set of their own."""
+        other = object.__new__(type(self))
+        other.__dict__ |= {name: value for name, value in self.__getstate__().items() if name != "fingerprint"}
+        for name in ("files", "sizes", "labels", "offsets", "_own"):
+            values = getattr(self, name)
+            setattr(other, name, [values[i] for i in indices])
+        other.taken = list(indices) if self.taken is None else [self.taken[i] for i in indices]
+        return other
+
+    def relabelled(
+        self, classes: Sequence[str], class_names: Sequence[str], outputs: Mapping[int, int], decided: str
+    ) -> "Dataset":
+        """The same samples with a model's classes; each ``class_id`` stays what the data set calls it.
+
+        Args:
+            classes, class_names: the model's, by output.
+            outputs: label here -> output.
+            decided: how that was told.
+        """
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__getstate__()
+        other.classes, other.class_names, other.decided = list(classes), list(class_names), decided
+        other.labels = [outputs[label] for label in self._own]
+        return other
+
+    @cached_property
+    def present(self) -> list[int] | None:
+        """The labels that there are images of, ascending; None where these are all."""
+        found = sorted(set(self.labels) - {-1})
+        return found if len(found) < len(self.classes) else None
+
+    @property
+    def ids(self) -> list[str]:
+        """What the data set itself calls its classes, ascending, those without images too."""
+        return self._ids
+
+    @property
+    def own_classes(self) -> dict[int, str]:
+        """Of each class that there are images of, by its label in the data set itself, its id there."""
+        return {label: self._ids[label] for label in sorted(set(self._own) - {-1})}
+
+    @cached_property
+    def _tar(self) -> int:
+        """The open tar; a process to which the data set was pickled opens its own."""
+        with named_errors(self.path):
+            descriptor = os.open(self._file, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tar", "present")}
+
+    def __repr__(self) -> str:
+        counts = f"{len(self):,} images, {len(self.classes):,} classes"
+        return f"{type(self).__name__}({counts}, {self.source} {self.path})"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Sample:
+        file, size, own = self.files[i], self.sizes[i], self._own[i]
+        sample = Sample(file, b"", self._ids[own] if own >= 0 else "", self.labels[i])
+        tar = self._tar if self._file else None
+        try:
+            with named_errors(self.path):  # pread: no file position that threads could share
+                if tar is not None:
+                    image = os.pread(tar, size, self.offsets[i])
+                elif self._parquet:
+                    image, size = self._parquet.image_bytes(self.offsets[i]), -1
+                else:  # ILSVRC2012's own go by their base names, see index_by_folder
+                    folder = sample.class_id if self._in_folders and "/" not in file else ""
+                    image = (self.path / folder / file).read_bytes()
+        except VitdemoError as error:
+            if getattr(error.__context__, "errno", None) in NOT_THE_FILES_FAULT:
+                raise
+            raise UnreadableFile(str(error), sample) from None
+        if size not in (-1, len(image)):
+            raise VitdemoError(f"{self.path}: {file} changed since it was indexed; open the data set again")
+        return sample._replace(image=image)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over name, size and label of every sample: equal for a tar and for what was extracted from it."""
+        digest = hashlib.sha256()
+        for row in zip(self.files, self.sizes, self._own, strict=True):
+            digest.update("{}\t{}\t{}\n".format(*row).encode("utf-8", "surrogateescape"))
+        if self._parquet:
+            digest.update(str(self._parquet.total_bytes).encode())
+        return digest.hexdigest()
+
+    @property
+    def address(self) -> tuple:
+        """What ``open_again`` needs to open it in another process, on this machine or another one."""
+        matched = self.classes, self.class_names, self.labels, self.decided
+        return self.opened, self.taken, self.fingerprint, matched
+
+
+def open_again(address: tuple) -> Dataset:
+    """The data set of an ``address``, from the same path where this process is.
+
+    Raises:
+        VitdemoError: where there is none, or one of other images.
+    """
+    (path, split, table), taken, fingerprint, matched = address
+    data = open_data(path, split=split, labels=table, progress=False)
+    data = data if taken is None or len(data) <= max(taken) else data.take(taken)
+    if data.fingerprint != fingerprint:
+        raise VitdemoError(f"{path}: holds other images than on the machine that asks; copy it again")
+    data.classes, data.class_names, data.labels, data.decided = matched
+    return data
+
+
+def open_data(
+    path: Path | str, *, split: str = "val", labels: Path | str | None = None, progress: bool = True
+) -> Dataset:
+    """A labelled data set from whatever people have. What is read of it and what is left out is said on stderr.
+
+    ``path`` is one of
+    - one folder per class, of any names, at ``path`` or in its ``val/``, ``validation/`` or ``test/`` (``train/``):
+      the first that is there; or a tar or tar.gz of this,
+    - images, in such a folder or tar, with a table of their labels: ``labels``, or ``metadata.csv``,
+      ``metadata.jsonl``, Tiny-ImageNet's ``val_annotations.txt``, Kaggle's ``LOC_val_solution.csv`` up to four folders
+      above; or with the wnid at the end of each name; or ILSVRC2012's validation images with its devkit beside,
+    - parquet files of the Hugging Face hub, or a folder with them or with ``data/*.parquet``,
+    - ILSVRC2012's own archives ``<name>_img_val.tar`` (with ``<name>_devkit*.tar.gz`` beside) and
+      ``<name>_img_train.tar``, or a folder with them, or what ``vitdemo extract`` wrote.
+
+    Args:
+        path: where the set lies.
+        split: "val" or "train".
+        labels: a table of labels, see ``index_by_table``.
+        progress: show bars, and say what is read and left out.
+
+    Raises:
+        VitdemoError: when there is no data set, or an unfinished or damaged one.
+    """
+    if split not in trees.FOLDERS:
+        raise VitdemoError(f"split: {split!r} is not one of {', '.join(trees.FOLDERS)}")
+    path = _local(path)
+    labels = None if labels is None else _local(labels)
+    with named_errors(path):
+        path.stat()
+        index, tree = _index(path, split, labels, progress)
+    data = Dataset(index, (path, split, labels))
+    record = trees.read_record(tree.parent, split) if tree and tree.name == split else None
+    if record is not None and data.fingerprint != record.get("fingerprint"):
+        counts = f"its {len(data)} images are not the {record.get('images')} that were extracted"
+        raise VitdemoError(f"{data.path}: {counts}, names, sizes or labels differ; {trees.AGAIN}")
+    notes = ([f"{tree.relative_to(path)}/ is read"] if tree and tree != path else []) + [*index.notes]
+    if progress and notes and record is None:
+        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+    return data
+
+
+ImageNetVal = open_data  # as it is called where the data are ImageNet's
+
+
+def _local(path: Path | str) -> Path:
+    if "://" in str(path):
+        raise VitdemoError(f"{path}: is an address; download what is there, and give the file or folder")
+    return user_path(path).absolute()
+
+
+def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple[Index, Path | None]:
+    """The index of what is at ``path``, and the folder that was read, None for archives."""
+    tree = None if path.is_file() else trees.find_tree(path, split)
+    if tree is None and not _is_any_tar(path):
+        if path.suffix in TABLES:
+            raise VitdemoError(f"{path}: is a table; give the folder of the images, and this as the labels (--labels)")
+        tar = None if parquet_files(path, split) else trees.split_tar(path, split)
+        if tar and labels:
+            raise VitdemoError(f"{tar}: has its labels by its form; leave out {labels}")
+        if tar:
+            return index_val_tar(tar) if split == "val" else index_train_tar(tar, progress), None
+    if files := parquet_files(path, split) or (tree and tree != path and parquet_files(tree, split)):
+        if labels:
+            raise VitdemoError(f"{path}: parquet files hold their labels; leave out {labels}")
+        return index_parquet(path, files), None
+    listing = list_folder(tree) if tree else list_tar(path, plain_tar(path, progress))
+    notes = []
+    if tree in (None, path) and not labels:
+        listing, within = of_split(listing, split)
+        notes = [f"{within} is read"] if within else []
+    index = _labelled(listing, split, labels)
+    index.notes = (*notes, *index.notes)
+    return index, tree
+
+
+def _is_any_tar(path: Path) -> bool:
+    """Whether it is a tar of images as people pack them, and none of ILSVRC2012's."""
+    own = path.name.endswith(("_img_val.tar", "_img_train.tar"))
+    return path.is_file() and path.name.endswith(TAR_SUFFIXES) and not own
+
+
+def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
+    if not listing.images:
+        unread = f"; {listing.notes()[0]}" if listing.unread else ""
+        raise VitdemoError(f"{listing.path}: no data set, it holds no image{unread}; {trees.expected(split)}")
+    if table := labels or known_table(listing, split):
+        return index_by_table(listing, table)
+    index = index_by_folder(listing) or index_by_name(listing) or index_by_devkit(listing)
+    if index is None:
+        raise VitdemoError(
+            f"{listing.path}: {next(iter(listing.images))} and the other images lie flat in it, and nothing says "
+            "their classes; give a table with a row per image, file and label (--labels FILE), or put the devkit "
+            "beside them; `vitdemo predict` needs no labels"
+        )
+    return index
+
+
+def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Dataset:
+    """Images without labels: files, folders, tars, parquet files, and patterns such as ``photos/*.jpg``.
+
+    Args:
+        paths: of them. A sample goes by its path below the folder that all share, or by that in a tar.
+        progress: show bars, and say what is left out.
+
+    Raises:
+        VitdemoError: for a path without any image.
+    """
+    found: dict[str, Item] = {}
+    for given in paths:
+        path = _local(given)
+        matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matching:
+            raise VitdemoError(f"{given}: no such file or folder; check the path")
+        for each in matching:
+            with named_errors(each):
+                index = _index_images(each, given_alone=len(paths) == len(matching) == 1, progress=progress)
+            if isinstance(index, Index):
+                return Dataset(index)
+            found |= index
+    if not found:
+        raise VitdemoError(f"{', '.join(map(str, paths))}: holds no image that can be read here; give others")
+    folder = Path(os.path.commonpath([os.path.dirname(name) for name in found]))
+    items = [found[name]._replace(file=os.path.relpath(name, folder)) for name in sorted(found)]
+    return Dataset(Index(folder, None, {}, items))
+
+
+def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | dict[str, Item]:
+    """The images at ``path``: an index where they lie in an archive, else each by its absolute path."""
+    archive = path.is_file() and path.name.endswith(TAR_SUFFIXES)
+    files = [] if archive else parquet_files(path, "val")
+    if archive or files:
+        if not given_alone:
+            raise VitdemoError(f"{path}: an archive is read alone; give no other images beside it")
+        if files:
+            return index_parquet(path, files)
+        listing = list_tar(path, plain_tar(path, progress))
+        return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
+    if path.is_file():
+        if suffix_of(path.name) not in image_suffixes():
+            raise VitdemoError(f"{path}: is no image of a format that is read here; convert it to JPEG or PNG")
+        return {str(path): Item("", "", path.stat().st_size)}
+    listing = list_folder(path)
+    if progress and (notes := listing.notes()):
+        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+    return {f"{path}/{name}": Item("", "", size) for name, (size, _) in listing.images.items()}

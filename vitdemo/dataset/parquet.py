@@ -1,0 +1,185 @@
+"""Parquet files of the Hugging Face hub: images as bytes in a column, labels in another; never read whole."""
+
+import json
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from vitdemo.dataset.samples import Index, Item
+from vitdemo.dataset.trees import FOLDERS
+from vitdemo.errors import VitdemoError, reason_of
+
+SUFFIX = ".parquet"
+FOLDER = "data"  # in a repository of the hub
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+KEPT = 2  # row groups in memory: one that is read, and the next
+
+
+def parquet_files(path: Path, split: str) -> list[Path]:
+    """The parquet files of a split at, in, or in ``data/`` of ``path``: those named like it, else all.
+
+    Raises VitdemoError where all are of other splits.
+    """
+    if path.is_file():
+        return [path] if path.suffix == SUFFIX else []
+    found = sorted(path.glob(f"*{SUFFIX}")) or sorted((path / FOLDER).glob(f"*{SUFFIX}"))
+    found = [file for file in found if not file.name.startswith((".", "metadata"))]
+    split_of = {file: file.name.replace(".", "-").partition("-")[0] for file in found}
+    for folder in FOLDERS[split]:
+        if own := [file for file in found if split_of[file] == folder]:
+            return own
+    others = [file for file in found if any(split_of[file] in folders for folders in FOLDERS.values())]
+    if others and len(others) == len(found):
+        raise VitdemoError(f"{path}: holds {others[0].name} …, and no parquet files of {split}; name one of them")
+    return found
+
+
+def index_parquet(path: Path, files: list[Path]) -> Index:
+    """The rows of parquet files as a data set.
+
+    The images' column is a struct of ``bytes`` and ``path`` or bytes themselves; the labels' column goes by its name,
+    or is the only one left of whole numbers or text. The names of the classes are in the schema's ``huggingface``
+    metadata [huggingface/datasets, ``Features`` and ``ClassLabel``]. An image goes by its path where every row has one
+    of its own, else by its file and row.
+
+    Args:
+        path: what the user gave.
+        files: the parquet files, in the order of their rows.
+
+    Raises:
+        VitdemoError: for files without such columns, of other columns than the first, or cut off, and without pyarrow.
+    """
+    rows = Rows(files)
+    labels, paths = rows.columns()
+    if names := rows.class_names():
+        strange = next((label for label in labels if label is not None and not -1 <= label < len(names)), None)
+        if strange is not None:
+            raise VitdemoError(f"{path}: has the label {strange}, and names {len(names)} classes; get the files again")
+        ids = [names[label] if label is not None and label >= 0 else "" for label in labels]
+        classes = dict(zip(names, names, strict=True))
+    else:
+        ids = ["" if label in (None, -1) else str(label) for label in labels]
+        classes = {name: name for name in sorted(set(ids) - {""})}
+    if not all(paths) or len(set(paths)) < len(paths):
+        starts = [*rows.first_rows, len(paths)]
+        paths = [
+            f"{file.name}/{k - start:07d}"
+            for file, start, end in zip(files, starts, starts[1:], strict=False)
+            for k in range(start, end)
+        ]
+    items = sorted(Item(file, class_id, -1, row) for row, (file, class_id) in enumerate(zip(paths, ids, strict=True)))
+    if not items:
+        raise VitdemoError(f"{path}: holds no rows; get the files again")
+    return Index(
+        path, None, classes, items, (f"read from {len(files)} parquet file{'s' * (len(files) > 1)}",), parquet=rows
+    )
+
+
+class Rows:
+    """The rows of several parquet files, read by row group; threads may share it, and it can be pickled."""
+
+    def __init__(self, files: list[Path]):
+        self.files = [str(file) for file in files]
+        self._open()
+        first = self._handles[0].schema_arrow
+        for file, handle in zip(files, self._handles, strict=True):
+            if handle.schema_arrow.names != first.names:
+                raise VitdemoError(f"{file}: has other columns than {files[0].name}; give the files of one data set")
+        self.image, self.label = self._image_column(first), self._label_column(first)
+        self.first_rows, self._groups, row = [], [], 0
+        for number, handle in enumerate(self._handles):
+            self.first_rows.append(row)
+            for group in range(handle.metadata.num_row_groups):
+                self._groups.append((row, number, group))
+                row += handle.metadata.row_group(group).num_rows
+        self.total_bytes = [Path(file).stat().st_size for file in files]
+
+    def _open(self) -> None:
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise VitdemoError('parquet files need pyarrow: pip install "vitdemo[hf]"') from None
+        self._handles, self._lock, self._kept = [], threading.Lock(), OrderedDict()
+        for file in self.files:
+            try:
+                self._handles.append(parquet.ParquetFile(file))
+            except Exception as error:  # pyarrow's own, and the system's
+                raise VitdemoError(f"{file}: no whole parquet file ({reason_of(error)}); get it again") from None
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_lock", "_kept")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._open()
+
+    def _image_column(self, schema: Any) -> str:
+        from pyarrow import types
+
+        def holds_images(kind: Any) -> bool:
+            inner = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+            return types.is_binary(inner) or types.is_large_binary(inner)
+
+        found = [field.name for field in schema if holds_images(field.type)]
+        named = [name for name in found if name in ("image", "img", "jpg")] or found
+        if len(named) != 1:
+            raise VitdemoError(
+                f"{self.files[0]}: {'several columns hold' if named else 'no column holds'} images as bytes, of "
+                f"{', '.join(schema.names)}; give files with one, called image"
+            )
+        return named[0]
+
+    def _label_column(self, schema: Any) -> str | None:
+        from pyarrow import types
+
+        def may_be_label(kind: Any) -> bool:
+            return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+        found = [field.name for field in schema if may_be_label(field.type)]
+        named = [name for name in LABEL_COLUMNS if name in found] or found
+        return named[0] if named and (len(named) == 1 or named[0] in LABEL_COLUMNS) else None
+
+    def class_names(self) -> list[str]:
+        """Of each label, from the schema's metadata; [] where they say nothing of it."""
+        try:
+            described = json.loads(self._handles[0].schema_arrow.metadata[b"huggingface"])
+            return list(described["info"]["features"][self.label]["names"])
+        except (TypeError, KeyError, ValueError):
+            return []
+
+    def columns(self) -> tuple[list, list]:
+        """The label and the path of every row, None where there is none."""
+        labels, paths = [], []
+        for file, handle in zip(self.files, self._handles, strict=True):
+            inside = f"{self.image}.path" if "path" in handle.schema.names else None
+            try:
+                table = handle.read(columns=[name for name in (self.label, inside) if name])
+            except Exception as error:
+                raise VitdemoError(f"{file}: cannot be read ({reason_of(error)}); get it again") from None
+            none = [None] * handle.metadata.num_rows
+            labels += table.column(self.label).to_pylist() if self.label else none
+            paths += table.column(self.image).combine_chunks().field("path").to_pylist() if inside else none
+        return labels, [path and str(path).rpartition("/")[2] for path in paths]
+
+    def image_bytes(self, row: int) -> bytes:
+        """The image in a row. Raises VitdemoError where the file does not give it."""
+        place = bisect_right(self._groups, row, key=lambda group: group[0]) - 1
+        first, number, group = self._groups[place]
+        with self._lock:
+            if place not in self._kept:
+                try:
+                    table = self._handles[number].read_row_group(group, columns=[self.image])
+                except Exception as error:
+                    reason = reason_of(error)
+                    raise VitdemoError(f"{self.files[number]}: row group {group} cannot be read ({reason})") from None
+                self._kept[place] = table.column(0)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(place)
+            cell = self._kept[place][row - first].as_py()
+        cell = cell.get("bytes") if isinstance(cell, dict) else cell
+        if cell is None:
+            raise VitdemoError(f"{self.files[number]}: row {row - first} of row group {group} has no bytes")
+        return cell

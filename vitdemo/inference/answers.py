@@ -1,0 +1,60 @@
+"""answers: what a model says of images without labels."""
+
+from contextlib import closing
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from vitdemo.dataset.dataset import Dataset
+from vitdemo.engines.contract import Engine
+from vitdemo.errors import VitdemoError
+from vitdemo.inference.loop import PREDICTED, PROBABILITY, TOP, predict
+from vitdemo.machine import Phases
+from vitdemo.models.model import ModelInfo
+
+BATCH = 8
+
+
+def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool = True) -> pd.DataFrame:
+    """The likeliest classes of each image, with the same crops as ``evaluate``.
+
+    Args:
+        engine: what ``convert`` made.
+        images: what ``open_images`` or ``open_data`` gave; labels are not looked at.
+        top: how many classes of each, at most 5.
+        progress: show a bar.
+
+    Returns:
+        One row per image, in ascending file: file; class_1 …, what people call the outputs; predicted_1 …, their
+        numbers; probability_1 …, as fractions; error, why an image cannot be read, "" where it can.
+
+    Raises:
+        VitdemoError: for a bad ``top``, and where no image can be read.
+        EngineFailure: when the engine breaks.
+    """
+    if top not in range(1, TOP + 1):
+        raise VitdemoError(f"top {top!r}: must be a whole number from 1 to {TOP}")
+    names, rows = output_names(engine.info), []
+    options = dict(device_batch_size=BATCH, input_path="fast", phases=Phases(), times=[])
+    bar = tqdm(total=len(images), unit="image", desc="predict", delay=1, disable=not progress)
+    with bar, closing(predict(engine, images, range(len(images)), **options)) as batches:
+        for batch in batches:
+            rows += batch
+            bar.update(len(batch))
+    if all(row.error for row in rows):
+        raise VitdemoError(f"{rows[0].file}: {rows[0].error}; none of {len(rows)} images can be read")
+    table = pd.DataFrame(rows)
+    numbers = table[PREDICTED[:top]].astype("Int64")
+    called = numbers.map(lambda k: None if pd.isna(k) else names[k])
+    called.columns = [f"class_{k}" for k in range(1, top + 1)]
+    found = pd.concat(
+        [table[["file"]], called, numbers, table[PROBABILITY[:top]].astype(float), table["error"]], axis=1
+    )
+    found.attrs["rotated"] = sum(batch.rotated for batch in options["times"])
+    return found
+
+
+def output_names(info: ModelInfo) -> list[str]:
+    """What people call each output, by the first of several names; its number where nobody knows."""
+    named = info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
+    return [str(name).split(",")[0] for name in named]

@@ -1,0 +1,217 @@
+"""Whose output is which class: a data set's classes and a model's outputs matched by their names."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from vitdemo.dataset.dataset import Dataset
+from vitdemo.dataset.trees import WNID
+from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.models.model import ModelInfo
+from vitdemo.paths import user_path
+
+ORDERS = ("sorted", "natural", "numbers")
+HEADER = ["class", "output"]
+
+
+def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None = None) -> Dataset:
+    """The data set with a model's outputs as labels. A part of the model's classes is fine.
+
+    Classes are matched by names, never by position that nobody stated: by equal ids; then by ids and names without
+    regard to case, blanks, hyphens and underscores, of which the model's and the data's may have several with commas.
+
+    Args:
+        info: the model's.
+        data: the data set; what was matched to this model before is given back as it is.
+        class_map: instead of names: a file of rows ``class,output`` (.csv, .tsv) or a JSON object, with the data's
+            class and the model's output by its name or number, several classes to one output allowed; "sorted" for a
+            checkpoint whose outputs are the folders in their order as text, as torchvision sorts them; "natural" as
+            timm does, 2 before 10; "numbers" where a class's id is the output's number.
+
+    Returns:
+        The data set, whose ``decided`` says how.
+
+    Raises:
+        VitdemoError: names the first class without an output and the nearest outputs, or the row of ``class_map`` that
+            is wrong.
+    """
+    outputs = _Outputs(info, data)
+    if data.decided and data.classes == outputs.classes:
+        return data
+    if -1 in data.labels:
+        unlabelled = data.files[data.labels.index(-1)]
+        raise VitdemoError(f"{data.path}: {unlabelled} has no label; `vitdemo predict` needs none")
+    own = data.own_classes
+    if class_map is None:
+        found, decided = _by_names(outputs, own, data)
+    elif str(class_map) in ORDERS:
+        found, decided = _by_order(outputs, str(class_map), own, data)
+    else:
+        found, decided = _by_file(outputs, user_path(class_map), own, data)
+    return data.relabelled(outputs.classes, outputs.names, found, decided)
+
+
+def plain(name: str) -> str:
+    """A name without case, blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+class _Outputs:
+    """A model's outputs by whatever they may be called."""
+
+    def __init__(self, info: ModelInfo, data: Dataset):
+        self.tag, self.known, self.count = info.tag, info.classes is not None, info.outputs
+        self.classes = list(info.classes or map(str, range(self.count)))
+        known = dict(zip(data.classes, data.class_names, strict=True))
+        self.names = list(info.class_names or [known.get(class_id, class_id) for class_id in self.classes])
+        self.by_id = {class_id: k for k, class_id in enumerate(self.classes)} if self.known else {}
+        self.by_name: dict[str, set[int]] = {}
+        for k, words in enumerate(zip(self.classes, self.names, strict=True) if self.known else ()):
+            for word in (*words, *words[1].split(",")):
+                self.by_name.setdefault(plain(word), set()).add(k)
+
+    def find(self, *names: str) -> int | None:
+        """The output of one of these names, the first that one output alone has."""
+        if names and names[0] in self.by_id:
+            return self.by_id[names[0]]
+        for name in names:
+            if len(found := self.by_name.get(plain(name), ())) == 1:
+                return next(iter(found))
+        return None
+
+    def shared(self, name: str) -> list[str]:
+        """The outputs that share a name, where there are several."""
+        found = sorted(self.by_name.get(plain(name), ()))
+        return [f"{self.classes[k]} (number {k})" for k in found] if len(found) > 1 else []
+
+    def nearest(self, name: str) -> str:
+        """The outputs whose names are most like it, for messages."""
+        near = [] if WNID.fullmatch(name) else get_close_matches(plain(name), self.by_name, n=3)
+        shown = dict.fromkeys(self.shown(min(self.by_name[word])) for word in near)
+        return f"; the nearest are {', '.join(shown)}" if shown else f"; its outputs are {self.some()}"
+
+    def shown(self, k: int) -> str:
+        name = self.names[k].split(",")[0]
+        return repr(self.classes[k]) + (f" ({name})" if name != self.classes[k] else "")
+
+    def some(self) -> str:
+        return ", ".join(map(self.shown, range(min(3, self.count)))) + (" …" if self.count > 3 else "")
+
+
+def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
+    if not outputs.known:
+        raise VitdemoError(
+            f"{outputs.tag}: nobody says which class each of its {outputs.count} outputs is; {_advice(own.values())}"
+        )
+    found, words = {}, dict(zip(data.classes, data.class_names, strict=True)) if not data.decided else {}
+    for label, class_id in own.items():
+        name = words.get(class_id, class_id)
+        output = outputs.find(class_id, name, *name.split(","))
+        if output is None:
+            missing = [other for other in own.values() if outputs.find(other, words.get(other, other)) is None]
+            several = f" ({len(missing)} of {len(own)} have none)" if len(missing) > 1 else ""
+            shared = outputs.shared(class_id)
+            why = f"; {' and '.join(shared)} share this name" if shared else outputs.nearest(class_id)
+            raise VitdemoError(
+                f"{data.path}: no output of {outputs.tag} is its class {class_id!r}{several}{why}; "
+                f"{_advice(own.values())}"
+            )
+        found[label] = output
+    _check_apart(found, own, outputs, data)
+    equal = all(outputs.classes[output] == own[label] for label, output in found.items())
+    return found, "by equal ids" if equal else "by names, without case, blanks, hyphens and underscores"
+
+
+def _check_apart(found: dict[int, int], own: dict[int, str], outputs: _Outputs, data: Dataset) -> None:
+    output, times = Counter(found.values()).most_common(1)[0] if found else (0, 0)
+    if times > 1:
+        both = " and ".join(repr(own[label]) for label, other in found.items() if other == output)
+        raise VitdemoError(
+            f"{data.path}: its classes {both} are both output {outputs.shown(output)} of {outputs.tag} by name; "
+            "--class-map FILE may say so on purpose"
+        )
+
+
+def _advice(ids: Iterable[str]) -> str:
+    """What a user can say of the outputs, for ids like these."""
+    file = "--class-map FILE with rows class,output says which output each class is"
+    if all(map(str.isdecimal, ids)):
+        return f"{file}, --class-map numbers that the number is the output, natural that they are the numbers' order"
+    return f"{file}, --class-map sorted that the outputs are the folders in their order, natural with 2 before 10"
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts 2 before 10, as timm's ``natural_key`` does."""
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text) if part]
+
+
+def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
+    option = f"--class-map {order}"
+    if order == "numbers":
+        for class_id in own.values():
+            if not class_id.isdecimal() or int(class_id) >= outputs.count:
+                last = outputs.count - 1
+                raise VitdemoError(f"{option}: the class {class_id!r} of {data.path} is no number from 0 to {last}")
+        return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
+    ids = sorted(data.ids, key=_natural if order == "natural" else None)
+    if len(ids) != outputs.count:
+        raise VitdemoError(
+            f"{option}: {data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs; an order tells "
+            "them only where all classes are there; --class-map FILE may name a part"
+        )
+    place = {class_id: k for k, class_id in enumerate(ids)}
+    how = "as text" if order == "sorted" else "with 2 before 10"
+    return {label: place[class_id] for label, class_id in own.items()}, f"by order, the folders {how}"
+
+
+def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
+    label_of, found = {class_id: label for label, class_id in own.items()}, {}
+    for number, class_id, output in _rows(path):
+        if class_id not in data.ids:
+            near = get_close_matches(class_id, data.ids, n=1) or data.ids[:1]
+            raise VitdemoError(
+                f"{path}: row {number}: {class_id!r} is no class of {data.path}, where one is {near[0]!r}; correct it, "
+                "or take the row out"
+            )
+        at = outputs.find(output)
+        if at is None and output.isdecimal() and int(output) < outputs.count:
+            at = int(output)
+        if at is None:
+            many = outputs.shared(output)
+            known = f"are {' and '.join(many)}; give the number" if many else f"0 to {outputs.count - 1}, or a name"
+            near = "" if output.isdecimal() or many or not outputs.known else outputs.nearest(output)
+            raise VitdemoError(f"{path}: row {number}: {output!r} is no output of {outputs.tag}: {known}{near}")
+        if (label := label_of.get(class_id)) is not None and found.setdefault(label, at) != at:
+            raise VitdemoError(f"{path}: row {number}: {class_id!r} has another output in a row before; take one out")
+    if missing := [class_id for label, class_id in own.items() if label not in found]:
+        raise VitdemoError(f"{path}: has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one)")
+    return found, f"by the file {path.name}"
+
+
+def _rows(path: Path) -> list[tuple[int, str, str]]:
+    """Number, class and output of each row. Raises VitdemoError for a file of another form."""
+    with named_errors(path, f"; or give one of {', '.join(ORDERS)}"):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        if path.suffix == ".json":
+            pairs: Sequence = list(dict(json.loads(text)).items())
+        else:
+            comma = "\t" if "\t" in text.partition("\n")[0] else ","
+            pairs = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=comma) if row]
+            pairs = pairs[1:] if pairs and [cell.strip().lower() for cell in pairs[0]] == HEADER else pairs
+    except (ValueError, TypeError, csv.Error) as error:
+        raise VitdemoError(f"{path}: cannot be read ({error}); give rows class,output, or a JSON object") from None
+    for number, row in enumerate(pairs, start=1):
+        if len(row) != 2:
+            raise VitdemoError(
+                f"{path}: row {number} has {len(row)} columns, not two: {','.join(row)!r}; see class,output"
+            )
+    if not pairs:
+        raise VitdemoError(f"{path}: is empty; give rows class,output")
+    return [(number, str(a).strip(), str(b).strip()) for number, (a, b) in enumerate(pairs, start=1)]
