@@ -17,7 +17,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitdemo import Preprocessing, VitdemoError, data_path, load_model, reference_crop
 from vitdemo.models import loading as weights_module
-from vitdemo.models.huggingface import WEIGHTS_FILES, classes_of
+from vitdemo.models.huggingface import WEIGHTS_FILES
+from vitdemo.models.labels import labels_of
 from vitdemo.models.loading import WEIGHTS_FILE
 
 SMALL = {
@@ -35,6 +36,10 @@ NEWER = OLDER | {"do_rescale": True, "image_processor_type": "ViTImageProcessor"
 NEWER |= {"rescale_factor": 0.00392156862745098, "size": {"height": 224, "width": 224}}
 NAMES = ImageNetInfo("imagenet-1k").label_descriptions()
 WNIDS = tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def classes_of(config: dict) -> tuple[str, ...] | None:
+    return labels_of(config.get("id2label")).classes
 
 
 def theirs(**changes) -> ViTForImageClassification:
@@ -180,7 +185,7 @@ def test_wrong_keys_are_named_as_the_file_has_them(folder, key, fault):
 
 
 def test_weights_in_the_wrong_layout(folder, small, tmp_path):
-    refused("Hugging Face's weights do not go into timm's vit_shapes20", "vit_shapes20", small / WEIGHTS_FILE)
+    refused("Hugging Face's weights do not go into timm's module", "vit_shapes20", small / WEIGHTS_FILE)
     save_file(load_model(str(small)).module.state_dict(), tmp_path / "timm.safetensors")
     refused('timm.safetensors: .*Missing key.*"vit.embeddings.cls_token"', small, tmp_path / "timm.safetensors")
 
@@ -193,12 +198,12 @@ def test_weights_in_the_wrong_layout(folder, small, tmp_path):
         ({"hidden_act": "gelu_10"}, "hidden_act 'gelu_10'"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
         ({"num_channels": 1}, "num_channels 1"),
-        ({"image_size": "32"}, "timm cannot build this model"),
-        ({"patch_size": 0}, "timm cannot build this model"),
-        ({"id2label": None, "num_labels": "five"}, "timm cannot build this model"),
-        ({"num_attention_heads": 5}, "timm cannot build this model"),
-        ({"hidden_size": "32"}, "timm cannot build this model"),
-        ({"layer_norm_eps": "small"}, "timm cannot build this model"),
+        ({"image_size": "32"}, "cannot be built"),
+        ({"patch_size": 0}, "cannot be built"),
+        ({"id2label": None, "num_labels": "five"}, "cannot be built"),
+        ({"num_attention_heads": 5}, "cannot be built"),
+        ({"hidden_size": "32"}, "cannot be built"),
+        ({"layer_norm_eps": "small"}, "cannot be built"),
         ({"num_hidden_layers": 3}, 'Missing key.*"vit.encoder.layer.2.layernorm_before.weight"'),
         ({"id2label": {"0": "cat"}}, r"size mismatch for classifier.weight: .*\[5, 32\].*\[1, 32\]"),
     ],
@@ -211,21 +216,22 @@ def test_config_that_timm_cannot_express(folder, changes, named):
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"size": {"shortest_edge": 32}}, "size {'shortest_edge': 32}"),
-        ({"size": {"height": 32, "width": 64}}, "size"),
-        ({"size": 224}, "size 224"),
-        ({"resample": 1}, "resample 1"),
+        ({"size": {"shortest_edge": 32}}, "size {'shortest_edge': 32} .*the shorter side with do_center_crop"),
+        ({"size": {"longest_edge": 32}}, "size {'longest_edge': 32}"),
+        ({"size": {"height": 32, "width": 64}}, r"size \(32, 64\) .*32 x 32"),
+        ({"size": 224}, r"size \(224, 224\)"),
+        ({"size": "32"}, "size '32'"),
+        ({"resample": 6}, "resample 6"),
         ({"resample": [2]}, "resample"),
         ({"do_resize": False}, "do_resize False"),
-        ({"do_rescale": False}, "do_rescale False"),
-        ({"do_normalize": False}, "do_normalize False"),
-        ({"do_center_crop": True}, "do_center_crop True"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
+        ({"do_pad": True}, "do_pad True"),
+        ({"do_center_crop": True}, "crop_size 224 .*within 32 x 32"),
+        ({"rescale_factor": 0}, "rescale_factor 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"image_mean": [0.5]}, r"image_mean \[0.5\]"),
         ({"image_std": "0.5"}, "image_std '0.5'"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std"),
-        ({"image_processor_type": "DeiTImageProcessor"}, "image_processor_type 'DeiTImageProcessor'"),
+        ({"image_processor_type": "DetrImageProcessor"}, "image_processor_type 'DetrImageProcessor'"),
     ],
 )
 def test_preprocessing_that_is_not_vits(folder, changes, named):
@@ -235,16 +241,18 @@ def test_preprocessing_that_is_not_vits(folder, changes, named):
 
 def test_older_name_of_the_processor_counts_too(folder):
     path = folder / "preprocessor_config.json"
-    older = {"feature_extractor_type": "DeiTFeatureExtractor", "size": 32}
+    older = {"feature_extractor_type": "DetrFeatureExtractor", "size": 32}
     path.write_text(json.dumps(older))
-    refused("image_processor_type 'DeiTFeatureExtractor'", folder)
+    refused("image_processor_type 'DetrFeatureExtractor'", folder)
     path.write_text(json.dumps(older | {"feature_extractor_type": "ViTFeatureExtractor", "resample": None}))
     assert load_model(str(folder), "random").info.preprocessing.interpolation == "bilinear"
 
 
 def test_preprocessing_must_be_there(folder):
     (folder / "preprocessor_config.json").unlink()
-    refused("preprocessor_config.json: not there", folder)
+    refused(
+        "preprocessor_config.json: not there; transformers writes it by `AutoImageProcessor.from_pretrained", folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +311,7 @@ def test_two_names_in_the_wrong_order_are_not_imagenets(first, second):
         [f"LABEL_{k}" for k in range(1000)],
         list(NAMES)[::-1],
         list(NAMES)[:999],
-        ["cat", "dog"],
+        ["cat", "cat"],
         [*WNIDS[:999], "n01440764"],
         [],
         [None, "cat"],
@@ -311,6 +319,13 @@ def test_two_names_in_the_wrong_order_are_not_imagenets(first, second):
 )
 def test_other_labels_are_no_classes(labels):
     assert classes_of(id2label(labels)) is None
+
+
+def test_words_are_classes_and_words_that_name_two_outputs_are_names_alone():
+    assert labels_of({"0": "cat", "1": "dog"}) == (("cat", "dog"), ("cat", "dog"))
+    assert labels_of({"0": "cat", "1": "cat"}) == (None, ("cat", "cat"))
+    assert labels_of({"0": "LABEL_0", "1": "LABEL_1"}) == (None, None)
+    assert labels_of(["a", "b"], {"b": "the second"}) == (("a", "b"), ("a", "the second"))
 
 
 def test_labels_that_are_wnids_are_taken_by_their_numbers():

@@ -63,7 +63,7 @@ def test_folder_by_path_is_the_same_model(vit_shapes20):
 
 
 @pytest.mark.parametrize(
-    "name, gmacs", [("vit_tiny_patch16_224", 1.26), ("vit_base_patch16_224", 17.58), ("resnet18", 1.82)]
+    "name, gmacs", [("vit_tiny_patch16_224", 1.26), ("vit_base_patch16_224", 17.58), ("resnet18.tv_in1k", 1.82)]
 )
 def test_flops_are_twice_the_published_macs(name, gmacs):
     model = load_model(name, "random")
@@ -75,7 +75,7 @@ def test_preprocessing_comes_from_the_tag():
     tv = load_model("resnet18.tv_in1k", "random").info.preprocessing
     assert (tv.crop_pct, tv.interpolation, tv.mean) == (0.875, "bilinear", (0.485, 0.456, 0.406))
     a1 = load_model("resnet18.a1_in1k", "random").info.preprocessing
-    assert (a1.crop_pct, a1.interpolation) == (0.95, "bicubic")
+    assert (a1.input_size, a1.crop_pct, a1.interpolation) == ((3, 288, 288), 1.0, "bicubic")  # its size for tests
 
 
 def test_random_weights_are_the_same_every_time_and_leave_the_seed_alone():
@@ -120,7 +120,9 @@ def test_pretrained_tag_without_network_says_how_to_bring_the_file(hub_cache):
         ("vit_base_patch16_224.nonsense", "has no such weights tag"),
         ("vit_shapes_20", "no such model; did you mean vit_shapes20"),
         ("", "no such model"),
-        ("/nowhere/at/all", "no such model"),
+        ("/nowhere/at/all", "no such file or folder; check the path$"),
+        ("owner/model", "no such file or folder; .*is hf-hub:owner/model"),
+        ("weights.pth", "no such file or folder"),
     ],
 )
 def test_unknown_names(name, message):
@@ -148,11 +150,11 @@ def corrupted_folder(tmp_path, **changes):
         ({"config": b'{"architecture": "resnet18", "pretrained_cfg": null}'}, "config.json: has neither"),
         (
             {"config": b'{"architecture": "vit_unheard_of", "pretrained_cfg": {}}'},
-            "timm cannot build this model .*vit_unheard_of",
+            "cannot be built .*vit_unheard_of",
         ),
         (
             {"config": b'{"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"depth": -3}}'},
-            "timm cannot build this model",
+            "cannot be built",
         ),
         ({"weights": b"\x00" * 100}, "cannot be read as weights"),
         ({"weights": b""}, "cannot be read as weights"),
@@ -228,7 +230,7 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 
 def test_paths_of_the_wrong_kind(tiny_file, tmp_path):
-    with pytest.raises(VitdemoError, match="tiny.safetensors: is a file; give the folder that holds it"):
+    with pytest.raises(VitdemoError, match="tiny.safetensors: does not say its architecture; give that as the model"):
         load_model(tiny_file)
     with pytest.raises(VitdemoError, match="is a folder; give a .safetensors"):
         load_model(TINY, tmp_path)

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,14 +14,16 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
-from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
+from torchvision.transforms.v2.functional import InterpolationMode, center_crop, crop, get_dimensions, resize
 
 from vitdemo.dataset.listing import formats
 from vitdemo.dataset.samples import Sample
 from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")
-INTERPOLATIONS = ("bicubic", "bilinear")
+CENTER_FLOOR = "center_floor"  # transformers' way to cut the centre out, nobody's choice: it comes with its processors
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+FAST_INTERPOLATIONS = ("bicubic", "bilinear")  # which torch does on bytes as PIL does
 INPUT_PATHS = ("fast", "reference")
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")  # EXIF is ignored here
@@ -148,8 +150,9 @@ class Preprocessing:
         input_size: (3, H, W) in pixels.
         crop_pct: input side over resized side.
         crop_mode: "center" resizes the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x
-            W/crop_pct whatever the aspect ratio (Hugging Face's way for ViT, with crop_pct 1).
-        interpolation: "bicubic" or "bilinear".
+            W/crop_pct whatever the aspect ratio (Hugging Face's way for ViT, with crop_pct 1); "center_floor" is
+            "center" where half a pixel rounds down, as in transformers, and not to even, as in torchvision.
+        interpolation: one of PIL's, in lower case: "bicubic", "bilinear", "nearest", "lanczos", "box", "hamming".
         mean, std: per channel, of values in 0..1.
 
     Raises:
@@ -166,7 +169,7 @@ class Preprocessing:
     def __post_init__(self):
         for field in ("input_size", "mean", "std"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        for field, known in (("crop_mode", (*CROP_MODES, CENTER_FLOOR)), ("interpolation", INTERPOLATIONS)):
             if getattr(self, field) not in known:
                 raise VitdemoError(f"preprocessing: {field} {getattr(self, field)!r} is not one of {', '.join(known)}")
         if len(self.input_size) != 3 or self.input_size[0] != 3:
@@ -176,7 +179,17 @@ class Preprocessing:
 @lru_cache(maxsize=8)
 def _timm_transform(preprocessing: Preprocessing):
     # With use_prefetcher timm ends in uint8 and leaves mean and std to the device, which is our contract too.
-    return create_transform(**asdict(preprocessing), is_training=False, use_prefetcher=True)
+    options = asdict(preprocessing) | {"crop_mode": preprocessing.crop_mode.removesuffix("_floor")}
+    transform = create_transform(**options, is_training=False, use_prefetcher=True)
+    if preprocessing.crop_mode == CENTER_FLOOR:
+        transform.transforms[1] = partial(_center_floor, sides=preprocessing.input_size[1:])
+    return transform
+
+
+def _center_floor(pixels: Image.Image | torch.Tensor, sides: Sequence[int]) -> Image.Image | torch.Tensor:
+    """The centre of an image that is at least ``sides``, height and width, large."""
+    _, height, width = get_dimensions(pixels)
+    return crop(pixels, (height - sides[0]) // 2, (width - sides[1]) // 2, *sides)
 
 
 def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
@@ -215,9 +228,10 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
 
     Returns:
         uint8[3, H, W], or None for what is left to the reference: what is no JPEG in grey or colour, what the decoder
-        has a word to say about, what is enormous, and a center crop that is not square.
+        has a word to say about, what is enormous, a center crop that is not square, and rare interpolations.
     """
-    if preprocessing.crop_mode == "center" and len(set(preprocessing.input_size[1:])) != 1:
+    squash, sides = preprocessing.crop_mode == "squash", list(preprocessing.input_size[1:])
+    if not squash and sides[0] != sides[1] or preprocessing.interpolation not in FAST_INTERPOLATIONS:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
@@ -226,21 +240,21 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
         decoded = simplejpeg.decode_jpeg(jpeg)
     except ValueError:
         return None
-    pixels, sides = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0), _resized_sides(preprocessing)
-    size = sides if preprocessing.crop_mode == "squash" else sides[:1]  # for one side torchvision takes the shorter one
+    pixels, size = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0), _resized_sides(preprocessing)
+    size = size if squash else size[:1]  # for one side torchvision takes the shorter one
     resized = resize(pixels, size, InterpolationMode(preprocessing.interpolation))
-    return center_crop(resized, list(preprocessing.input_size[1:]))[0]
+    return (_center_floor if preprocessing.crop_mode == CENTER_FLOOR else center_crop)(resized, sides)[0]
 
 
 def _resized_sides(preprocessing: Preprocessing) -> list[int]:
-    """Height and width that an image is resized to, or, for "center", is to cover."""
+    """Height and width that an image is resized to, or, unless squashed, is to cover."""
     return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
 
 
 def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
     """Why an image must not be decoded or resized, "" when it may: in its ratio, a line becomes an enormous image."""
     to_height, to_width = _resized_sides(preprocessing)
-    if preprocessing.crop_mode == "center":
+    if preprocessing.crop_mode != "squash":
         scale = max(to_height / height, to_width / width)
         to_height, to_width = round(height * scale), round(width * scale)
     pixels = to_height * to_width

@@ -1,12 +1,10 @@
-"""timm's models, by name and by the config.json of its hub layout."""
+"""What loaders of both layouts share: a plan, files and repositories, weights into a module, and their hash."""
 
 import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -18,15 +16,12 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError
-from timm.data import ImageNetInfo, resolve_data_config
-from timm.models import load_state_dict
 from torch import nn
 
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
-
-# Weights from files and from hubs into a module; nothing here executes a pickle.
-
+from vitdemo.models.checkpoints import Checkpoint
+from vitdemo.models.labels import Labels
 
 WEIGHTS_FILE = "model.safetensors"
 MOST = 300  # characters of torch's list of keys that do not fit
@@ -35,22 +30,23 @@ MOST = 300  # characters of torch's list of keys that do not fit
 class Plan(NamedTuple):
     """A model before its weights.
 
-    file: finds those that belong to it. load: copies a state dict into ``module``; its third argument names that state
-    dict in errors.
+    file: finds those that belong to it. load: copies a checkpoint into ``module`` and gives it back, or another one
+    that has as many outputs as the checkpoint.
     """
 
     module: nn.Module
     preprocessing: Preprocessing
-    classes: tuple[str, ...] | None
+    labels: Labels
     file: Callable[[], Path]
-    load: Callable[[nn.Module, Mapping[str, torch.Tensor], str], None]
+    load: Callable[[nn.Module, Checkpoint], nn.Module]
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path, otherwise: str = "") -> dict:
     """The object in a JSON file.
 
     Args:
         path: of that file.
+        otherwise: where to get one, for the error when it is not there.
 
     Raises:
         VitdemoError: when there is none.
@@ -58,39 +54,13 @@ def read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise VitdemoError(
-            f"{path}: not there; a model folder has it beside {WEIGHTS_FILE}, in timm's layout or Hugging Face's"
-        ) from None
+        usual = f"a model folder has it beside {WEIGHTS_FILE}, in timm's layout or Hugging Face's"
+        raise VitdemoError(f"{path}: not there; {otherwise or usual}") from None
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise VitdemoError(f"{path}: is not a JSON object; save the model again or fetch it anew")
     return config
-
-
-def read_state_dict(path: Path | str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
-
-    Args:
-        path: of that file; ``~`` is not expanded.
-
-    Raises:
-        VitdemoError: for a missing or damaged file, and for a pickle that holds anything but tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such weights file"
-        raise VitdemoError(f'{path}: {problem}; give a .safetensors, .pth or .bin file, "pretrained" or "random"')
-    try:
-        state_dict = load_state_dict(str(path), use_ema=False, weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
-            raise TypeError("it holds more than tensors by name")
-        return state_dict
-    except Exception as error:  # each reader and each kind of damage has exceptions of its own
-        reason = reason_of(error)
-        if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
-            reason = "it holds more than tensors, perhaps code, and is not opened"
-        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); give a sound .safetensors file") from None
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
@@ -107,8 +77,13 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
     try:
         module.load_state_dict(state_dict)
     except RuntimeError as error:
-        wrong = shorten(str(error).partition(":")[2], MOST, placeholder=" …")
-        raise VitdemoError(f"{source}: weights of another architecture: {wrong}") from None
+        raise VitdemoError(misfit(source, str(error).partition(":")[2])) from None
+
+
+def misfit(source: Path | str, wrong: str) -> str:
+    """The line that says which keys of the file ``source`` do not fit, cut where there are many."""
+    wrong = shorten(wrong, MOST, placeholder=" …")
+    return f"{source}: weights of another architecture, give the one they are of: {wrong}"
 
 
 _found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # where its tensors lie, and their hash
@@ -196,58 +171,3 @@ def full_tag(name: str) -> str:
     if "." in name or not is_name(name) or not (weights := timm.get_pretrained_cfg(name)) or not weights.tag:
         return name
     return f"{name}.{weights.tag}"
-
-
-def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str]) -> Plan:
-    """The plan of one of timm's names.
-
-    Args:
-        name: an architecture, or a full tag, which pretrained weights need.
-        pretrained: whether the weights are to be timm's.
-        others: names that may have been meant as well.
-
-    Raises:
-        VitdemoError: for an unknown name, with the nearest ones, and for an unknown tag, with those there are.
-    """
-    architecture, _, tag = name.partition(".")
-    if not is_name(name):
-        near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
-        raise VitdemoError(f"{name}: no such model; {hint}")
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if (tag and name not in tags) or (not tag and pretrained):
-        problem = "has no such weights tag" if tag else "is an architecture; its weights need a full tag"
-        raise VitdemoError(f"{name}: {problem}: {', '.join(tags) or 'timm has none for it'}")
-    module = timm.create_model(name)
-    repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
-    bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
-    bring = f"{bring} (or use weights=random for speed alone)"
-    return _plan(module, partial(hub_file, repo_id, WEIGHTS_FILE, bring=bring))
-
-
-def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> Plan:
-    """The plan of a folder in timm's hub layout.
-
-    Args:
-        path: of the folder's config.json.
-        config: what that holds.
-        find: gives the path of a file beside it.
-
-    Raises:
-        VitdemoError: for a config that is not timm's.
-    """
-    if "architecture" not in config or not isinstance(config.get("pretrained_cfg"), dict):
-        raise VitdemoError(
-            f'{path}: has neither "architecture" and "pretrained_cfg", as timm writes, nor "architectures", as '
-            "transformers writes; save the model with one of them"
-        )
-    return _plan(timm.create_model(f"local-dir:{path.parent}"), partial(find, WEIGHTS_FILE))
-
-
-def _plan(module: nn.Module, file: Callable[[], Path]) -> Plan:
-    config = module.pretrained_cfg
-    classes = config.get("label_names") or ()
-    if not classes and config.get("num_classes") == 1000:
-        classes = ImageNetInfo("imagenet-1k").label_names()
-    preprocessing = Preprocessing(**resolve_data_config(pretrained_cfg=config))
-    return Plan(module, preprocessing, tuple(classes) or None, file, load_weights)

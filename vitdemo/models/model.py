@@ -3,10 +3,8 @@
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,14 +12,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from vitdemo.bundled import MODELS
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import free_memory_bytes
-from vitdemo.models import huggingface
-from vitdemo.models import loading as timm_models
-from vitdemo.models.loading import Plan, hub_file, read_config, read_state_dict, weights_sha256
-from vitdemo.paths import data_path, user_path
+from vitdemo.models.checkpoints import read_checkpoint
+from vitdemo.models.labels import Labels
+from vitdemo.models.loading import Plan, weights_sha256
+from vitdemo.models.sources import architecture_of, is_file, planned
+from vitdemo.paths import user_path
 
 # torch's own formulas; before 2.15 they leave out the attention that CPUs run.
 aten = torch.ops.aten
@@ -34,9 +32,10 @@ class ModelInfo:
     """What a model is, without its weights; goes onto every engine, card and result.
 
     tag: the full name, e.g. ``vit_base_patch16_224.augreg2_in21k_ft_in1k``. weights: "pretrained", "random"
-    or the file they came from. classes: the wnid of each output, or None where nobody knows them.
-    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's
-    included, at batch 1 (counted by torch's own formulas, ``torch.utils.flop_counter``).
+    or the file they came from. classes: an id for each output, a wnid or a word, or None where nobody knows them.
+    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's included, at batch 1
+    (counted by torch's own formulas, ``torch.utils.flop_counter``). class_names: what people call each output, where
+    that is known. outputs: how many there are.
     """
 
     tag: str
@@ -73,6 +72,7 @@ class Model:
         *,
         name: str,
         classes: tuple[str, ...] | None = None,
+        class_names: tuple[str, ...] | None = None,
         weights: str = "as given",
     ) -> "Model":
         """Any ``torch.nn.Module`` that classifies images.
@@ -82,25 +82,20 @@ class Model:
             preprocessing: what its weights expect of an image.
             name: the ``tag`` of its info.
             classes: the wnid of each output, or whatever the data's classes are called.
+            class_names: what people call each output.
             weights: where they came from.
 
         Raises:
             VitdemoError: when its parameters are not float32 on the CPU, when it does not run on float32[1, 3, H, W],
-                or when ``classes`` is not as long as its output.
+                or when ``classes`` or ``class_names`` is not as long as its output.
         """
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
-        if classes is not None and len(classes) != outputs:
-            raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(classes)} classes were given")
-        info = ModelInfo(
-            tag=name,
-            weights=weights,
-            weights_sha256="",  # Model fills it in
-            preprocessing=preprocessing,
-            classes=None if classes is None else tuple(classes),
-            flops_per_image=flops,
-            outputs=outputs,
-        )
+        given = [None if names is None else tuple(names) for names in (classes, class_names)]
+        for names in given:
+            if names is not None and len(names) != outputs:
+                raise VitdemoError(f"{name}: the model has {outputs} outputs but {len(names)} classes were given")
+        info = ModelInfo(name, weights, "", preprocessing, given[0], flops, given[1], outputs)  # Model adds the hash
         return cls(module, info)
 
 
@@ -151,9 +146,8 @@ def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, in
     try:
         return _count_running(module, torch.zeros(1, *input_size))
     except Exception as error:  # a stranger's forward may raise anything
-        raise VitdemoError(
-            f"{type(module).__name__}: does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
-        ) from None
+        wrong = f"does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
+        raise VitdemoError(f"{type(module).__name__}: {wrong}") from None
 
 
 def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
@@ -162,42 +156,50 @@ def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
     return sum(counter.flops.values()), outputs
 
 
-def load_model(name: Path | str, weights: Path | str = "pretrained") -> Model:
+def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: bool = False) -> Model:
     """A model by name, in evaluation mode and float32.
 
     Args:
-        name: "vit_shapes20" (bundled), a full timm tag such as "resnet18.tv_in1k", "hf:" and a repository of the
-            Hugging Face hub such as "hf:google/vit-base-patch16-224", or a folder with config.json and weights, in
-            timm's hub layout or in Hugging Face's (ViTForImageClassification).
-        weights: "pretrained", "random" (seed 0, for speed alone), or a file for that architecture.
+        name: "vit_shapes20" (bundled); a full timm tag such as "resnet18.tv_in1k"; "hf-hub:" or "hf:" and a repository
+            of the Hugging Face hub such as "hf-hub:google/vit-base-patch16-224"; a folder with config.json and weights,
+            in timm's hub layout or in Hugging Face's; or the checkpoint of timm's training script, a file.
+        weights: "pretrained", "random" (seed 0, for speed alone), or a file for that architecture, which then has as
+            many outputs as the file.
+        ema: take the moving average of the weights, where a file holds both.
 
     Raises:
         VitdemoError: for anything that cannot be found or does not fit, and for a model that is larger than the memory
             that is free.
     """
-    name, pretrained = os.path.expanduser(str(name)), weights == "pretrained"
+    name, pretrained, checkpoint = os.path.expanduser(str(name)), weights == "pretrained", None
+    if is_file(name):
+        if not pretrained:
+            raise VitdemoError(
+                f"{name}: is a file of weights; leave --weights out, or give an architecture as the model"
+            )
+        name, weights, pretrained = None, name, False
+    if ema and weights == "random":
+        raise VitdemoError("ema: random weights have no moving average; give weights, or leave it out")
+    if not pretrained and weights != "random":
+        checkpoint = read_checkpoint(user_path(weights), ema=ema)
+        name = name or architecture_of(checkpoint)
     _check_memory(name, shapes_of(name, pretrained=pretrained))
     try:
         with torch.random.fork_rng(devices=[]):  # random weights leave the caller's seed alone
             torch.manual_seed(0)
-            tag, plan = _planned(name, pretrained=pretrained)
+            tag, plan = planned(name, pretrained=pretrained, said=checkpoint.said if checkpoint else {})
     except VitdemoError:
         raise
-    except Exception as error:  # each of timm's models has errors of its own
-        raise VitdemoError(
-            f"{name}: timm cannot build this model ({reason_of(error)}); check its config.json"
-        ) from None
+    except Exception as error:  # each of timm's and transformers' models has errors of its own
+        raise VitdemoError(f"{name}: cannot be built ({reason_of(error)}); check its config.json") from None
+    module, labels = plan.module, plan.labels
     if weights != "random":
-        file = plan.file() if pretrained else user_path(weights)
-        state_dict = read_state_dict(file)
-        if huggingface.is_state_dict(state_dict) and plan.load is not huggingface.load_weights:
-            raise VitdemoError(
-                f"{file}: Hugging Face's weights do not go into timm's {name} without their LayerNorm eps and "
-                "preprocessing; give the folder where they lie with their config.json as the model"
-            )
-        plan.load(plan.module, state_dict, str(file))
+        module = plan.load(module, checkpoint or read_checkpoint(plan.file(), ema=ema))
+    if module is not plan.module:  # of other outputs than the name's, whose meaning no file of weights tells
+        labels = Labels()
     source = weights if weights in ("pretrained", "random") else Path(weights).name
-    return Model.from_module(plan.module, plan.preprocessing, name=tag, classes=plan.classes, weights=source)
+    options = dict(name=tag, classes=labels.classes, class_names=labels.names, weights=source)
+    return Model.from_module(module, plan.preprocessing, **options)
 
 
 def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
@@ -208,14 +210,14 @@ def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
         pretrained: whether its weights are to be those of that name.
 
     Returns:
-        None for a model that needs values to be built.
+        None for a model that needs values to be built, and for a file, which is to be read first.
 
     Raises:
         VitdemoError: where there is none of this name.
     """
     try:
         with torch.device("meta"):
-            return _planned(name, pretrained=pretrained)[1]
+            return None if is_file(name) else planned(name, pretrained=pretrained, said={})[1]
     except VitdemoError:
         raise
     except Exception:  # whatever timm's models raise
@@ -226,41 +228,5 @@ def _check_memory(name: str, plan: Plan | None) -> None:
     """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
     needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
     if needed > (free := free_memory_bytes()):
-        raise VitdemoError(
-            f"{name}: its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; take a "
-            "smaller model, or close other programs"
-        )
-
-
-def _planned(name: str, *, pretrained: bool) -> tuple[str, Plan]:
-    """The full tag of what ``name`` means, and the plan for it."""
-    if name.startswith("hf:"):
-        return name, _plan_from_files(partial(_in_hub, name.removeprefix("hf:")))
-    if name in MODELS:
-        return name, _plan_from_files(partial(_in_folder, data_path(MODELS[name])))
-    if os.path.exists(name) and not timm_models.is_name(name):  # a path does not hide a name of timm's
-        path = Path(name).resolve()
-        if not path.is_dir():
-            raise VitdemoError(f"{name}: is a file; give the folder that holds it, or a name with this file as weights")
-        return path.name, _plan_from_files(partial(_in_folder, path))
-    return name, timm_models.plan_from_name(name, pretrained=pretrained, others=MODELS)
-
-
-def _plan_from_files(find: Callable[..., Path]) -> Plan:
-    """The plan of a config.json in either layout; ``find`` gives the path of the first of several names."""
-    path = find("config.json")
-    config = read_config(path)
-    layout = huggingface if huggingface.is_config(config) else timm_models
-    return layout.plan_from_config(path, config, find)
-
-
-def _in_folder(folder: Path, *names: str) -> Path:
-    """The first of ``names`` that is there; the first of all when none is, for its reader to say so."""
-    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
-
-
-def _in_hub(repo_id: str, *names: str) -> Path:
-    files = " ".join(f"--include '{name}'" for name in ("*.json", *huggingface.WEIGHTS_FILES))
-    folder = repo_id.rpartition("/")[2]
-    bring = f"run `hf download {repo_id} {files} --local-dir {folder}`, bring that folder here and give it as the model"
-    return hub_file(repo_id, *names, bring=bring)
+        sizes = f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+        raise VitdemoError(f"{name}: {sizes}; take a smaller model, or close other programs")

@@ -1,0 +1,98 @@
+"""Hugging Face's image classifiers of any architecture: the modules of transformers, which is an extra."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.models.checkpoints import Checkpoint, unwrapped
+from vitdemo.models.labels import labels_of
+from vitdemo.models.loading import Plan, misfit
+from vitdemo.models.processors import read_processor
+
+
+class PixelsToLogits(nn.Module):
+    """A classifier of transformers as a function of the pixels alone. flips: it was trained on blue, green, red."""
+
+    def __init__(self, classifier: nn.Module, flips: bool):
+        super().__init__()
+        self.classifier = classifier
+        self.flips = flips
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.classifier(pixel_values=pixels.flip(1) if self.flips else pixels).logits
+
+
+def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], files: tuple[str, ...]) -> Plan:
+    """The plan of a folder in Hugging Face's layout.
+
+    Args:
+        path: of the folder's config.json.
+        config: what that holds.
+        find: gives the path of the first of several files beside it that is there.
+        files: the names that its weights may have.
+
+    Raises:
+        VitdemoError: for what is no image classifier of transformers, and without transformers.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
+    if "ForImageClassification" not in name:
+        raise VitdemoError(f"{path}: architectures {names!r} cannot be expressed; known here: …ForImageClassification")
+    try:
+        import transformers
+    except ImportError:
+        raise VitdemoError(f'{path}: {name} needs transformers; run `pip install "vitdemo[hf]"`') from None
+    if not hasattr(transformers, name):  # code beside the weights is not run
+        raise VitdemoError(f"{path}: transformers {transformers.__version__} has no {name}; install one that has it")
+    preprocessing, flips = read_processor(config, find)
+    with _quiet():
+        settings = getattr(transformers, name).config_class.from_dict(dict(config))
+        classifier = transformers.AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
+    module = PixelsToLogits(classifier, flips)
+    return Plan(module, preprocessing, labels_of(config.get("id2label")), partial(find, *files), load_weights)
+
+
+def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogits:
+    """Weights into a classifier as transformers itself loads them, under whichever names they were saved.
+
+    Args:
+        module: one with the classifier's configuration.
+        checkpoint: of that architecture.
+
+    Raises:
+        VitdemoError: for missing, extra and misshapen keys.
+    """
+    kind, settings = type(module.classifier), module.classifier.config
+    state_dict = unwrapped(checkpoint.state_dict, module.classifier.state_dict().keys())
+    options = dict(config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    try:
+        with _quiet():
+            classifier, found = kind.from_pretrained(None, state_dict=state_dict, **options)
+        wrong = [f"{what.replace('_', ' ')} {sorted(keys)}" for what, keys in found.items() if keys]
+    except Exception as error:  # transformers' own, of many types
+        wrong = [reason_of(error)]
+    if wrong:
+        raise VitdemoError(misfit(checkpoint.path, "; ".join(wrong)))
+    module.classifier = classifier
+    return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports and bars: what is wrong is said in one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
