@@ -13,9 +13,9 @@ import vitdemo
 from vitdemo.paths import REPOSITORY
 
 # The rooms from the ground up; within a folder the imports give the order.
-ROOMS = """errors paths bundled stats precisions machine dataset imagenet models engines verification inference
+ROOMS = """errors paths stats precisions machine dataset imagenet models engines verification inference
 evaluation benchmarking plots course doctor cli __main__""".split()
-MOST = {"code lines": 8_150, "files": 80, "public names": 50}
+MOST = {"code lines": 9_400, "files": 85, "public names": 50}
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 BLOCK = re.compile(r"(?<=```\nvitdemo/\n).+?(?=```)", re.DOTALL)
 LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}

@@ -7,9 +7,8 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 
-from vitdemo.bundled import DEVKIT, MODELS, VAL_TAR
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.paths import data_path
+from vitdemo.paths import DEVKIT, MODELS, VAL_TAR, data_path
 
 
 def examine() -> tuple[list[str], bool]:

@@ -1,4 +1,4 @@
-"""Where data and runs live, and how a file is written whole or not at all."""
+"""Where data and runs live, what comes with the course, and how a file is written whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -100,3 +100,9 @@ def remove_leftovers(folder: Path, *names: str) -> None:
     for name in names:
         for path in folder.glob(f".{name}.*.part"):
             path.unlink(missing_ok=True)
+
+
+SHAPES20 = "shapes20"  # drawn, in the exact form of ILSVRC2012
+VAL_TAR, DEVKIT = f"{SHAPES20}/shapes20_img_val.tar", f"{SHAPES20}/shapes20_devkit.tar.gz"
+MODELS = {"vit_shapes20": f"{SHAPES20}/vit_shapes20"}  # name -> folder
+CALIBRATIONS = {"vit_shapes20": f"{SHAPES20}/shapes20_calib.tar"}  # name of the model -> images for int8

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pandas as pd
 
 from vitdemo import data_path
-from vitdemo.benchmarking.others import COMPARED, TABLE
+from vitdemo.benchmarking.tables import COMPARED, TABLE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.benchmarking.arithmetic import arithmetic_errors
-from vitdemo.benchmarking.others import published_performance
+from vitdemo.benchmarking.tables import published_performance
 
 AITEMPLATE = "AITemplate examples/04_vit/README.md"
 FX2AIT = "AITemplate fx2ait/fx2ait/example/02_vision_model/README.md"

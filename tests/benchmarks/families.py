@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "families.csv")
     out = parser.parse_args().out
+    out.parent.mkdir(exist_ok=True)
     rows = pd.read_csv(out, keep_default_na=False).to_dict("records") if out.exists() else []
     done = {(row["family"], row["engine"], row["precision"]) for row in rows}
     sources: dict[str, tuple[str, Callable[[str], Model]]] = dict.fromkeys(TIMM, ("timm", of_timm))

@@ -17,8 +17,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitdemo import Preprocessing, VitdemoError, data_path, load_model, reference_crop
 from vitdemo.models import loading as weights_module
+from vitdemo.models.checkpoints import labels_of
 from vitdemo.models.huggingface import WEIGHTS_FILES
-from vitdemo.models.labels import labels_of
 from vitdemo.models.loading import WEIGHTS_FILE
 
 SMALL = {

@@ -16,7 +16,6 @@ from vitdemo.benchmarking.files import Sweep, open_sweep
 from vitdemo.benchmarking.pairs import EAGER, Pair, choose_pairs
 from vitdemo.benchmarking.processes import ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
-from vitdemo.bundled import MODELS, SHAPES20
 from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
 from vitdemo.engines.contract import CompiledEngine
@@ -26,7 +25,7 @@ from vitdemo.inference.cluster import check_ray
 from vitdemo.machine import cores, free_memory_bytes, now, source_commit
 from vitdemo.models.classes import match_classes
 from vitdemo.models.model import Model, load_model
-from vitdemo.paths import data_path, user_path
+from vitdemo.paths import MODELS, SHAPES20, data_path, user_path
 from vitdemo.stats import spread
 
 # One model's sweep: one process per pair of engine and precision, all taking turns, in rounds.

@@ -1,5 +1,6 @@
 """A sweep's rows in the layouts of other projects' tables, and as CSV, Markdown or a styled page."""
 
+from collections import defaultdict
 from html import escape
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pandas.io.formats.style import Styler
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.paths import replacing
+from vitdemo.paths import data_path, replacing
 
 SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
 SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
@@ -170,3 +171,30 @@ def _digits(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+TABLE = "published/performance.csv"
+TEXT = ["source", "system", "hardware", "model", "precision", "note"]
+COUNTS = ["devices", "batch"]
+COMPARED = ["source", "hardware", "model", "batch"]  # the sides of one comparison have these in common
+
+
+def published_performance() -> pd.DataFrame:
+    """The published performance of ViTs and a ResNet-18, one row per side of a comparison; NaN: nothing is printed.
+
+    From ``data/published/performance.csv``; ``data/README.md`` names the documents and says what was changed.
+
+    - ``source``, ``system``: the document; what computed. ``baseline``: whether the others are held against this row.
+    - ``hardware``, ``devices``, ``model``, ``precision``: how many devices shared a batch; models by timm's names.
+    - ``batch``: images in the whole batch, over all devices.
+    - ``latency_ms``, ``images_per_s``: of one batch; of inference alone (FlagPerf's p_val_core or p_infer_core).
+    - ``images_per_s_whole``: of the whole loop, with loading and scoring (FlagPerf's p_val_whole or p_infer_whole).
+    - ``first_run_s``, ``second_run_s``, ``compile_s``, ``e2e_s``: seconds; e2e is the whole job, validation included.
+    - ``speedup``: over the baseline, where the document prints it.
+    - ``mfu_percent``: of the device's peak, a multiply-accumulate counted as one operation: half of the usual number.
+    - ``top1_percent``: on ILSVRC2012 val. ``memory_gib``, ``memory_total_gib``: the device's, used and there.
+    """
+    # A number is whatever is neither text nor a count.
+    dtypes = defaultdict(lambda: "float64", dict.fromkeys(TEXT, "str") | dict.fromkeys(COUNTS, "Int64"))
+    table = pd.read_csv(data_path(TABLE), dtype=dtypes)
+    return table.assign(baseline=table["baseline"].notna(), **table[TEXT].fillna(""))

@@ -8,18 +8,17 @@ import ipywidgets as widgets
 import pandas as pd
 
 from vitdemo.benchmarking.choice import choose_engine
-from vitdemo.benchmarking.others import published_performance
 from vitdemo.benchmarking.pairs import NULL_ENGINE, choose_pairs
-from vitdemo.benchmarking.tables import styled
-from vitdemo.bundled import MODELS
+from vitdemo.benchmarking.tables import published_performance, styled
 from vitdemo.course import view
 from vitdemo.course.browsing import browse, pages_of, sample_of
+from vitdemo.course.figures import architecture_of, measured_and_published
 from vitdemo.course.panel import Panel, html_of, image_html
-from vitdemo.course.performance import architecture_of, measured_and_published
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import CROP_MODES
 from vitdemo.engines.contract import find_engines
 from vitdemo.errors import VitdemoError
+from vitdemo.paths import MODELS
 from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
 from vitdemo.plots.dataset import short_names, thumbnail
 

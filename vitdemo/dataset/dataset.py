@@ -11,13 +11,22 @@ from functools import cached_property
 from pathlib import Path
 
 from vitdemo.dataset import trees
-from vitdemo.dataset.folders import index_by_folder, index_by_name, of_split
 from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
-from vitdemo.dataset.listing import Listing, image_suffixes, list_folder, list_tar, suffix_of
 from vitdemo.dataset.parquet import index_parquet, parquet_files
-from vitdemo.dataset.samples import Index, Item, Sample, UnreadableFile
+from vitdemo.dataset.samples import (
+    Index,
+    Item,
+    Listing,
+    Sample,
+    UnreadableFile,
+    image_suffixes,
+    list_folder,
+    list_tar,
+    suffix_of,
+)
 from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
+from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import user_path
 

@@ -16,8 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, crop, get_dimensions, resize
 
-from vitdemo.dataset.listing import formats
-from vitdemo.dataset.samples import Sample
+from vitdemo.dataset.samples import Sample, formats
 from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")

@@ -6,13 +6,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.devkit import devkit_of, find_devkit, read_devkit
-from vitdemo.dataset.listing import Listing
-from vitdemo.dataset.samples import Index, Item
+from vitdemo.dataset.samples import Index, Item, Listing
 from vitdemo.dataset.tars import Member, index_tar
-from vitdemo.dataset.trees import WNID, known_classes
+from vitdemo.dataset.trees import VAL_NAME, WNID, known_classes
 from vitdemo.errors import VitdemoError
-
-VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.ASCII)
 
 
 def index_val_tar(path: Path) -> Index:

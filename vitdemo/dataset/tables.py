@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vitdemo.dataset.listing import Listing, counted, image_suffixes, suffix_of
-from vitdemo.dataset.samples import Index, Item
+from vitdemo.dataset.samples import Index, Item, Listing, counted, image_suffixes, suffix_of
 from vitdemo.dataset.trees import WNID, known_classes
 from vitdemo.errors import VitdemoError, named_errors
 

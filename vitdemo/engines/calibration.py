@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from vitdemo.bundled import CALIBRATIONS
 from vitdemo.dataset.dataset import Dataset, open_data, open_images
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
 from vitdemo.dataset.samples import Sample, UnreadableFile
 from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
-from vitdemo.paths import data_path, user_path
+from vitdemo.paths import CALIBRATIONS, data_path, user_path
 from vitdemo.stats import spread
 
 IMAGES, RANDOM_IMAGES = 256, 32  # more random ones would only repeat the same ranges

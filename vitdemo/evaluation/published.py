@@ -7,12 +7,11 @@ from functools import cache
 
 from timm.data import ImageNetInfo
 
-from vitdemo.bundled import DEVKIT, SHAPES20
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.devkit import read_devkit
-from vitdemo.dataset.imagenet import VAL_NAME
+from vitdemo.dataset.trees import VAL_NAME
 from vitdemo.evaluation.evaluation import Evaluation
-from vitdemo.paths import data_path
+from vitdemo.paths import DEVKIT, SHAPES20, data_path
 
 TABLE = "published/accuracy.csv"
 

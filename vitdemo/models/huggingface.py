@@ -14,8 +14,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from vitdemo.models import loading, transformers_models
-from vitdemo.models.checkpoints import Checkpoint, unwrapped
-from vitdemo.models.labels import labels_of
+from vitdemo.models.checkpoints import Checkpoint, labels_of, unwrapped
 from vitdemo.models.loading import WEIGHTS_FILE, Plan
 from vitdemo.models.processors import read_processor, refuse
 

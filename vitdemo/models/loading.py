@@ -20,8 +20,7 @@ from torch import nn
 
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.models.checkpoints import Checkpoint
-from vitdemo.models.labels import Labels
+from vitdemo.models.checkpoints import Checkpoint, Labels
 
 WEIGHTS_FILE = "model.safetensors"
 MOST = 300  # characters of torch's list of keys that do not fit

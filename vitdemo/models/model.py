@@ -15,8 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import free_memory_bytes
-from vitdemo.models.checkpoints import read_checkpoint
-from vitdemo.models.labels import Labels
+from vitdemo.models.checkpoints import Labels, read_checkpoint
 from vitdemo.models.loading import Plan, weights_sha256
 from vitdemo.models.sources import architecture_of, is_file, planned
 from vitdemo.paths import user_path

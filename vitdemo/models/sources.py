@@ -8,12 +8,11 @@ from pathlib import Path
 
 import timm
 
-from vitdemo.bundled import MODELS
 from vitdemo.errors import VitdemoError
 from vitdemo.models import huggingface, timm_models
 from vitdemo.models.checkpoints import SUFFIXES, Checkpoint
 from vitdemo.models.loading import Plan, hub_file, is_name, read_config
-from vitdemo.paths import data_path
+from vitdemo.paths import MODELS, data_path
 
 HUB = re.compile(r"^(hf-hub|hf_hub|hf):")
 ADAPTER = "adapter_config.json"

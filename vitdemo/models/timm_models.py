@@ -20,9 +20,8 @@ from torch import nn
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.models import loading
-from vitdemo.models.checkpoints import SUFFIXES, Checkpoint, unwrapped
+from vitdemo.models.checkpoints import IMAGENET_LABELS, SUFFIXES, Checkpoint, Labels, labels_of, unwrapped
 from vitdemo.models.huggingface import WEIGHTS_FILES, is_state_dict
-from vitdemo.models.labels import IMAGENET_LABELS, Labels, labels_of
 from vitdemo.models.loading import WEIGHTS_FILE, Plan, hub_file, is_name
 
 KNOWN = {field.name for field in fields(PretrainedCfg)}  # a configuration of 2021 may hold more

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.models.checkpoints import Checkpoint, unwrapped
-from vitdemo.models.labels import labels_of
+from vitdemo.models.checkpoints import Checkpoint, labels_of, unwrapped
 from vitdemo.models.loading import Plan, misfit
 from vitdemo.models.processors import read_processor
 

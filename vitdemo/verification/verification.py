@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from vitdemo.bundled import SHAPES20
 from vitdemo.dataset.batches import prefetched_batches
 from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.engines.contract import Engine
@@ -18,7 +17,7 @@ from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.models.classes import match_classes
 from vitdemo.models.model import Model, ModelInfo
-from vitdemo.paths import data_root
+from vitdemo.paths import SHAPES20, data_root
 from vitdemo.precisions import TORCH_TYPES
 from vitdemo.stats import spread
 from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
