@@ -127,7 +127,11 @@ def write_page(table: pd.DataFrame, path: Path) -> None:
 
     shown = table.assign(pair=table["engine"] + " " + table["precision"], cell=table.apply(cell, axis=1))
     wide = shown.pivot(index=["source", "family"], columns="pair", values="cell").fillna("").reset_index()
-    reasons = [f"- {r.family}, {r.engine} {r.precision}: {r.why}" for r in table.fillna("").itertuples() if r.why]
+    reasons = [
+        f"- {r.family}, {r.engine} {r.precision}: {r.why}"
+        for r in table.itertuples()
+        if isinstance(r.why, str) and r.why
+    ]
     lines = [
         "# Does it convert?",
         "",
