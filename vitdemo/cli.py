@@ -153,7 +153,7 @@ def _extract(out: str, **options) -> int | None:
     checked = _taken(options, "check_images")
     extracted = vitdemo.extract(out=out, **options)
     if checked:
-        report = vitdemo.check_images(extracted, check_folder(out, extracted.split))
+        report = vitdemo.check_images(extracted, check_folder(out, options.get("split", "val")))
         print(f"{report}\nreport: {report.out}")
         return 0 if report.damaged.empty else 1
 
