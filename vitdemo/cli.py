@@ -153,7 +153,7 @@ def _extract(out: str, **options) -> int | None:
     checked = _taken(options, "check_images")
     extracted = vitdemo.extract(out=out, **options)
     if checked:
-        report = vitdemo.check_images(extracted, check_folder(out, extracted.split))
+        report = vitdemo.check_images(extracted, check_folder(out, options.get("split", "val")))
         print(f"{report}\nreport: {report.out}")
         return 0 if report.damaged.empty else 1
 
@@ -267,6 +267,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     CALIBRATION,
     option("--latency-ms", "L", "nine calls in ten must take no longer", float),
     option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
+    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, natively; eager always"),
     option("--images", "N", "how many are scored at most (1000)", int),
     option("--device-batch-sizes", "B,…", "1,2,4,8,16,32 by default", _sizes),
     option("--row-budget-s", "S", "seconds that a row's calls may take (5)", float),

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from vitdemo import Model, VitdemoError, find_engines, machine_roof
+from vitdemo import Model, VitdemoError, find_engines
 from vitdemo.engines import contract
 from vitdemo.engines import roof as module
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.engines.roof import Products, linear_shapes
+from vitdemo.engines.roof import Products, linear_shapes, machine_roof
 from vitdemo.machine import installed_version
 from vitdemo.paths import cache_root
 

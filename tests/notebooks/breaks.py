@@ -253,6 +253,53 @@ BREAKS = {
             name("stays", lambda stays: {"most": stays["most"]}),
         ],
     ],
+    "07_your_own": [
+        [
+            attribute("vit", info=lambda vit: replace(vit.info, classes=vit.info.classes[1:])),
+            attribute("vit", info=lambda vit: replace(vit.info, classes=("arch", *vit.info.classes[:1] * 19))),
+        ],
+        [
+            attribute("images", files=lambda d: [d.files[1], *d.files[1:]]),
+            attribute("images", labels=lambda d: [-1, *d.labels[1:]]),
+        ],
+        [
+            *ROWS,
+            part("evaluation", "rows", lambda run: run.rows.assign(label=range(len(run.rows)))),  # an output per image
+            part("evaluation", "rows", lambda run: run.rows.assign(label=7)),  # one for all classes
+            metric("evaluation", classes_decided=""),
+        ],
+        [
+            part("from_table", "rows", lambda run: run.rows.assign(label=run.rows["label"].values[::-1])),
+            name("same", lambda same: same // 2),
+        ],
+        [
+            name("refused", lambda line: ""),
+            metric("cured", images=3),
+            part("cured", "rows", lambda run: run.rows.assign(label=-1)),
+        ],
+        [
+            metric("partly", classes_present=20),
+            metric("partly", correct_present=1),
+            metric("partly", correct_present=99),
+        ],
+        [name("worst", lambda pairs: pairs.iloc[1:])],
+        [
+            name("seen", lambda rows: rows.iloc[1:]),
+            name("seen", lambda rows: rows.assign(probability_1=rows["probability_2"] / 2)),
+        ],
+        [
+            part("report", "failures", lambda report: ["broken"]),
+            name("chosen", lambda row: row.replace({row["p90_ms"]: 1e6})),
+            name("answer", lambda answer: [answer[0], "99.0% nothing"]),
+        ],
+        [
+            *undone("right_map", "equal"),
+            name("right_map", lambda how: {"sorted": "natural", "natural": "sorted"}[how]),
+            name("right_map", lambda how: "numbers"),
+            name("equal", lambda count: count * 5),  # images, not classes
+            name("equal", lambda count: 0),
+        ],
+    ],
 }
 
 

@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 import torch
 
-from vitdemo.benchmarking.pairs import EAGER
+from vitdemo.benchmarking.pairs import EAGER, choose_pairs
 from vitdemo.benchmarking.rows import OK
 from vitdemo.benchmarking.sweeps import benchmark
 from vitdemo.dataset.dataset import Dataset
@@ -68,6 +68,7 @@ def choose(
     *,
     latency_ms: float = math.inf,
     largest_loss: float = LARGEST_LOSS,
+    engines: Sequence[str] | str | None = None,
     weights: Path | str = "pretrained",
     class_map: Path | str | None = None,
     calibration: Path | str | None = None,
@@ -78,8 +79,8 @@ def choose(
 ) -> tuple[pd.Series, Report, Path]:
     """From a model and images to the engine to use on this machine: measured, verified, exported with its script.
 
-    Every engine and native precision that a script can be written for is measured by ``benchmark``; of those fast and
-    right enough the one with the most images/s that passes ``verify`` is taken.
+    Every engine and native precision that a script can be written for is measured by ``benchmark``, or those that
+    ``engines`` names; of those fast and right enough the one with the most images/s that passes ``verify`` is taken.
 
     Args:
         name: of the model, as in ``load_model``.
@@ -87,7 +88,7 @@ def choose(
             is not scored.
         latency_ms: fast enough is where nine calls in ten stay within it.
         largest_loss: right enough is a top-1 at most this fraction below eager fp32's.
-        weights, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
+        engines, weights, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
         out: a new folder: ``sweeps/`` with all rows, and ``choice/`` with the engine and ``classify.py``.
 
     Returns:
@@ -102,7 +103,7 @@ def choose(
         ranges = set(spread(len(data), min(256, len(data) // 4)))
         calibration = data.take(sorted(ranges)) if ranges else None
         data = data.take([i for i in range(len(data)) if i not in ranges])
-    engines = [engine for engine, kind in find_engines().items() if kind.script]
+    engines = [str(pair) for pair in choose_pairs(engines) if find_engines()[pair.engine].script]
     options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
     rows = benchmark(
         name, engines=engines, weights=weights, data=data, calibration=calibration, out=out / "sweeps", **options

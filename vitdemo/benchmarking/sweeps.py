@@ -249,7 +249,7 @@ DEVICE_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def benchmark(
-    models: Sequence[str] | str,
+    models: Sequence[Path | str] | Path | str,
     *,
     engines: Sequence[str] | str | None = None,
     device_batch_sizes: Sequence[int] = DEVICE_BATCH_SIZES,
@@ -328,7 +328,7 @@ def benchmark(
     Raises:
         VitdemoError: for bad input, before anything is measured.
     """
-    names = [models] if isinstance(models, str) else list(models)
+    names = [str(models)] if isinstance(models, (Path, str)) else list(map(str, models))
     pairs, sizes = choose_pairs(engines), check_sizes(device_batch_sizes)
     at_least_1(replicas=replicas, images=images)
     if not row_budget_s > 0:

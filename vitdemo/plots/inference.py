@@ -76,6 +76,37 @@ def plot_per_class(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def plot_confusion(evaluation: Evaluation, most: int = 20) -> Figure:
+    """How many images of each class got which answer: one row per true class, which adds up to its images.
+
+    Args:
+        evaluation: of the images.
+        most: how many classes to show, those with the most wrong answers of and for them; the others, and images that
+            cannot be read, share the last column.
+    """
+    rows, elsewhere = evaluation.rows, -1
+    wrong = rows[rows["correct"] == 0]
+    mixed = pd.concat([wrong["label"], wrong["predicted_1"], rows["label"]]).dropna()
+    weight = pd.concat([wrong["label"], wrong["predicted_1"]]).value_counts().reindex(mixed.unique(), fill_value=0)
+    shown = sorted(map(int, weight.sort_values(ascending=False, kind="stable").index[:most]))
+    answered = rows["predicted_1"].where(rows["predicted_1"].isin(shown), elsewhere).astype(int)
+    counts = pd.crosstab(rows["label"], answered).reindex(columns=[*shown, elsewhere], fill_value=0)
+    counts = counts.reindex(sorted(set(shown) & set(rows["label"])))
+    counts = counts if counts[elsewhere].any() else counts.drop(columns=elsewhere)
+    names = [*short_names(evaluation.data), "another, or none"]
+    height, width = counts.shape
+    figure, ax = plt.subplots(figsize=(2.2 + 0.36 * width, 1.8 + 0.3 * height), layout="constrained")
+    ax.imshow(counts.div(counts.sum(axis=1), axis=0), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, x in zip(*counts.to_numpy().nonzero(), strict=True):
+        right = counts.index[y] == counts.columns[x]
+        shade = "white" if counts.iat[y, x] > 0.5 * counts.iloc[y].sum() else "black" if right else WRONG
+        ax.text(x, y, counts.iat[y, x], ha="center", va="center", fontsize=8, color=shade)
+    ax.set_xticks(range(width), [names[k] for k in counts.columns], rotation=60, ha="right", fontsize=8)
+    ax.set_yticks(range(height), [names[k] for k in counts.index], fontsize=8)
+    ax.set(xlabel="the model's answer", ylabel="the true class")
+    return figure
+
+
 def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     """When each of some consecutive batches was decoded and computed: where both bars of a moment are filled, they
     overlap.
