@@ -87,7 +87,7 @@ def _sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas, such as 1,8") from None
 
 
-MODEL_HELP = "vit_shapes20, a full timm tag, hf:OWNER/NAME, or a folder of timm's or Hugging Face's"
+MODEL_HELP = "vit_shapes20, a full timm tag, hf-hub:OWNER/NAME, a folder, or a checkpoint of timm's training script"
 MODEL = option("model", "MODEL", MODEL_HELP)
 WEIGHTS = option("--weights", "W", "pretrained, random, or a file")
 EMA = flag("--ema", "take the averaged weights of a training checkpoint")

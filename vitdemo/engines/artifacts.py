@@ -248,7 +248,7 @@ class Recipe:
             "engine": self.cls.name,
             "precision": self.precision,
             "device": self.device,
-            "model": asdict(self.info),
+            "model": asdict(replace(self.info, class_names=None)),  # which shape nothing
             **self.hashes,
             "versions": {name: installed_version(name) for name in packages},
             "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],

@@ -87,7 +87,9 @@ NORMALISATIONS = {
     "with mean/std 0.5": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
     "with CLIP's mean/std": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
 }
-OTHER_CROP = {"center": ("squash", 1.0), "squash": ("center", 0.9)}  # crop_pct of Hugging Face's and of timm's ViT
+OTHER_CROP = {mode: ("squash", 1.0) for mode in ("center", "center_floor")} | {
+    "squash": ("center", 0.9)
+}  # crop_pct of Hugging Face's and of timm's ViT
 AS_IT_IS, UPRIGHT = "as it is", "with images turned as their EXIF says"
 SIGNIFICANCE = 0.05
 EXTRACT = "get the labels anew with vitdemo extract, from the original archives"

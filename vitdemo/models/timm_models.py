@@ -49,6 +49,8 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     options, said = _options(name, said)
     build = partial(timm.create_model, name, **options)
     module = build()
+    if not tag:  # the size for tests is that of timm's own weights
+        said = {"input_size": module.pretrained_cfg["input_size"]} | said
     repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
     bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
     bring = f"{bring} (or use weights=random for speed alone)"
