@@ -49,3 +49,8 @@ def test_of_a_class_without_images_there_is_a_column_and_no_row():
     names, columns, counts = drawn(plot_confusion(an_evaluation([0, 0, 1], [0, 4, 1])))
     assert names == ["class 0", "class 1"] and columns == ["class 0", "class 1", "class 4"]
     assert counts.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+def test_a_model_without_mistakes_has_a_diagonal():
+    names, columns, counts = drawn(plot_confusion(an_evaluation([0, 1, 1], [0, 1, 1])))
+    assert names == columns == ["class 0", "class 1"] and counts.tolist() == [[1, 0], [0, 2]]
