@@ -319,7 +319,6 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     start, dataset = now(), _data_of(options)
     model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
     dataset = match_classes(model.info, dataset, options.pop("class_map", None))
-    print(f"outputs and classes: matched {dataset.decided}", file=sys.stderr)
     engine = vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration"))
     try:
         runs, reference = evaluate_beside_reference(engine, model, dataset, out=out, **options)
@@ -336,6 +335,7 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")
     print("FlagPerf row:", describe_row(row))
+    print(f"outputs and classes: matched {dataset.decided}")
     published = vitdemo.compare_published(evaluation)
     print(f"{published}\nmachine: {vitdemo.describe_machine(vitdemo.machine_record())}\nresults: {evaluation.out}")
     if published.verdict == "below" and not diagnose and evaluation.metrics["images"] == len(dataset):

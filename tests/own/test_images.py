@@ -381,7 +381,7 @@ def test_names_decide_without_case_blanks_hyphens_and_underscores(tmp_path, vit_
 def test_a_class_without_an_output_is_named_with_the_nearest(tmp_path, vit_shapes20):
     name = vit_shapes20.info.class_names[3].split(",")[0]
     data = open_data(write(tmp_path / "set", {f"{name}s/0.jpg": picture(0), f"{name}/0.jpg": picture(1)}))
-    with refused(f"{name}s", "the nearest are", name, "--class-map FILE"):
+    with refused(f"{name}s", "the nearest: ", name, "--class-map FILE"):
         match_classes(vit_shapes20.info, data)
     both = open_data(write(tmp_path / "both", {f"{name}/0.jpg": picture(0), f"{name.upper()}/0.jpg": picture(1)}))
     with refused(name, name.upper(), "are both output"):
@@ -407,6 +407,8 @@ def test_a_class_map_may_give_several_classes_one_output(tmp_path, vit_shapes20,
     assert matched.labels == [3, 3, 5] and matched.decided == f"by the file map{suffix}"
     assert [s.class_id for s in matched] == ["siamese", "tabby", "van"]
     assert match_classes(vit_shapes20.info, matched, tmp_path / f"map{suffix}") is matched
+    part = match_classes(vit_shapes20.info, data.take([1]), tmp_path / f"map{suffix}")  # one file for all parts
+    assert part.labels == [3] and part.present == [3]
 
 
 @pytest.mark.parametrize(
@@ -416,10 +418,10 @@ def test_a_class_map_may_give_several_classes_one_output(tmp_path, vit_shapes20,
         ("cat,1,2\n", "has 3 columns"),
         ("cat,20\ndog,1\n", "row 1: '20' is no output"),
         ("cat,-1\ndog,1\n", "row 1: '-1' is no output"),
-        ("clas,output\ncat,1\ndog,2\n", "row 1: 'clas' is no class"),
         ("cat,1\n", "has no row for the class 'dog'"),
         ("cat,1\ncat,2\ndog,3\n", "another output in a row before"),
-        ("cat,1\ndog,2\nfish,3\n", "'fish' is no class"),
+        ("cat,1\ndgo,2\n", "has no row for the class 'dog'"),
+        ("cat,1\ndgo,2\n", "is 'dgo', which"),
     ],
 )
 def test_class_maps_that_cannot_be(tmp_path, vit_shapes20, rows, line):

@@ -93,7 +93,7 @@ class _Outputs:
         """The outputs whose names are most like it, for messages."""
         near = [] if WNID.fullmatch(name) else get_close_matches(plain(name), self.by_name, n=3)
         shown = dict.fromkeys(self.shown(min(self.by_name[word])) for word in near)
-        return f"; the nearest are {', '.join(shown)}" if shown else f"; its outputs are {self.some()}"
+        return f"; the nearest: {', '.join(shown)}" if shown else f"; its outputs are {self.some()}"
 
     def shown(self, k: int) -> str:
         name = self.names[k].split(",")[0]
@@ -170,14 +170,10 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
 
 
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
-    label_of, found = {class_id: label for label, class_id in own.items()}, {}
+    label_of, found, absent = {class_id: label for label, class_id in own.items()}, {}, []
     for number, class_id, output in _rows(path):
         if class_id not in data.classes:
-            near = get_close_matches(class_id, data.classes, n=1) or data.classes[:1]
-            raise VitdemoError(
-                f"{path}: row {number}: {class_id!r} is no class of {data.path}, where one is {near[0]!r}; correct it, "
-                "or take the row out"
-            )
+            absent.append(class_id)
         at = outputs.find(output)
         if at is None and output.isdecimal() and int(output) < outputs.count:
             at = int(output)
@@ -189,8 +185,11 @@ def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) 
         if (label := label_of.get(class_id)) is not None and found.setdefault(label, at) != at:
             raise VitdemoError(f"{path}: row {number}: {class_id!r} has another output in a row before; take one out")
     if missing := [class_id for label, class_id in own.items() if label not in found]:
-        raise VitdemoError(f"{path}: has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one)")
-    return found, f"by the file {path.name}"
+        near = f"; is {absent[0]!r}, which {data.path} has not, meant?" if absent else ""
+        lack = f"has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one){near}"
+        raise VitdemoError(f"{path}: {lack}; give each class a row")
+    beside = f", {len(absent)} of whose rows are of classes that are not here" if absent else ""
+    return found, f"by the file {path.name}{beside}"
 
 
 def _rows(path: Path) -> list[tuple[int, str, str]]:
