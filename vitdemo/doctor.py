@@ -18,6 +18,7 @@ def examine() -> tuple[list[str], bool]:
         "packages": _packages,
         "engines": _engines,
         "replicas": _replicas,
+        "your own": _own,
         "bundled data": _data,
         "pretrained weights": _hub,
         "notebooks": _notebooks,
@@ -96,6 +97,18 @@ def _replicas() -> list[str]:
         return f"Ray {installed_version('ray')}"
 
     return [_line("skipped", ray)]
+
+
+def _own() -> list[str]:
+    from vitdemo.machine import installed_version
+
+    uses = {"transformers": "Hugging Face's classifiers other than ViT", "pyarrow": "parquet files"}
+    return [
+        f"ok       {package} {version}: {use}"
+        if (version := installed_version(package))
+        else f'skipped  {use}: {package} is not installed; pip install "vitdemo[hf]"'
+        for package, use in uses.items()
+    ]
 
 
 def _data() -> list[str]:

@@ -17,7 +17,7 @@ from vitdemo.paths import REPOSITORY
 
 now = time.perf_counter
 
-PACKAGES = "vitdemo torch torchvision timm pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
+PACKAGES = "vitdemo torch torchvision timm transformers pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
 SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 

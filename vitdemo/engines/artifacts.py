@@ -243,7 +243,7 @@ class Recipe:
     @property
     def ingredients(self) -> dict:
         """Everything that shapes the engine on this machine, as JSON can hold it."""
-        packages = ("vitdemo", "torch", "torchvision", "timm", *self.cls.packages)
+        packages = ("vitdemo", "torch", "torchvision", "timm", "transformers", *self.cls.packages)
         return {
             "engine": self.cls.name,
             "precision": self.precision,

@@ -57,7 +57,7 @@ class Evaluation:
         return (
             f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {describe_threads(m)}, "
             f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
-            f"{self._turned()}"
+            f"{self._turned()}{self._few_classes()}"
         )
 
     def _turned(self) -> str:
@@ -65,6 +65,13 @@ class Evaluation:
             return ""
         many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
         return f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
+
+    def _few_classes(self) -> str:
+        seen, all_of_them = self.rows["label"].nunique(), len(set(self.data.labels))
+        few = 2 * seen < min(
+            all_of_them, len(self.rows)
+        )  # in a folder per class the first images are of the first ones
+        return f"; these first images are of {seen} of {all_of_them} classes" if few else ""
 
     def _shared(self) -> str:
         if not (shared := self.metrics["replicas"]):
