@@ -426,3 +426,18 @@ def test_size_for_tests(tag, side, crop_pct):
 def test_file_with_code_is_not_run(tmp_path):
     torch.save({"arch": TINY, "state_dict": {}, "args": partial(print, "run")}, tmp_path / "odd.pth")
     refused("odd.pth: cannot be read as weights .*it holds more than tensors", tmp_path / "odd.pth")
+
+
+def test_a_wrapped_module_is_verified_layer_by_layer(tmp_path):
+    """transformers' modules have one child, whose parts are the layers; a batch of 1 keeps its dimension."""
+    from transformers import BeitConfig, BeitForImageClassification, ViTImageProcessor
+
+    from vitdemo import convert, verify
+
+    config = BeitConfig(image_size=32, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    BeitForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    for images in (1, 3):
+        report = verify(convert(model, "onnx", "fp32"), model, images=images, progress=False)
+        assert report.ok and report.layers["layer"].tolist() == ["classifier.beit", "logits"], report

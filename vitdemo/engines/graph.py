@@ -1,6 +1,6 @@
 """The graph that every engine runs, uint8 pixels -> normalised floats -> the model -> logits, and views into it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,8 @@ class Normalised(nn.Module):
     The normalisation is never folded into the patch embedding's weights by hand: a convolution that pads
     with zeros would then see zeros where it must see the normalised black of the padding.
 
-    With ``taps``, names of submodules, the answer is a tuple: the logits, then what each of those gave, in float32.
+    With ``taps``, names of submodules, the answer is a tuple: the logits, then what each of those gave, in float32; it
+    is one where there are none, too.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Normalised(nn.Module):
         module: nn.Module,
         preprocessing: Preprocessing,
         dtype: torch.dtype = torch.float32,
-        taps: tuple[str, ...] = (),
+        taps: tuple[str, ...] | None = None,
     ):
         super().__init__()
         self.module = module
@@ -37,7 +38,7 @@ class Normalised(nn.Module):
 
     def forward(self, x: torch.Tensor):
         x = ((x.float() / 255 - self.mean) / self.std).to(self.dtype)
-        if not self.taps:
+        if self.taps is None:
             return self.module(x).float()
         taken: dict[str, torch.Tensor] = {}
 
@@ -78,11 +79,19 @@ def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str
     if isinstance(module, VisionTransformer):
         blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
         return _that_run(module, ["patch_embed", *blocks, "norm"], input_size)
-    children = [name for name, child in _children(module) if next(child.parameters(), None) is not None]
-    return _that_run(module, children[:-1], input_size)
+    return _that_run(module, _children(module)[:-1], input_size)
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _children(module: nn.Module) -> list[str]:
+    """Its children that have parameters; of a wrapper around one module that module's."""
+    children = [(name, child) for name, child in _parts(module) if next(child.parameters(), None) is not None]
+    if len(children) == 1:
+        ((name, child),) = children
+        return [f"{name}.{inner}" for inner in _children(child)] or [name]
+    return [name for name, _ in children]
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # which nobody calls
             yield from ((f"{name}.{key}", part) for key, part in child.named_children())
@@ -106,10 +115,14 @@ def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, i
 
 
 def _first(output: object) -> object:
+    if isinstance(output, Mapping) and output:  # transformers' own outputs
+        return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def export_graph(model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] = ()) -> ExportedProgram:
+def export_graph(
+    model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] | None = None
+) -> ExportedProgram:
     """``model``, its normalisation before it, by ``torch.export``: uint8[B, 3, H, W] in, any B >= 1, logits out.
 
     Args:
