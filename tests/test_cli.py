@@ -169,7 +169,7 @@ COMMANDS = re.findall(r"^vitdemo (\w.*)$", "\n".join(p.read_text() for p in READ
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_readmes_are_understood(command):
-    args = vars(PARSER.parse_args(shlex.split(command)))
+    args = vars(PARSER.parse_args(shlex.split(command, comments=True)))
     if command.startswith("run ") and args.get("profile") != "imagenet":
         given = dict(map(parse_parameter, args.get("parameters", ())))
         assign_parameters(choose_notebooks(args.get("names")), args.get("profile", "bundled"), None, given)

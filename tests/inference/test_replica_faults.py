@@ -109,7 +109,7 @@ def test_replicas_that_die_again_and_again_end_the_run(one_thread, shapes20, tmp
 
 def test_data_that_a_replica_does_not_find(one_thread, shapes20):
     elsewhere = ImageNetVal(shapes20.path)
-    elsewhere.path = "/nowhere/val"
+    elsewhere.opened = ("/nowhere/val", "val", None)
     with pytest.raises(VitdemoError, match="^replica on .*: /nowhere/val"):
         evaluate(one_thread, elsewhere, limit=8, replicas=1, progress=False)
 
