@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test masks soak format lint notebooks pictures results families constraints clean
+.PHONY: help demo lab test masks soak format lint notebooks pictures results families real-int8 constraints clean
 
 help:
 	@echo "make demo   run three notebooks headlessly on the bundled data, write an HTML report"
@@ -60,6 +60,10 @@ results: $(BIN)/.vitdemo
 # docs/families: which families of models convert, in which engines; about 20 minutes, it may be stopped and goes on.
 families: $(BIN)/.vitdemo-dev
 	$(BIN)/python -m tests.benchmarks.families
+
+# What precisions cost two real models, on photographs named by wnid: make real-int8 PHOTOS=DIR
+real-int8: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m tests.benchmarks.real_int8 "$(PHOTOS)"
 
 # The pins that the course is known to run with: what pip picks today, in an environment of its own.
 constraints:

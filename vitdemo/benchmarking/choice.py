@@ -97,8 +97,8 @@ def choose(
     Raises:
         VitdemoError: for bad input, and where none is fast and right enough.
     """
-    out, model = claim_folder(out), load_model(name, weights)
-    data = match_classes(model.info, data, class_map)
+    model = load_model(name, weights)
+    data, out = match_classes(model.info, data, class_map), claim_folder(out)
     if calibration is None:
         ranges = set(spread(len(data), min(256, len(data) // 4)))
         calibration = data.take(sorted(ranges)) if ranges else None
