@@ -18,6 +18,9 @@ from torchvision.datasets import ImageFolder
 from tests.dataset.conftest import refused, tar_bytes, tiny_jpeg, write_devkit
 from vitdemo import evaluate, match_classes, open_data, open_images
 from vitdemo.dataset.dataset import Dataset, open_again
+from vitdemo.dataset.tars import TARS
+from vitdemo.engines.artifacts import clear_cache
+from vitdemo.paths import cache_root
 
 pytestmark = pytest.mark.own
 WNIDS = ["n01440764", "n01443537", "n01751748"]
@@ -81,13 +84,17 @@ def test_train_by_split_and_the_first_folder_that_is_there(tmp_path):
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("wrapper", ["", "set/val/"])
-def test_a_tar_of_folders(tmp_path, compressed, wrapper):
+def test_a_tar_of_folders(tmp_path, monkeypatch, compressed, wrapper):
+    monkeypatch.setenv("VITDEMO_CACHE", str(tmp_path / "cache"))  # cleared below: not the one that all tests share
     content = tar_bytes({wrapper + name: image for name, image in WORDS.items()})
     tar = tmp_path / ("x.tar.gz" if compressed else "x.tar")
     tar.write_bytes(gzip.compress(content) if compressed else content)
     data = open_data(tar)
     assert found(data) == {name: name.partition("/")[0] for name in WORDS} and data.path == tar
     assert data.fingerprint == open_data(write(tmp_path / "folder", WORDS)).fingerprint
+    if compressed:
+        clear_cache()
+        assert not list((cache_root() / TARS).glob("*")) and all(s.image for s in data)
     tar.with_name("cut.tar.gz").write_bytes(gzip.compress(content)[:-200])
     with refused("cut.tar.gz", "get the archive again"):
         open_data(tar.with_name("cut.tar.gz"))

@@ -156,8 +156,7 @@ class Dataset:
     @property
     def address(self) -> tuple:
         """What ``open_again`` needs to open it in another process, on this machine or another one."""
-        matched = self.classes, self.class_names, self.labels, self.decided
-        return self.opened, self.taken, self.fingerprint, matched
+        return self.opened, self.taken, self.fingerprint, (self.classes, self.class_names, self.labels, self.decided)
 
 
 def open_again(address: tuple) -> Dataset:

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from vitdemo.dataset.samples import Sample
+from vitdemo.dataset.tars import TARS
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
@@ -121,8 +122,13 @@ def cached_artifacts() -> pd.DataFrame:
 
 
 def clear_cache() -> int:
-    """Remove every artifact but one that is being built just now, or is in use; the bytes that became free."""
-    freed = 0
+    """Remove every artifact but one that is being built just now, or is in use, and what tars were unpacked to.
+
+    Returns:
+        The bytes that became free.
+    """
+    freed = _bytes_below(cache_root() / TARS)
+    shutil.rmtree(cache_root() / TARS, ignore_errors=True)  # who reads from one goes on: its open file stays
     with named_errors(artifacts_root(), ELSEWHERE):
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)

@@ -48,13 +48,14 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            return self._module(_laid_out(x).to(self.device)).cpu()
+            # torch chooses the convolution by the order in memory, and AVX2's round otherwise in another one
+            return self._module(x.contiguous().to(self.device)).cpu()
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self._check(x)
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            logits, *taken = self._tapped(_laid_out(x).to(self.device))
+            logits, *taken = self._tapped(x.contiguous().to(self.device))
         names = (*self._tapped.taps, "logits")
         return {name: tensor.cpu() for name, tensor in zip(names, (*taken, logits), strict=True)}
 
@@ -72,8 +73,3 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
         with torch.no_grad(), FlopsByPrecision() as counter:
             self._module(x)
         return shares_that_ran(counter.flops, self.support(self.device))
-
-
-def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """In the usual order in memory: torch chooses the convolution by it, and AVX2's round otherwise in another one."""
-    return x.contiguous()
