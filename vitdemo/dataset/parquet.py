@@ -3,7 +3,8 @@
 import json
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,66 +81,57 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
 class Rows:
     """The rows of several parquet files, read by row group; threads may share it, and it can be pickled."""
 
-    def __init__(self, files: list[Path]):
-        self.files = [str(file) for file in files]
-        self._open()
+    def __init__(self, files: Sequence[Path | str]):
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise VitdemoError('parquet files need pyarrow: pip install "vitdemo[hf]"') from None
+        self.files, self._handles, self._lock = [str(file) for file in files], [], threading.Lock()
+        for file in self.files:
+            try:
+                self._handles.append(parquet.ParquetFile(file))
+            except Exception as error:  # pyarrow's own, and the system's
+                raise VitdemoError(f"{file}: no whole parquet file ({reason_of(error)}); get it again") from None
         first = self._handles[0].schema_arrow
-        for file, handle in zip(files, self._handles, strict=True):
+        for file, handle in zip(self.files, self._handles, strict=True):
             if handle.schema_arrow.names != first.names:
-                raise VitdemoError(f"{file}: has other columns than {files[0].name}; give the files of one data set")
-        self.image, self.label = self._image_column(first), self._label_column(first)
+                raise VitdemoError(
+                    f"{file}: has other columns than {Path(self.files[0]).name}; give the files of one data set"
+                )
+        self.image, self.label = self._columns_of(first)
         self.first_rows, self._groups, row = [], [], 0
         for number, handle in enumerate(self._handles):
             self.first_rows.append(row)
             for group in range(handle.metadata.num_row_groups):
                 self._groups.append((row, number, group))
                 row += handle.metadata.row_group(group).num_rows
-        self.total_bytes = [Path(file).stat().st_size for file in files]
+        self.total_bytes = [Path(file).stat().st_size for file in self.files]
+        self._images = lru_cache(KEPT)(self._read_group)
 
-    def _open(self) -> None:
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise VitdemoError('parquet files need pyarrow: pip install "vitdemo[hf]"') from None
-        self._handles, self._lock, self._kept = [], threading.Lock(), OrderedDict()
-        for file in self.files:
-            try:
-                self._handles.append(parquet.ParquetFile(file))
-            except Exception as error:  # pyarrow's own, and the system's
-                raise VitdemoError(f"{file}: no whole parquet file ({reason_of(error)}); get it again") from None
+    def __reduce__(self) -> tuple:
+        return Rows, (self.files,)
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_lock", "_kept")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._open()
-
-    def _image_column(self, schema: Any) -> str:
+    def _columns_of(self, schema: Any) -> tuple[str, str | None]:
+        """The column of the images, and that of the labels, None where there is none."""
         from pyarrow import types
 
         def holds_images(kind: Any) -> bool:
             inner = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
             return types.is_binary(inner) or types.is_large_binary(inner)
 
-        found = [field.name for field in schema if holds_images(field.type)]
-        named = [name for name in found if name in ("image", "img", "jpg")] or found
-        if len(named) != 1:
-            raise VitdemoError(
-                f"{self.files[0]}: {'several columns hold' if named else 'no column holds'} images as bytes, of "
-                f"{', '.join(schema.names)}; give files with one, called image"
-            )
-        return named[0]
-
-    def _label_column(self, schema: Any) -> str | None:
-        from pyarrow import types
-
         def may_be_label(kind: Any) -> bool:
             return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
+        found = [field.name for field in schema if holds_images(field.type)]
+        images = [name for name in found if name in ("image", "img", "jpg")] or found
+        if len(images) != 1:
+            raise VitdemoError(
+                f"{self.files[0]}: {'several columns hold' if images else 'no column holds'} images as bytes, of "
+                f"{', '.join(schema.names)}; give files with one, called image"
+            )
         found = [field.name for field in schema if may_be_label(field.type)]
-        named = [name for name in LABEL_COLUMNS if name in found] or found
-        return named[0] if named and (len(named) == 1 or named[0] in LABEL_COLUMNS) else None
+        labels = [name for name in LABEL_COLUMNS if name in found] or found
+        return images[0], labels[0] if labels and (len(labels) == 1 or labels[0] in LABEL_COLUMNS) else None
 
     def class_names(self) -> list[str]:
         """Of each label, from the schema's metadata; [] where they say nothing of it."""
@@ -168,18 +160,16 @@ class Rows:
         place = bisect_right(self._groups, row, key=lambda group: group[0]) - 1
         first, number, group = self._groups[place]
         with self._lock:
-            if place not in self._kept:
-                try:
-                    table = self._handles[number].read_row_group(group, columns=[self.image])
-                except Exception as error:
-                    reason = reason_of(error)
-                    raise VitdemoError(f"{self.files[number]}: row group {group} cannot be read ({reason})") from None
-                self._kept[place] = table.column(0)
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(place)
-            cell = self._kept[place][row - first].as_py()
+            cell = self._images(number, group)[row - first].as_py()
         cell = cell.get("bytes") if isinstance(cell, dict) else cell
         if cell is None:
             raise VitdemoError(f"{self.files[number]}: row {row - first} of row group {group} has no bytes")
         return cell
+
+    def _read_group(self, number: int, group: int) -> Any:
+        """The images of one row group of one file."""
+        try:
+            return self._handles[number].read_row_group(group, columns=[self.image]).column(0)
+        except Exception as error:
+            reason = reason_of(error)
+            raise VitdemoError(f"{self.files[number]}: row group {group} cannot be read ({reason})") from None
