@@ -156,11 +156,8 @@ def _row(data: Dataset, index: int) -> tuple:
 
 def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     """Width, height, mode, EXIF state, error and warning of one file, as ``check_images`` reports them."""
-    try:
-        header = read_header(jpeg)
-    except Exception as error:  # PIL raises a dozen types, and each means: this is no image
-        return 0, 0, UNREADABLE, "", one_line(error), ""
-    error = refusal(header.width, header.height, jpeg)
+    header = read_header(jpeg)
+    error = header.error or refusal(header.width, header.height, jpeg)
     warning = "" if error else _complaint(jpeg)
     if warning:
         error = _pil_error(jpeg)
@@ -186,7 +183,7 @@ def _pil_error(jpeg: bytes) -> str:
     try:
         with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
             image.load()
-    except Exception as error:  # as in examine_jpeg
+    except Exception as error:  # as in read_header
         return one_line(error)
     return ""
 

@@ -40,13 +40,15 @@ PIL_ALONE = threading.Lock()
 
 
 class Header(NamedTuple):
-    """What a file says of its image: size in pixels, PIL's mode, EXIF state (see ``image_facts``), PIL's format."""
+    """What a file says of its image: size in pixels, PIL's mode, EXIF state (see ``image_facts``), PIL's format; or
+    the error, where it is no image."""
 
-    width: int
-    height: int
-    mode: str
-    exif: str
-    format: str
+    width: int = 0
+    height: int = 0
+    mode: str = UNREADABLE
+    exif: str = ""
+    format: str = ""
+    error: str = ""
 
 
 def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
@@ -63,19 +65,19 @@ def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFram
     rows = []
     for index in range(len(data) if limit is None else min(limit, len(data))):
         sample = data[index]
-        try:
-            header = read_header(sample.image)
-        except Exception:  # PIL raises a dozen types, and each means: this is no image
-            header = Header(0, 0, UNREADABLE, "", "")
+        header = read_header(sample.image)
         row = {"file": sample.file, "width": header.width, "height": header.height, "mode": header.mode}
         rows.append(row | {"bytes": len(sample.image), "exif": header.exif})
     return pd.DataFrame(rows)
 
 
 def read_header(jpeg: bytes) -> Header:
-    """The header as PIL reads it, without decoding. Raises what PIL raises; for broken EXIF nothing."""
-    with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
-        return Header(*image.size, image.mode, _exif_state(image), image.format)
+    """The header as PIL reads it, without decoding; broken EXIF is no error."""
+    try:
+        with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
+            return Header(*image.size, image.mode, _exif_state(image), image.format)
+    except Exception as error:  # PIL raises a dozen types, and each means: this is no image
+        return Header(error=one_line(error))
 
 
 def open_image(jpeg: bytes) -> Image.Image:
@@ -91,7 +93,7 @@ def _exif_state(image: Image.Image) -> str:
             if block is not None:
                 Image.Exif().load(block)  # anew: opening may have read it already, and it warns once
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # XMP's, where EXIF has none
-        except Exception:  # as in image_facts
+        except Exception:  # as in read_header
             return "broken"
     if warned:
         return "broken"
@@ -100,12 +102,7 @@ def _exif_state(image: Image.Image) -> str:
 
 def is_rotated(image: bytes) -> bool:
     """Whether a file says that its picture is to be turned or mirrored. Few have the EXIF for which PIL is asked."""
-    if b"Exif" not in image[:EXIF_WITHIN]:
-        return False
-    try:
-        return read_header(image).exif == "rotated"
-    except Exception:  # as in image_facts
-        return False
+    return b"Exif" in image[:EXIF_WITHIN] and read_header(image).exif == "rotated"
 
 
 def upright(image: bytes) -> bytes:
