@@ -1,7 +1,5 @@
 """The verb ``extract``: from verified archives to ``val/<wnid>/`` or ``train/<wnid>/``, whole or not at all."""
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -9,6 +7,7 @@ import stat
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -117,12 +116,9 @@ def _write_classes(out: Path, source: Dataset, devkit: Path | None) -> None:
     if (out / CLASSES).exists() and not devkit:  # the other split's, which may know the IDs
         return
     ids = {synset.wnid: synset.id for synset in read_devkit(devkit).synsets} if devkit else {}
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(CLASSES_COLUMNS)
-    for label, (wnid, name) in enumerate(zip(source.classes, source.class_names, strict=True)):
-        table.writerow([label, wnid, ids.get(wnid, ""), name])
-    path, content = out / CLASSES, text.getvalue().encode()
+    columns = range(len(source.classes)), source.classes, [ids.get(wnid) for wnid in source.classes], source.class_names
+    table = pd.DataFrame(dict(zip(CLASSES_COLUMNS, columns, strict=True)), dtype=object)
+    path, content = out / CLASSES, table.to_csv(index=False, lineterminator="\r\n").encode()
     if not path.exists() or path.read_bytes() != content:  # what is finished may lie on a read-only disk
         with replacing(path, "wb") as file:
             file.write(content)
