@@ -56,9 +56,8 @@ def read_devkit(path: Path | str) -> Devkit:
         VitdemoError: for a file of another form, and for classes that cannot be names of folders.
     """
     path = Path(path)
-    parsed = []
-    files = _files_in_folder(path) if path.is_dir() else _files_in_tar(path)
-    for name, parse in ((META_MAT, _parse_synsets), (GROUND_TRUTH, _parse_truth)):
+    parsed, files = [], _files_in(path)
+    for name, parse in ((META_MAT, _parse_synsets), (GROUND_TRUTH, lambda text: list(map(int, text.split())))):
         if name not in files:
             raise VitdemoError(f"{path}: holds no {name}, so it is no devkit of ILSVRC2012; get it again")
         if len(files[name]) > FILE_LIMIT:
@@ -74,22 +73,11 @@ def read_devkit(path: Path | str) -> Devkit:
     return devkit
 
 
-def _files_in_tar(path: Path) -> dict[str, bytes]:
-    content, files = _gunzip(path), {}
-    for member in walk_tar(io.BytesIO(content), 0, len(content), path):
-        if member.isreg():
-            name = "/".join(member.name.split("/")[-2:])
-            files[name] = content[member.offset_data : member.offset_data + member.size]
-    return files
-
-
-def _files_in_folder(path: Path) -> dict[str, bytes]:
+def _files_in(path: Path) -> dict[str, bytes]:
+    """What a devkit holds, by the last two steps of the names."""
     with named_errors(path):
-        return {name: (path / name).read_bytes() for name in (META_MAT, GROUND_TRUTH) if (path / name).is_file()}
-
-
-def _gunzip(path: Path) -> bytes:
-    with named_errors(path):
+        if path.is_dir():
+            return {name: (path / name).read_bytes() for name in (META_MAT, GROUND_TRUTH) if (path / name).is_file()}
         try:
             with gzip.open(path) as file:
                 content = file.read(DEVKIT_LIMIT + 1)
@@ -97,7 +85,8 @@ def _gunzip(path: Path) -> bytes:
             raise VitdemoError(f"{path}: no whole gzip file ({error}); is it the devkit? get it again") from None
     if len(content) > DEVKIT_LIMIT:
         raise VitdemoError(f"{path}: unpacks to more than {DEVKIT_LIMIT >> 20} MiB, so it is no devkit; refused")
-    return content
+    members = [member for member in walk_tar(io.BytesIO(content), 0, len(content), path) if member.isreg()]
+    return {"/".join(m.name.split("/")[-2:]): content[m.offset_data : m.offset_data + m.size] for m in members}
 
 
 def _parse_synsets(meta_mat: bytes) -> list[Synset]:
@@ -110,10 +99,6 @@ def _parse_synsets(meta_mat: bytes) -> list[Synset]:
     if other := [wnid for wnid in wnids if not WNID.fullmatch(wnid)]:  # wnids become names of folders
         raise ValueError(f"the wnid {other[0]!r} is not n and 8 digits")
     return sorted(synsets, key=lambda synset: synset.wnid)
-
-
-def _parse_truth(text: bytes) -> list[int]:
-    return [int(line) for line in text.split()]
 
 
 # ---- the devkit beside a tar, or in a folder
