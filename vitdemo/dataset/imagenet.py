@@ -19,21 +19,14 @@ def index_val_tar(path: Path) -> Index:
         VitdemoError: for a missing devkit, and for a tar whose images are not those that the devkit has labels for.
     """
     members = sorted(index_tar(path))
-    devkit_path = devkit_of(path)
-    devkit = read_devkit(devkit_path)
+    devkit = devkit_of(path)
     for number, member in enumerate(members, start=1):
         name = f"ILSVRC2012_val_{number:08d}.JPEG"
         if member.name != name:
             cure = "is one missing before it, is this the val tar, or are archives swapped?"
             raise VitdemoError(f"{path}: image number {number} is named {member.name!r}, not {name}; {cure}")
-    if len(members) != len(devkit.ground_truth):
-        raise VitdemoError(
-            f"{path}: holds {len(members)} images, but the ground truth in {devkit_path.name} has "
-            f"{len(devkit.ground_truth)} lines; they do not belong together, get both again"
-        )
-    wnids = [devkit.synsets[label].wnid for label in devkit.labels]
-    items = [Item(name, wnid, size, at) for (name, at, size), wnid in zip(members, wnids, strict=True)]
-    return Index(path, path, devkit.class_names, items)
+    images = {name: (size, offset) for name, offset, size in members}
+    return Index(path, path, *_labelled(path, images, devkit, "they do not belong together, get both again"))
 
 
 def index_by_devkit(listing: Listing) -> Index | None:
@@ -45,15 +38,26 @@ def index_by_devkit(listing: Listing) -> Index | None:
     found = next((devkit for place in places if (devkit := find_devkit(place))), None)
     if found is None or not all(map(VAL_NAME.fullmatch, listing.images)):
         return None
-    devkit = read_devkit(found)
-    if len(listing.images) != len(devkit.ground_truth):
-        raise VitdemoError(
-            f"{listing.path}: holds {len(listing.images)} images, but the ground truth in {found.name} has "
-            f"{len(devkit.ground_truth)} lines; it tells the labels by the images' order, so all must be there"
-        )
-    wnids = [devkit.synsets[label].wnid for label in devkit.labels]
-    items = [Item(file, wnid, *place) for (file, place), wnid in zip(listing.images.items(), wnids, strict=True)]
-    return Index(listing.path, None, devkit.class_names, items, (f"labels from {found.name}", *listing.notes()))
+    why = "it tells the labels by the images' order, so all must be there"
+    notes = f"labels from {found.name}", *listing.notes()
+    return Index(listing.path, None, *_labelled(listing.path, listing.images, found, why), notes)
+
+
+def _labelled(path: Path, images: dict[str, tuple[int, int]], devkit: Path, why: str) -> tuple[dict, list[Item]]:
+    """The classes of a devkit, and the images, in ascending order, each with its class by the ground truth.
+
+    Args:
+        path: of the images, for errors.
+        images: size and offset of each, by its name.
+        devkit: its file or folder.
+        why: the number of images has to be that of the ground truth.
+    """
+    said = read_devkit(devkit)
+    if len(images) != len(said.ground_truth):
+        lines = f"the ground truth in {devkit.name} has {len(said.ground_truth)} lines"
+        raise VitdemoError(f"{path}: holds {len(images)} images, but {lines}; {why}")
+    labelled = zip(images.items(), said.labels, strict=True)
+    return said.class_names, [Item(name, said.synsets[label].wnid, *place) for (name, place), label in labelled]
 
 
 def index_train_tar(path: Path, progress: bool) -> Index:
