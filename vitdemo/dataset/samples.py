@@ -182,11 +182,10 @@ def _sorted(path: Path, tar: Path | None, found: list[tuple[str, int, int]], fol
     listing = Listing(path, tar, {}, {}, [], folders)
     for name, *place in sorted(found):
         suffix = suffix_of(name)
-        if suffix not in image_suffixes():
+        if suffix not in image_suffixes() and suffix in UNREAD:
+            listing.unread.append(name)
+        elif suffix not in image_suffixes():
             listing.others[name] = tuple(place)
-            if suffix in UNREAD:
-                del listing.others[name]
-                listing.unread.append(name)
         elif not name.isprintable():  # as a surrogate is not either, where the name is not UTF-8
             raise VitdemoError(f"{path}: the file name {name!r} cannot be written to a table; rename it")
         else:

@@ -66,8 +66,7 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
     ids = sorted(set(label_of.values()))
     classes = known_classes(ids) if all(map(WNID.fullmatch, ids)) else {label: label for label in ids}
     items = [Item(name, label_of[name], *place) for name, place in listing.images.items() if name in label_of]
-    rest = dict(listing.others)
-    rest.pop(str(table), None)
+    rest = {name: place for name, place in listing.others.items() if name != str(table)}
     notes = [f"labels from {where}", *listing._replace(others=rest).notes()]
     if without := [name for name in listing.images if name not in label_of]:
         notes.append(f"left out: {counted(len(without), 'image')} that it does not name, such as {without[0]}")
@@ -101,10 +100,9 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
         text = content.decode("utf-8-sig")
         if suffix_of(name) in (".jsonl", ".ndjson"):
             table = pd.read_json(io.StringIO(text), lines=True, dtype=False).map(_text)
-            return table.set_axis(range(1, len(table) + 1))
-        first = text.partition("\n")[0]
-        separator = max("\t,;", key=first.count)
-        table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
+        else:
+            separator = max("\t,;", key=text.partition("\n")[0].count)
+            table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     except UnicodeDecodeError:
         raise VitdemoError(f"{name}: is not text in UTF-8; save the table again as CSV in UTF-8") from None
     except (ValueError, csv.Error) as error:  # pandas' own are ValueErrors
