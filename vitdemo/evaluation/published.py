@@ -3,14 +3,12 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-
-from timm.data import ImageNetInfo
 
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.dataset.devkit import read_devkit
 from vitdemo.dataset.trees import VAL_NAME
 from vitdemo.evaluation.evaluation import Evaluation
+from vitdemo.models.checkpoints import WNIDS
 from vitdemo.paths import DEVKIT, SHAPES20, data_path
 
 TABLE = "published/accuracy.csv"
@@ -40,14 +38,9 @@ def published_accuracy(tag: str) -> Published | None:
     Args:
         tag: such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
     """
-    return _table().get(tag)
-
-
-@cache
-def _table() -> dict[str, Published]:
     with open(data_path(TABLE), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {row["tag"]: _published(row) for row in rows}
+        row = next((row for row in csv.DictReader(file) if row["tag"] == tag), None)
+    return row and _published(row)
 
 
 def _published(row: dict[str, str]) -> Published:
@@ -97,11 +90,8 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
 
 
 def _are_of(data_set: str, files: Sequence[str], wnids: Sequence[str]) -> bool:
-    if data_set == SHAPES20:
-        known = {synset.wnid for synset in read_devkit(data_path(DEVKIT)).synsets}
-    else:
-        known = set(ImageNetInfo("imagenet-1k").label_names())
-    return set(wnids) <= known and all(VAL_NAME.fullmatch(file) for file in files)
+    known = read_devkit(data_path(DEVKIT)).class_names if data_set == SHAPES20 else WNIDS
+    return set(wnids) <= set(known) and all(VAL_NAME.fullmatch(file) for file in files)
 
 
 @dataclass(frozen=True)
