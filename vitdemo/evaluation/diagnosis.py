@@ -1,7 +1,7 @@
 """diagnose: why is the accuracy off? Hypotheses measured on the spot, and the one that explains the loss."""
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
 from pathlib import Path
@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from timm.data import constants
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.batches import prefetched_batches
@@ -87,9 +86,8 @@ NORMALISATIONS = {
     "with mean/std 0.5": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
     "with CLIP's mean/std": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
 }
-OTHER_CROP = {mode: ("squash", 1.0) for mode in ("center", "center_floor")} | {
-    "squash": ("center", 0.9)
-}  # crop_pct of Hugging Face's and of timm's ViT
+# crop_pct of Hugging Face's and of timm's ViT
+OTHER_CROP = {"center": ("squash", 1.0), "center_floor": ("squash", 1.0), "squash": ("center", 0.9)}
 AS_IT_IS, UPRIGHT = "as it is", "with images turned as their EXIF says"
 SIGNIFICANCE = 0.05
 EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
@@ -175,7 +173,7 @@ def planned_variants(engine: Engine, model: Model) -> list[Variant]:
 class Upright:
     """Samples turned as their EXIF says."""
 
-    def __init__(self, samples: Subset):
+    def __init__(self, samples: Dataset):
         self.samples = samples
 
     def __len__(self) -> int:
@@ -189,7 +187,7 @@ class Upright:
             return sample
 
 
-def answer(runs: list[Variant], sample: Subset, device_batch_size: int, progress: bool) -> None:
+def answer(runs: list[Variant], sample: Dataset, device_batch_size: int, progress: bool) -> None:
     """Fill in the runs' answers. Crops that runs share are decoded once."""
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
         for crop, turned in dict.fromkeys((run.crop, run.upright) for run in runs):
@@ -281,20 +279,26 @@ def diagnose(
         VitdemoError: for bad input, and for answers that mean nothing (random weights, the null engine).
         EngineFailure: when the engine breaks.
     """
-    _check_input(engine, model, data, images, device_batch_size)
+    at_least_1(images=images, device_batch_size=device_batch_size)
+    if engine.info != model.info:
+        raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
+    if model.info.weights == "random" or engine.name == "null":
+        what = "random weights" if model.info.weights == "random" else "the null engine"
+        raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
     data = match_classes(model.info, data)
-    start, runs, indices = now(), planned_variants(engine, model), spread(len(data), images)
-    sample = Subset(data, indices)
-    rotated = sum(_is_rotated(sample, i) for i in range(len(sample)))
+    start, runs, sample = now(), planned_variants(engine, model), data.take(spread(len(data), images))
+    rotated = 0
+    for i in range(len(sample)):
+        with suppress(UnreadableFile):
+            rotated += is_rotated(sample[i].image)
     if rotated:
         cure = f"turn the files for good, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
         runs.append(Variant(UPRIGHT, cure, runs[1].engine, runs[1].crop, upright=True))
     answer(runs, sample, device_batch_size, progress)
-    labels, files = np.array([data.labels[i] for i in indices]), [data.files[i] for i in indices]
-    answers, numbering = np.array(runs[0].answers), read_numbering(data)
+    labels, answers, numbering = np.array(sample.labels), np.array(runs[0].answers), read_numbering(data)
     hypotheses = [
         *order_hypotheses(answers, labels, data, numbering),
-        devkit_hypothesis(answers, labels, files, numbering),
+        devkit_hypothesis(answers, labels, sample.files, numbering),
         *preprocessing_hypotheses(runs, labels),
     ]
     if not rotated:
@@ -303,22 +307,6 @@ def diagnose(
     published, _ = comparable_published(model.info.tag, data.files, ids)
     as_it_is = Hypothesis(AS_IT_IS, "", answers == labels, answers == labels, runs[0].took_s)
     return Diagnosis(as_it_is, hypotheses, published, int((answers < 0).sum()), now() - start)
-
-
-def _check_input(engine: Engine, model: Model, data: Dataset, images: int, device_batch_size: int) -> None:
-    at_least_1(images=images, device_batch_size=device_batch_size)
-    if engine.info != model.info:
-        raise VitdemoError(f"{engine.info.tag}: the engine was not made from this model; give the one it was made from")
-    if model.info.weights == "random" or engine.name == "null":
-        what = "random weights" if model.info.weights == "random" else "the null engine"
-        raise VitdemoError(f"{model.info.tag}: answers of {what} mean nothing, so there is no accuracy to diagnose")
-
-
-def _is_rotated(samples: Subset, i: int) -> bool:
-    try:
-        return is_rotated(samples[i].image)
-    except UnreadableFile:
-        return False
 
 
 @dataclass
