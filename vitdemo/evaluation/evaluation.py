@@ -68,9 +68,8 @@ class Evaluation:
 
     def _few_classes(self) -> str:
         seen, all_of_them = self.rows["label"].nunique(), len(set(self.data.labels))
-        few = 2 * seen < min(
-            all_of_them, len(self.rows)
-        )  # in a folder per class the first images are of the first ones
+        # In a folder per class the first images are of the first ones.
+        few = 2 * seen < min(all_of_them, len(self.rows))
         return f"; these first images are of {seen} of {all_of_them} classes" if few else ""
 
     def _shared(self) -> str:
@@ -141,7 +140,9 @@ def evaluate(
         VitdemoError: for bad input.
         EngineFailure: when the engine breaks, after writing ``"valid": false``.
     """
-    _check_input(device_batch_size, input_path, limit)
+    if input_path not in INPUT_PATHS:
+        raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
+    at_least_1(device_batch_size=device_batch_size, limit=limit)
     data = match_classes(engine.info, data, class_map)
     _check_replicas(engine, data, replicas, schedule, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
@@ -237,12 +238,6 @@ def _on_replicas(
             session.add(shard, len(replicas.slots))
             yield shard.indices.start, shard.rows
     session.replicas = replicas.summary(schedule, time() - session.began) | {"step_ms": percentiles_ms(plan.step_s)}
-
-
-def _check_input(device_batch_size: int, input_path: str, limit: int | None) -> None:
-    if input_path not in INPUT_PATHS:
-        raise VitdemoError(f"input_path {input_path!r}: is not one of {', '.join(INPUT_PATHS)}")
-    at_least_1(device_batch_size=device_batch_size, limit=limit)
 
 
 def _check_replicas(
