@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from timm.utils.misc import natural_key
+
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.trees import WNID
 from vitdemo.errors import VitdemoError, named_errors
@@ -145,11 +147,6 @@ def _advice(ids: Iterable[str]) -> str:
     return f"{file}, --class-map sorted that the outputs are the folders in their order, natural with 2 before 10"
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts 2 before 10, as timm's ``natural_key`` does."""
-    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in re.split(r"(\d+)", text) if part]
-
-
 def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
     option = f"--class-map {order}"
     if order == "numbers":
@@ -158,7 +155,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
                 last = outputs.count - 1
                 raise VitdemoError(f"{option}: the class {class_id!r} of {data.path} is no number from 0 to {last}")
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
-    ids = sorted(data.classes, key=_natural if order == "natural" else None)
+    ids = sorted(data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
         raise VitdemoError(
             f"{option}: {data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs; an order tells "
