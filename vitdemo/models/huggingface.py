@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timm.layers import GELUTanh, LayerNorm, QuickGELU
+from timm.layers import GELUTanh, LayerNorm, QuickGELU, to_2tuple
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -95,7 +95,10 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
 
     Raises VitdemoError that names ``source`` and the entry that timm's module cannot express.
     """
-    values = _with_defaults(config)
+    # null means the same as left out
+    values = DEFAULTS | {key: config[key] for key in DEFAULTS if config.get(key) is not None}
+    if isinstance(labels := config.get("id2label"), dict) and labels:
+        values["num_labels"] = len(labels)
     expressible = {
         "architectures": values["architectures"] == [ARCHITECTURE],
         "hidden_act": values["hidden_act"] in tuple(ACTIVATIONS),
@@ -103,8 +106,8 @@ def build_module(config: Mapping, source: str) -> VisionTransformer:
     }
     refuse(expressible, values, source, f"{ARCHITECTURE} with 3 channels and one of {', '.join(ACTIVATIONS)}")
     return VisionTransformer(
-        img_size=_pair(values["image_size"]),
-        patch_size=_pair(values["patch_size"]),
+        img_size=to_2tuple(values["image_size"]),
+        patch_size=to_2tuple(values["patch_size"]),
         num_classes=values["num_labels"],
         embed_dim=values["hidden_size"],
         depth=values["num_hidden_layers"],
@@ -154,15 +157,3 @@ def _targets(module: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:
         parts = tensor.chunk(len(layers[layer]))
         targets |= {f"{name}{dot}{kind}": part for name, part in zip(layers[layer], parts, strict=True)}
     return targets
-
-
-def _with_defaults(config: Mapping) -> dict:
-    """The entries of a config.json that shape the module; null means the same as left out."""
-    values = DEFAULTS | {key: config[key] for key in DEFAULTS if config.get(key) is not None}
-    labels = config.get("id2label")
-    return values | ({"num_labels": len(labels)} if isinstance(labels, dict) and labels else {})
-
-
-def _pair(value: object) -> tuple:
-    """(height, width) of one number or two."""
-    return tuple(value) if isinstance(value, list) else (value, value)
