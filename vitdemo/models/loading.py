@@ -123,8 +123,12 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
         for name in names:
             if isinstance(cached := try_to_load_from_cache(repo_id, name), str):
                 return Path(cached)
-        if hub_resolves():
-            return _download(repo_id, *names)
+        for name in names if hub_resolves() else ():
+            try:
+                return Path(hf_hub_download(repo_id, name))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) or name == names[-1]:  # the connection broke, or none is
+                    raise
     except HFValidationError:
         raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
     except RepositoryNotFoundError:
@@ -136,15 +140,6 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
     why = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and {why}; {bring}")
-
-
-def _download(repo_id: str, name: str, *others: str) -> Path:
-    try:
-        return Path(hf_hub_download(repo_id, name))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError) or not others:  # the connection broke, or it was the last
-            raise
-        return _download(repo_id, *others)
 
 
 def hub_resolves() -> bool:
