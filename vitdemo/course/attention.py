@@ -1,7 +1,7 @@
 """Where a Vision Transformer looks: its attention, block by block and rolled out, and patches that are hidden."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 from timm.models import VisionTransformer
@@ -28,23 +28,14 @@ def attention_maps(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     """
     module = _transformer(model)
     maps: list[torch.Tensor] = []
-    with _unfused(module, maps), torch.inference_mode():
-        Normalised(module, model.info.preprocessing)(pixels)
-    return torch.stack(maps, dim=1)
-
-
-@contextmanager
-def _unfused(module: VisionTransformer, maps: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block, attention is computed step by step, and what it comes to is added to ``maps``, block by block.
-
-    (timm's AttentionExtract leaves its hooks in the module, and a copy of it takes longer than the model.)
-    """
-    with ExitStack() as stack:
+    # timm's AttentionExtract leaves its hooks in the module, and a copy of it takes longer than the model.
+    with ExitStack() as stack, torch.inference_mode():
         for attention in (block.attn for block in module.blocks):
             stack.enter_context(attention.attn_drop.register_forward_hook(lambda _, __, weights: maps.append(weights)))
             stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
             attention.fused_attn = False
-        yield
+        Normalised(module, model.info.preprocessing)(pixels)
+    return torch.stack(maps, dim=1)
 
 
 def rollout(model: Model, maps: torch.Tensor) -> torch.Tensor:
