@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from timm.data import ImageNetInfo
 from tqdm.auto import tqdm
 
 from vitdemo.course.attention import attention_maps, has_attention, mask_patches, rollout
@@ -19,6 +17,7 @@ from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError
 from vitdemo.machine import cores
+from vitdemo.models.checkpoints import IMAGENET_LABELS
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.verification.comparison import ranking
 
@@ -84,7 +83,7 @@ def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
     """
     if info.classes is None:
         return None
-    known = dict(_imagenet_names())
+    known = dict(zip(*IMAGENET_LABELS, strict=True))
     if data is not None:
         known |= zip(data.classes, data.class_names, strict=True)
     return [known.get(wnid, wnid).split(",")[0] for wnid in info.classes]
@@ -93,12 +92,6 @@ def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
 def name_in(names: Sequence[str] | None, k: int) -> str:
     """The name of class ``k``, or its number where there are no names."""
     return names[k] if names else f"class {k}"
-
-
-@cache
-def _imagenet_names() -> dict[str, str]:
-    imagenet = ImageNetInfo("imagenet-1k")
-    return dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
 
 
 def with_preprocessing(model: Model, preprocessing: Preprocessing) -> Model:
