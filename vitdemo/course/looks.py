@@ -127,18 +127,14 @@ def answers_under(
     Raises:
         VitdemoError: as ``crop_picture`` does.
     """
-    found = {}
+    rows, first = {}, None
     for name, preprocessing in preprocessings.items():
         logits = reference_of(with_preprocessing(model, preprocessing))(crop_picture(file, jpeg, preprocessing)[None])
-        found[name] = logits.double().softmax(dim=1)[0]
-    first = next(iter(found.values())).argmax()
-    return pd.DataFrame(
-        {
-            "answer": {name: name_in(names, int(p.argmax())) for name, p in found.items()},
-            "probability": {name: p.max().item() for name, p in found.items()},
-            "first": {name: p[first].item() for name, p in found.items()},
-        }
-    )
+        p = logits.double().softmax(dim=1)[0]
+        best = int(p.argmax())
+        first = best if first is None else first
+        rows[name] = {"answer": name_in(names, best), "probability": p[best].item(), "first": p[first].item()}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def answers_masked(
