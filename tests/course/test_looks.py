@@ -150,19 +150,19 @@ def test_sound_pictures_of_any_kind(vit_shapes20, kind):
 
 def test_a_second_look(eager, vit_shapes20, shapes20, pixels):
     first, jpeg = look_at(eager, vit_shapes20, pixels), shapes20[0].image
-    own, arguments = vit_shapes20.info.preprocessing, (first, eager, vit_shapes20, shapes20, shapes20.files[0], jpeg)
-    assert second_look(*arguments, own) == {}
-    ((name, hidden),) = second_look(*arguments, own, WINDOW, **SETTINGS).items()
+    own, shown = vit_shapes20.info.preprocessing, (eager, vit_shapes20, shapes20, shapes20.files[0], jpeg)
+    assert second_look(first, shown, own) == {}
+    ((name, hidden),) = second_look(first, shown, own, WINDOW, **SETTINGS).items()
     assert name == "changed: 56 patches hidden"
     grey = (hidden.pixels == 128).all(dim=0)
     assert grey[48:176, 0:112].all() and not grey[:40].all()
     wrong = replace(own, mean=(0.0,) * 3, std=(1.0,) * 3)
-    ((name, scaled),) = second_look(*arguments, wrong).items()
+    ((name, scaled),) = second_look(first, shown, wrong).items()
     under = answers_under(vit_shapes20, jpeg, {"wrong": wrong})
     assert name == "changed: mean 0 std 1, answered by eager:fp32"
     assert scaled.top5["probability"][0] == pytest.approx(under["probability"].iloc[0])
     squash = replace(own, crop_mode="squash", crop_pct=1.0)
-    ((name, cropped),) = second_look(*arguments, squash, MOST, **SETTINGS).items()
+    ((name, cropped),) = second_look(first, shown, squash, MOST, **SETTINGS).items()
     assert name == "changed: squash crop 1, 40 patches hidden"
     assert (cropped.pixels == 128).all(dim=0).sum() >= 40 * 16 * 16
 

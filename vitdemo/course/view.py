@@ -41,6 +41,7 @@ NOTHING, MOST, LEAST, WINDOW = "nothing", "what is looked at most", "what is loo
 
 KEPT_ENGINES = 3  # each holds its weights
 Say = Callable[[str], None]
+Picture = tuple[Engine, Model, Dataset, str, bytes]  # what looks at it, for which data set; its file's name, and bytes
 
 
 class ImageView:
@@ -71,7 +72,8 @@ class ImageView:
         wanted = replace(model.info.preprocessing, **SCALINGS[asked.scaling])
         if asked.crop != AS_TRAINED:
             wanted = replace(wanted, crop_mode=asked.crop, crop_pct=asked.crop_pct)
-        changed = second_look(first, *picture, wanted, asked.hide, asked.patches, asked.down, asked.across)
+        places = dict(patches=asked.patches, down=asked.down, across=asked.across)
+        changed = second_look(first, picture, wanted, asked.hide, **places)
         head = f"<p>{escape(file)}{escape(truth)}. Answered by {pair}; attention: {EAGER}.</p>"
         if asked.show == BLOCKS:
             how, last = next(iter(changed.items()), (OWN, first))
@@ -155,50 +157,37 @@ def picture_of(images: Dataset, picture: str, index: int, upload: tuple) -> tupl
 
 
 def second_look(
-    first: PictureResult,
-    engine: Engine,
-    model: Model,
-    data: Dataset,
-    file: str,
-    content: bytes,
-    wanted: Preprocessing,
-    hide: str = NOTHING,
-    patches: int = 0,
-    down: tuple[int, int] = (0, 0),
-    across: tuple[int, int] = (0, 0),
+    first: PictureResult, picture: Picture, wanted: Preprocessing, hide: str = NOTHING, **places: Any
 ) -> dict[str, PictureResult]:
     """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
     Args:
-        first: what ``engine`` says of the picture as the weights want it.
-        engine: whose look the second one is as well, unless mean or std is another: those are part of an engine, so it
-            is eager fp32's.
-        model: from which the engine was made.
-        data: gives the classes their names.
-        file: the picture's name, for errors.
-        content: its bytes.
+        first: what the picture's engine says of it as the weights want it.
+        picture: its engine's look the second one is as well, unless mean or std is another: those are part of an
+            engine, so it is eager fp32's.
         wanted: the preprocessing.
         hide: which patches: NOTHING, MOST, LEAST or WINDOW.
-        patches: how many of them for MOST and LEAST.
-        down: from where to where in the height for WINDOW, in %.
-        across: the same in the width.
+        places: how many, or where, see ``patches_to_hide``.
     """
+    engine, model, data, file, content = picture
     own, names = model.info.preprocessing, names_of(model.info, data)
     if wanted == own and hide == NOTHING:
         return {}
-    said, pixels, seen = _said(own, wanted), first.pixels, first.rollout
+    said, pixels, seen = [], first.pixels, first.rollout
+    if (wanted.crop_mode, wanted.crop_pct) != (own.crop_mode, own.crop_pct):
+        said.append(f"{wanted.crop_mode} crop {wanted.crop_pct:g}")
     if (wanted.mean, wanted.std) != (own.mean, own.std):
         model = with_preprocessing(model, wanted)
         engine = reference_of(model)
-        said.append(f"answered by {EAGER}")
+        said += [f"mean {wanted.mean[0]:g} std {wanted.std[0]:g}", f"answered by {EAGER}"]
     if wanted != own:
         pixels = crop_picture(file, content, wanted)
     if hide != NOTHING:
         if wanted != own and hide != WINDOW:
             seen = rollout(model, attention_maps(model, pixels[None]))[0]
-        places = patches_to_hide(model, seen, hide, patches, down, across)
-        pixels = mask_patches(model, pixels, places)
-        said.append(f"{len(places)} patches hidden")
+        hidden = patches_to_hide(model, seen, hide, **places)
+        pixels = mask_patches(model, pixels, hidden)
+        said.append(f"{len(hidden)} patches hidden")
     return {f"changed: {', '.join(said)}": look_at(engine, model, pixels, names)}
 
 
@@ -211,9 +200,9 @@ def patches_to_hide(
         model: whose patches.
         seen: float32[rows, columns], the rollout; not needed for WINDOW.
         hide: MOST, LEAST or WINDOW.
-        patches: as in ``second_look``.
-        down: as in ``second_look``.
-        across: as in ``second_look``.
+        patches: how many of them for MOST and LEAST.
+        down: from where to where in the height for WINDOW, in %.
+        across: the same in the width.
     """
     rows, columns = patch_grid(model)
     if hide == WINDOW:
@@ -224,12 +213,3 @@ def patches_to_hide(
 
 def _share(count: int, percent: tuple[int, int]) -> range:
     return range(int(count * percent[0] / 100), ceil(count * percent[1] / 100))
-
-
-def _said(own: Preprocessing, changed: Preprocessing) -> list[str]:
-    said = []
-    if (changed.crop_mode, changed.crop_pct) != (own.crop_mode, own.crop_pct):
-        said.append(f"{changed.crop_mode} crop {changed.crop_pct:g}")
-    if (changed.mean, changed.std) != (own.mean, own.std):
-        said.append(f"mean {changed.mean[0]:g} std {changed.std[0]:g}")
-    return said
