@@ -52,7 +52,7 @@ def image_explorer(
     Raises:
         VitdemoError: for an engine or a precision that there is not.
     """
-    controls = _picture_controls(data) | _engine_controls(model, engine, precision) | _change_controls()
+    controls = _controls(data, model, engine, precision)
 
     def keep_precisions(_) -> None:
         controls["precision"].options = find_engines()[controls["engine"].value].precisions
@@ -78,23 +78,21 @@ def image_explorer(
     return Panel(controls, view.ImageView(data, calibration).draw, lines)
 
 
-def _picture_controls(data: Dataset) -> dict[str, widgets.Widget]:
+def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[str, widgets.Widget]:
+    """The image explorer's, in three groups: the picture, the engines, and what is changed."""
+    engines = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
+    others = list(map(str, choose_pairs(None)))
+    if engine not in engines or precision not in engines[engine].precisions:
+        raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(others)}")
+    choices = engines[engine].precisions
+    beside = next(name for name in others if name != f"{engine}:{precision}")
+    slide = dict(continuous_update=False, style=STYLE)
+    crops = view.AS_TRAINED, *CROP_MODES
     return {
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
         "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
         "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
         "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
-    }
-
-
-def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widgets.Widget]:
-    engines = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
-    if engine not in engines or precision not in engines[engine].precisions:
-        raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(map(str, choose_pairs(None)))}")
-    choices = engines[engine].precisions
-    others = list(map(str, choose_pairs(None)))
-    beside = next(name for name in others if name != f"{engine}:{precision}")
-    return {
         "model": widgets.Combobox(
             value=model, options=tuple(MODELS), continuous_update=False, description="model", layout=WIDE, style=STYLE
         ),
@@ -105,13 +103,6 @@ def _engine_controls(model: str, engine: str, precision: str) -> dict[str, widge
         ),
         "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
         "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
-    }
-
-
-def _change_controls() -> dict[str, widgets.Widget]:
-    slide = dict(continuous_update=False, style=STYLE)
-    crops = view.AS_TRAINED, *CROP_MODES
-    return {
         "scaling": widgets.Dropdown(options=tuple(view.SCALINGS), description="mean and std", style=STYLE),
         "crop": widgets.Dropdown(options=crops, description="crop", layout=WIDE),
         "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **slide),
