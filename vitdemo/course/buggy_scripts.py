@@ -102,15 +102,26 @@ def buggy_run(model: Model, data: Dataset, bug: str | None = None) -> BuggyRun:
     Raises:
         VitdemoError: for a bug that is not known, for other data, and where OpenVINO or NNCF is missing.
     """
-    _check_input(data, bug)
-    model = _with_other_mean_and_std(model) if bug == NORMALISED else model
+    if bug is not None and bug not in BUGS:
+        raise VitdemoError(f"bug {bug!r}: there is no such bug; there are {', '.join(map(repr, BUGS))}")
+    if data.source != "tar" or len(data) < IMAGES:
+        raise VitdemoError(
+            f"{data.path}: the bug hunt needs a tar with its devkit and at least {IMAGES} images; take "
+            "the bundled shapes20"
+        )
+    own = model.info.preprocessing
+    if bug == NORMALISED:  # ImageNet's, or 0.5 for a model that has those
+        mean, std = next(pair for pair in NORMALISATIONS.values() if pair != (own.mean, own.std))
+        model = with_preprocessing(model, replace(own, mean=mean, std=std))
     labels, data = _labels(data, bug), open_data(data.path)
     data.labels = labels  # as the script reads them, whatever the devkit says
     samples, batches = [data[i] for i in range(IMAGES)], _batches(bug)
     calibration = samples[:CALIBRATION] if bug == CALIBRATED else None
     make = partial(convert, model, *NEEDS_ENGINE.get(bug, ("eager", "fp32")), calibration=calibration)
     make = partial(_built_anew, model) if bug == COMPILE else make
-    engine, answers, step_s, wall_s = _timed(make, _pixels(data, model), batches, bug)
+    decoded = prefetched_batches(data, range(IMAGES), own, BATCH, input_path="fast")
+    pixels = torch.cat([batch.pixels for batch in decoded])
+    engine, answers, step_s, wall_s = _timed(make, pixels, batches, bug)
     seen = [samples[i] for batch in batches for i in batch]
     files, labels = [sample.file for sample in seen], [sample.label for sample in seen]
     return BuggyRun(files, labels, answers, step_s, wall_s, model, engine, data)
@@ -147,23 +158,6 @@ def _timed(
     return engine, answers, step_s, wall_s
 
 
-def _check_input(data: Dataset, bug: str | None) -> None:
-    if bug is not None and bug not in BUGS:
-        raise VitdemoError(f"bug {bug!r}: there is no such bug; there are {', '.join(map(repr, BUGS))}")
-    if data.source != "tar" or len(data) < IMAGES:
-        raise VitdemoError(
-            f"{data.path}: the bug hunt needs a tar with its devkit and at least {IMAGES} images; take "
-            "the bundled shapes20"
-        )
-
-
-def _with_other_mean_and_std(model: Model) -> Model:
-    """ImageNet's, or 0.5 for a model that has those."""
-    own = model.info.preprocessing
-    mean, std = next(pair for pair in NORMALISATIONS.values() if pair != (own.mean, own.std))
-    return with_preprocessing(model, replace(own, mean=mean, std=std))
-
-
 def _labels(data: Dataset, bug: str | None) -> list[int]:
     if bug == ILSVRC:
         return [id - 1 for id in read_devkit(devkit_of(Path(data.path))).ground_truth]
@@ -179,10 +173,3 @@ def _batches(bug: str | None) -> list[list[int]]:
     if bug == PADDED:
         batches[-1] += range(BATCH - len(batches[-1]))
     return batches[:-1] if bug == DROPPED else batches
-
-
-def _pixels(data: Dataset, model: Model) -> torch.Tensor:
-    """The scored images as uint8[IMAGES, 3, H, W]."""
-    crop = model.info.preprocessing
-    batches = prefetched_batches(data, range(IMAGES), crop, BATCH, input_path="fast")
-    return torch.cat([batch.pixels for batch in batches])
