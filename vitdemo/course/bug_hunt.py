@@ -22,10 +22,6 @@ DIAGNOSED = 60  # images; the mean and std of other weights cost a fifth of them
 MOSTLY = 0.5  # of the time: far more than a slow moment of the machine
 
 
-def _images_counted(run: BuggyRun) -> str:
-    return set_faults(run.files, run.data.files[:IMAGES])
-
-
 def _calibration(run: BuggyRun) -> str:
     seen = calibrated_on_scored(run.engine, run.data, IMAGES)
     return f"{seen} of the {IMAGES} scored images were seen in calibration" if seen else ""
@@ -41,16 +37,12 @@ def _whole_loop(run: BuggyRun) -> str:
     return f"{share:.0%} of the loop's time is not in the times of its batches" if share > MOSTLY else ""
 
 
-def _diagnosis(run: BuggyRun) -> str:
-    return diagnose(run.engine, run.model, run.data, images=DIAGNOSED, progress=False).named or ""
-
-
 CHECKS: dict[str, Callable[[BuggyRun], str]] = {  # the library's function -> what it finds in a run, "" for nothing
-    "set_faults": _images_counted,
+    "set_faults": lambda run: set_faults(run.files, run.data.files[:IMAGES]),
     "calibrated_on_scored": _calibration,
     "paid_once": _first_batch,
     "unaccounted_s": _whole_loop,
-    "diagnose": _diagnosis,
+    "diagnose": lambda run: diagnose(run.engine, run.model, run.data, images=DIAGNOSED, progress=False).named or "",
 }
 
 
