@@ -73,7 +73,9 @@ def read_notebook(path: Path) -> Notebook:
     """
     try:
         content = nbformat.read(path, as_version=4)
-        parameters = _literals(content)
+        cells = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+        statements = [s for s in ast.parse(cells[0].source if cells else "").body if isinstance(s, ast.Assign)]
+        parameters = {ast.unparse(s.targets[0]): ast.literal_eval(s.value) for s in statements}
     except (OSError, SyntaxError, ValueError, nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         raise VitdemoError(f"{path}: not a notebook that can run ({str(error).splitlines()[0]})") from None
     said = content.metadata.get("vitdemo", {})
@@ -91,12 +93,6 @@ def read_notebook(path: Path) -> Notebook:
         min_images=said.get("min_images", 0),
         needs=tuple(said.get("needs", ())),
     )
-
-
-def _literals(content) -> dict[str, object]:
-    cells = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
-    statements = ast.parse(cells[0].source).body if cells else []
-    return {ast.unparse(s.targets[0]): ast.literal_eval(s.value) for s in statements if isinstance(s, ast.Assign)}
 
 
 def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NOTEBOOKS) -> list[Notebook]:
@@ -167,17 +163,6 @@ def assign_parameters(
         if not folder.exists():
             raise VitdemoError(f"--imagenet {imagenet}: no such folder")
         values["data"] = str(folder.resolve())
-    _refuse_unknown(given, notebooks)
-    values.update(given)
-    return {n.name: {name: value for name, value in values.items() if name in n.parameters} for n in notebooks}
-
-
-def cell_timeout_s(profile: str, given: dict[str, object]) -> int | None:
-    """After how many seconds a cell counts as hanging; None where another model or data set may take any time."""
-    return None if profile == "imagenet" or UNKNOWN & given.keys() else CELL_TIMEOUT_S
-
-
-def _refuse_unknown(given: dict[str, object], notebooks: Sequence[Notebook]) -> None:
     known = sorted({name for notebook in notebooks for name in notebook.parameters} - {"out"})
     for name in given:
         if name == "out":
@@ -185,3 +170,10 @@ def _refuse_unknown(given: dict[str, object], notebooks: Sequence[Notebook]) -> 
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise VitdemoError(f"-p {name}: no chosen notebook has this parameter; nearest: {', '.join(near)}")
+    values.update(given)
+    return {n.name: {name: value for name, value in values.items() if name in n.parameters} for n in notebooks}
+
+
+def cell_timeout_s(profile: str, given: dict[str, object]) -> int | None:
+    """After how many seconds a cell counts as hanging; None where another model or data set may take any time."""
+    return None if profile == "imagenet" or UNKNOWN & given.keys() else CELL_TIMEOUT_S
