@@ -68,13 +68,8 @@ def _pictures(content) -> Iterator[tuple[str, str, dict]]:
                 yield said or cell.metadata.get("alt") or above, cell.id, output
 
 
-def find_figures(executed: Path) -> list[tuple[str, str, str]]:
-    """Of the figures of the notebook ``executed``, in order: the picture, small, as a data URI; alt text; cell id."""
-    pictures = _pictures(nbformat.read(executed, as_version=4))
-    return [(_thumbnail(output.data["image/png"]), alt, cell_id) for alt, cell_id, output in pictures]
-
-
 def _thumbnail(png: str) -> str:
+    """A small one of a picture in base64, as a data URI."""
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     picture.thumbnail(THUMBNAIL_PX)
     small = io.BytesIO()
@@ -93,11 +88,14 @@ def write_index(results: Sequence, index: Path) -> None:
     for result in results:
         executed = index.with_name(f"{result.name}.ipynb")
         ran = executed.exists()
-        sections.append((result, f"{result.name}.html" if ran else None, find_figures(executed) if ran else []))
+        pictures = _pictures(nbformat.read(executed, as_version=4)) if ran else ()
+        figures = [(_thumbnail(output.data["image/png"]), alt, cell_id) for alt, cell_id, output in pictures]
+        sections.append((result, f"{result.name}.html" if ran else None, figures))
+    counts, noun = Counter(result.status for result in results), "notebook" if len(results) == 1 else "notebooks"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
     environment.filters["small_print"] = _small_print
     html = environment.get_template("report.html.j2").render(
-        outcome=_outcome(results),
+        outcome=f"{len(results)} {noun}: {', '.join(f'{count} {status}' for status, count in counts.items())}",
         when=time.strftime("%Y-%m-%d %H:%M"),
         machine=describe_machine(machine_record()),
         sections=sections,
@@ -109,9 +107,3 @@ def write_index(results: Sequence, index: Path) -> None:
 def _small_print(text: str) -> Markup:
     """``81.2 (eager fp32)``: what is in parentheses on a line of its own."""
     return Markup(re.sub(r" \((.*)\)$", r" <span>\1</span>", str(escape(text))))
-
-
-def _outcome(results: Sequence) -> str:
-    counts = Counter(result.status for result in results)
-    noun = "notebook" if len(results) == 1 else "notebooks"
-    return f"{len(results)} {noun}: " + ", ".join(f"{count} {status}" for status, count in counts.items())
