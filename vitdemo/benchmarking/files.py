@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -113,11 +113,6 @@ def merge(places: Iterable[Path | str]) -> pd.DataFrame:
     ours = [name for name in COLUMNS if name in joined]
     joined = joined[[*ours, *(name for name in joined if name not in ours)]].infer_objects()
     for name in {"first_run_s", "compile_s"} & set(joined):  # numbers, beside the word "warm"
-        joined[name] = joined[name].map(_number_or_word)
+        numbers = pd.to_numeric(joined[name], errors="coerce")
+        joined[name] = numbers.astype(object).where(numbers.notna(), joined[name]).infer_objects()
     return joined
-
-
-def _number_or_word(value: object) -> object:
-    with suppress(ValueError):
-        return float(value)
-    return value
