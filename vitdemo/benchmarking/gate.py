@@ -32,10 +32,8 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
     Raises:
         VitdemoError: where no row of the baseline is of the same model, engine, precision and batch.
     """
-    before, now = _ratios(baseline).dropna(subset=RATIO), _ratios(rows)
-    both = before.merge(now, on=SAME, how="left", suffixes=("_baseline", ""))
-    asked = both[SAME].merge(rows[SAME].drop_duplicates(), on=SAME, how="left", indicator=True)["_merge"] == "both"
-    both = both[asked]
+    before = _ratios(baseline).dropna(subset=RATIO).merge(rows[SAME].drop_duplicates(), on=SAME)
+    both = before.merge(_ratios(rows), on=SAME, how="left", suffixes=("_baseline", ""))
     if both.empty:
         raise VitdemoError("against: the baseline has no row of the same model, engine, precision and batch as these")
     both["change"] = both[RATIO] / both[f"{RATIO}_baseline"] - 1
@@ -43,7 +41,7 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
     both.loc[both["change"] < -worse_by, "verdict"] = WORSE
     both.loc[both["change"] > 1 / (1 - worse_by) - 1, "verdict"] = STALE
     both.loc[both[RATIO].isna(), "verdict"] = GONE
-    return both.reset_index(drop=True)
+    return both
 
 
 def check_baseline(baseline: pd.DataFrame) -> None:
