@@ -329,7 +329,11 @@ def benchmark(
         VitdemoError: for bad input, before anything is measured.
     """
     names = [str(models)] if isinstance(models, (Path, str)) else list(map(str, models))
-    pairs, sizes = choose_pairs(engines), check_sizes(device_batch_sizes)
+    pairs, sizes = choose_pairs(engines), sorted(set(device_batch_sizes))
+    for size in sizes:
+        at_least_1(device_batch_sizes=size)
+    if not sizes:
+        raise VitdemoError("device_batch_sizes: there are none; give some, such as 1,8")
     at_least_1(replicas=replicas, images=images)
     if not row_budget_s > 0:
         raise VitdemoError(f"row_budget_s {row_budget_s!r}: must be more than 0 seconds")
@@ -347,16 +351,6 @@ def benchmark(
             SweepRun(model, sweep, own).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)
-
-
-def check_sizes(sizes: Sequence[int]) -> list[int]:
-    """In ascending order, each once. Raises VitdemoError for what is no batch size."""
-    sizes = list(sizes)
-    for size in sizes:
-        at_least_1(device_batch_sizes=size)
-    if not sizes:
-        raise VitdemoError("device_batch_sizes: there are none; give some, such as 1,8")
-    return sorted(set(sizes))
 
 
 def scored_data(
