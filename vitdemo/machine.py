@@ -136,6 +136,7 @@ def installed_version(package: str) -> str | None:
 def machine_record() -> dict:
     """What a number was measured on: processor, cores, memory, instruction set, versions, GPU.
 
+    isa: what PyTorch computes with, and what bf16 and int8 are quick by, ``AVX512 avx512_bf16 avx512_vnni``.
     precisions: how torch computes in each, "native" or "emulated"; ``vitdemo doctor`` asks every engine. A plain dict
     that JSON can hold; it goes beside every result.
     """
@@ -143,25 +144,18 @@ def machine_record() -> dict:
 
     from vitdemo.precisions import no_cuda, torch_support
 
+    has = torch.cpu.get_capabilities()
     return {
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
-        "isa": _instructions(),
+        "isa": " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in SMALL_NUMBERS if has.get(name))]),
         "precisions": dict(torch_support()),
         "gpu": None if no_cuda() else torch.cuda.get_device_name(),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": versions(),
     }
-
-
-def _instructions() -> str:
-    """What PyTorch computes with, and what bf16 and int8 are quick by: ``AVX512 avx512_bf16 avx512_vnni``."""
-    import torch
-
-    has = torch.cpu.get_capabilities()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in SMALL_NUMBERS if has.get(name))])
 
 
 @cache
