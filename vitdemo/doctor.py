@@ -92,11 +92,7 @@ def _replicas() -> list[str]:
     from vitdemo.inference.cluster import check_ray
     from vitdemo.machine import installed_version
 
-    def ray() -> str:
-        check_ray(None)
-        return f"Ray {installed_version('ray')}"
-
-    return [_line("skipped", ray)]
+    return [_line("skipped", lambda: check_ray(None) or f"Ray {installed_version('ray')}")]
 
 
 def _own() -> list[str]:
