@@ -13,7 +13,7 @@ from typing import Any
 import vitdemo
 from vitdemo import course
 from vitdemo.errors import EngineFailure, VitdemoError, named_errors, terminate_as_interrupt
-from vitdemo.paths import user_path
+from vitdemo.paths import replacing, user_path
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -187,12 +187,10 @@ def _convert(**options) -> None:
 )
 def _verify(**options) -> int:
     """Hold an engine against the fp32 reference, layer by layer."""
-    from vitdemo.models.classes import match_classes
-
     data, class_map = _data_of(options), options.pop("class_map", None)
     model, engine = _engine_of(options)
     if data is not None:
-        options["data"] = match_classes(model.info, data, class_map) if class_map else data
+        options["data"] = vitdemo.match_classes(model.info, data, class_map) if class_map else data
     report = vitdemo.verify(engine, model, **options)
     print(report)
     return 0 if report.ok else 1
@@ -236,14 +234,11 @@ SHOWN = 100  # images on the screen; a file has them all
 )
 def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **options) -> None:
     """Say what a model sees in images without labels."""
-    from vitdemo.inference.answers import answers
-    from vitdemo.paths import replacing
-
     if out and (out.suffix != ".csv" or out.exists() or not out.absolute().parent.is_dir()):
         raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, in a folder that is there")
     data = vitdemo.open_images(images)
     _, engine = _engine_of(options)
-    table = answers(engine, data, top=top)
+    table = vitdemo.answers(engine, data, top=top)
     if data.source == "folder":
         table["file"] = [os.path.relpath(data.path / file) for file in table["file"]]
     if out:
@@ -275,9 +270,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
 )
 def _choose(model: str, **options) -> None:
     """Measure, verify and export the engine to use here."""
-    from vitdemo.benchmarking.choice import choose
-
-    row, report, script = choose(model, _data_of(options), **options)
+    row, report, script = vitdemo.choose(model, _data_of(options), **options)
     print(
         f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {row['images_per_s']:.1f} images/"
         f"s, nine calls in ten within {row['p90_ms']:.1f} ms; {row['accuracy']}\nmachine: {row['machine']}\n"
@@ -311,14 +304,12 @@ SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all d
 def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     """Run a model over a data set: accuracy and speed."""
     from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
-    from vitdemo.machine import now
-    from vitdemo.models.classes import match_classes
 
     if diagnose and options.get("weights") == "random":
         raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
-    start, dataset = now(), _data_of(options)
+    start, dataset = time.perf_counter(), _data_of(options)
     model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
-    dataset = match_classes(model.info, dataset, options.pop("class_map", None))
+    dataset = vitdemo.match_classes(model.info, dataset, options.pop("class_map", None))
     engine = vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration"))
     try:
         runs, reference = evaluate_beside_reference(engine, model, dataset, out=out, **options)
@@ -326,7 +317,7 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
         raise EngineFailure(f"{failure}; this run is invalid") from None
     except KeyboardInterrupt:
         return _stopped(out, (out / "run.json").exists(), "the same command with --resume goes on")
-    e2e_s = None if "resume" in options else now() - start  # of what was done in one go
+    e2e_s = None if "resume" in options else time.perf_counter() - start  # of what was done in one go
     evaluation = runs[0]
     roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
     row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
