@@ -329,7 +329,7 @@ def benchmark(
         VitdemoError: for bad input, before anything is measured.
     """
     names = [str(models)] if isinstance(models, (Path, str)) else list(map(str, models))
-    pairs, sizes = choose_pairs(engines), sorted(set(device_batch_sizes))
+    pairs, sizes = choose_pairs(engines), list(device_batch_sizes)
     for size in sizes:
         at_least_1(device_batch_sizes=size)
     if not sizes:
@@ -344,7 +344,7 @@ def benchmark(
     tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
         settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
-        settings |= dict(device_batch_sizes=sizes, replicas=replicas, row_budget_s=row_budget_s)
+        settings |= dict(device_batch_sizes=sorted(set(sizes)), replicas=replicas, row_budget_s=row_budget_s)
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
         settings |= dict(calibration=calibration and str(calibration), device=device, commit=source_commit())
         with open_sweep(out, settings) as sweep:
