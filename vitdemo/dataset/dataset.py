@@ -13,17 +13,7 @@ from pathlib import Path
 from vitdemo.dataset import trees
 from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
 from vitdemo.dataset.parquet import index_parquet, parquet_files
-from vitdemo.dataset.samples import (
-    Index,
-    Item,
-    Listing,
-    Sample,
-    UnreadableFile,
-    image_suffixes,
-    list_folder,
-    list_tar,
-    suffix_of,
-)
+from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, image_suffixes, list_folder, list_tar
 from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
 from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
@@ -313,7 +303,7 @@ def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | d
         listing = list_tar(path, plain_tar(path, progress))
         return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
     if path.is_file():
-        if suffix_of(path.name) not in image_suffixes():
+        if path.suffix.lower() not in image_suffixes():
             raise VitdemoError(f"{path}: is no image of a format that is read here; convert it to JPEG or PNG")
         return {str(path): Item("", "", path.stat().st_size)}
     listing = list_folder(path)
