@@ -249,13 +249,7 @@ def devkit_hypothesis(
 
 
 def diagnose(
-    engine: Engine,
-    model: Model,
-    data: Dataset,
-    *,
-    images: int = 256,
-    device_batch_size: int = 8,
-    progress: bool = True,
+    engine: Engine, model: Model, data: Dataset, *, images: int = 256, device_batch_size: int = 8, progress: bool = True
 ) -> "Diagnosis":
     """Look for what costs ``engine`` accuracy, on ``images`` of ``data`` (all if fewer), evenly spread over it.
 

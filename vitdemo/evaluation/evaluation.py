@@ -18,14 +18,7 @@ from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, named_errors
 from vitdemo.evaluation.metrics import Session, describe_threads, set_faults, summarise
 from vitdemo.inference.cluster import check_ray
 from vitdemo.inference.loop import Row, batches_of, merge_ranges, predict
-from vitdemo.inference.predictions import (
-    appending,
-    finish_run,
-    open_run_folder,
-    rows_frame,
-    write_rows,
-    write_settings,
-)
+from vitdemo.inference.predictions import appending, finish_run, open_run_folder, rows_frame, write_rows, write_settings
 from vitdemo.inference.replicas import Replicas
 from vitdemo.inference.schedule import SCHEDULES
 from vitdemo.inference.streams import has_choice, quicker_on_images
