@@ -45,31 +45,20 @@ class Evaluation:
     data: Dataset
 
     def __str__(self) -> str:
-        m = self.metrics
+        m, seen, in_all = self.metrics, self.rows["label"].nunique(), len(set(self.data.labels))
         rate = f"{m['images_per_s']:.1f} images/s end to end" if m["images_per_s"] else "no image run in this session"
-        return (
-            f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {describe_threads(m)}, "
-            f"device_batch_size {m['device_batch_size']}{self._shared()}; {m['model']}, weights: {m['weights']}"
-            f"{self._turned()}{self._few_classes()}"
-        )
-
-    def _turned(self) -> str:
-        if not (rotated := self.metrics.get("rotated")):
-            return ""
-        many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
-        return f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
-
-    def _few_classes(self) -> str:
-        seen, all_of_them = self.rows["label"].nunique(), len(set(self.data.labels))
-        # In a folder per class the first images are of the first ones.
-        few = 2 * seen < min(all_of_them, len(self.rows))
-        return f"; these first images are of {seen} of {all_of_them} classes" if few else ""
-
-    def _shared(self) -> str:
-        if not (shared := self.metrics["replicas"]):
-            return ""
-        idle = max(each["idle_s"] for each in shared["each"])
-        return f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
+        text = f"{self._accuracy()}; {rate}, {m['engine']} {m['precision']} on {m['device']}, {describe_threads(m)}, "
+        text += f"device_batch_size {m['device_batch_size']}"
+        if shared := m["replicas"]:
+            idle = max(each["idle_s"] for each in shared["each"])
+            text += f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
+        text += f"; {m['model']}, weights: {m['weights']}"
+        if rotated := m.get("rotated"):
+            many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
+            text += f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
+        if 2 * seen < min(in_all, len(self.rows)):  # in a folder per class the first images are of the first ones
+            text += f"; these first images are of {seen} of {in_all} classes"
+        return text
 
     def _accuracy(self) -> str:
         m = self.metrics
