@@ -158,34 +158,24 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     """Width, height, mode, EXIF state, error and warning of one file, as ``check_images`` reports them."""
     header = read_header(jpeg)
     error = header.error or refusal(header.width, header.height, jpeg)
-    warning = "" if error else _complaint(jpeg)
-    if warning:
-        error = _pil_error(jpeg)
+    if error:
+        return *header[:4], error, ""
+    warning = ""
+    try:
+        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest there is
+    except ValueError as complaint:  # TurboJPEG's errors and warnings alike
+        warning = str(complaint)
+        try:
+            with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
+                image.load()
+        except Exception as damage:  # as in read_header
+            error = one_line(damage)
         if header.format not in ("JPEG", "MPO"):
             warning = f"{header.format}, not JPEG"
         # TurboJPEG cannot decode CMYK with subsampled C, M and Y, which others write; otherwise no sound file is so
         elif header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in warning:
             warning = ""
     return *header[:4], error, "" if error else warning
-
-
-def _complaint(jpeg: bytes) -> str:
-    """What TurboJPEG says of a file, errors and warnings alike; "" for nothing."""
-    try:
-        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest there is
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _pil_error(jpeg: bytes) -> str:
-    """Why PIL cannot decode a file, "" when it can."""
-    try:
-        with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
-            image.load()
-    except Exception as error:  # as in read_header
-        return one_line(error)
-    return ""
 
 
 def _summarise(table: pd.DataFrame, data: Dataset, wall_s: float) -> dict:
