@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vitdemo.dataset.samples import Index, Item
+from vitdemo.dataset.samples import Index, Item, counted
 from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, reason_of
 
@@ -64,18 +64,12 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
         ids = ["" if label in (None, -1) else str(label) for label in labels]
         classes = {name: name for name in sorted(set(ids) - {""})}
     if not all(paths) or len(set(paths)) < len(paths):
-        starts = [*rows.first_rows, len(paths)]
-        paths = [
-            f"{file.name}/{k - start:07d}"
-            for file, start, end in zip(files, starts, starts[1:], strict=False)
-            for k in range(start, end)
-        ]
+        paths = [f"{file.name}/{k:07d}" for file, count in zip(files, rows.counts, strict=True) for k in range(count)]
     items = sorted(Item(file, class_id, -1, row) for row, (file, class_id) in enumerate(zip(paths, ids, strict=True)))
     if not items:
         raise VitdemoError(f"{path}: holds no rows; get the files again")
-    return Index(
-        path, None, classes, items, (f"read from {len(files)} parquet file{'s' * (len(files) > 1)}",), parquet=rows
-    )
+    notes = (f"read from {counted(len(files), 'parquet file')}",)
+    return Index(path, None, classes, items, notes, parquet=rows)
 
 
 class Rows:
@@ -99,9 +93,8 @@ class Rows:
                     f"{file}: has other columns than {Path(self.files[0]).name}; give the files of one data set"
                 )
         self.image, self.label = self._columns_of(first)
-        self.first_rows, self._groups, row = [], [], 0
+        self.counts, self._groups, row = [handle.metadata.num_rows for handle in self._handles], [], 0
         for number, handle in enumerate(self._handles):
-            self.first_rows.append(row)
             for group in range(handle.metadata.num_row_groups):
                 self._groups.append((row, number, group))
                 row += handle.metadata.row_group(group).num_rows
