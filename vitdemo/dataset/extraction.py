@@ -169,7 +169,11 @@ def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: 
     missing = _missing(begun, targets) if begun else targets
     if begun == folder and not missing:  # another process has just finished it
         return 0
-    _check_room(folder.parent, missing)
+    needed = sum(-(-member.size // 4096) * 4096 for member in missing.values())  # whole blocks, as disks give them
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        sizes = f"needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free"
+        raise VitdemoError(f"{folder.parent}: {sizes}; make room, run again")
     if begun == folder:
         folder.rename(partial)
     partial.mkdir(exist_ok=True)
@@ -198,13 +202,6 @@ def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
             if status.st_size == member.size:
                 del missing[target]
     return missing
-
-
-def _check_room(folder: Path, members: dict[str, Member]) -> None:
-    needed = sum(-(-member.size // 4096) * 4096 for member in members.values())  # whole blocks, as disks give them
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise VitdemoError(f"{folder}: needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free; make room, run again")
 
 
 def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: bool) -> None:

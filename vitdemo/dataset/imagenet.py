@@ -71,10 +71,7 @@ def index_train_tar(path: Path, progress: bool) -> Index:
     """
     tars = {tar.name.removesuffix(".tar"): tar for tar in sorted(index_tar(path))}
     devkit_path = find_devkit(path)
-    if devkit_path:
-        names = read_devkit(devkit_path).class_names
-    else:
-        names = known_classes(list(tars))
+    names = read_devkit(devkit_path).class_names if devkit_path else known_classes(list(tars))
     for wnid, tar in tars.items():
         if not WNID.fullmatch(wnid):
             cure = "is this the train tar, or are archives swapped?"
