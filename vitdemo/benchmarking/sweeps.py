@@ -77,7 +77,14 @@ class SweepRun:
 
     def do(self, pairs: list[Pair]) -> None:
         """Measure all pairs at all batch sizes."""
-        recipes = dict(self._recipes(pairs))
+        recipes: dict[Pair, Recipe] = {}
+        for pair in pairs:
+            try:
+                recipes[pair] = recipe_for(self._model, *pair, **self._of_engines)
+            except VitdemoError as error:
+                if pair == EAGER:
+                    raise
+                self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in self._sizes], "")
         for recipe in recipes.values():  # before the others are there: a build takes memory
             if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
                 with suppress(VitdemoError):  # its row will say why
@@ -86,16 +93,6 @@ class SweepRun:
         self._measure_group({pair: recipes[pair] for pair in together}, "together")
         for pair in alone:
             self._measure_group({pair: recipes[pair]}, "alone")
-
-    def _recipes(self, pairs: list[Pair]) -> Iterator[tuple[Pair, Recipe]]:
-        """Of each pair that can run here; a row that says why for the others."""
-        for pair in pairs:
-            try:
-                yield pair, recipe_for(self._model, *pair, **self._of_engines)
-            except VitdemoError as error:
-                if pair == EAGER:
-                    raise
-                self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in self._sizes], "")
 
     def _fitting(self, recipes: dict[Pair, Recipe]) -> tuple[list[Pair], list[Pair]]:
         """Which pairs fit into memory together, the reference first, and which do not."""
