@@ -182,7 +182,11 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
     if not pretrained and weights != "random":
         checkpoint = read_checkpoint(user_path(weights), ema=ema)
         name = name or architecture_of(checkpoint)
-    _check_memory(name, shapes_of(name, pretrained=pretrained))
+    plan, free = shapes_of(name, pretrained=pretrained), free_memory_bytes()
+    needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
+    if needed > free:  # a process that takes more memory than there is gets killed, and its notebook with it
+        sizes = f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
+        raise VitdemoError(f"{name}: {sizes}; take a smaller model, or close other programs")
     try:
         with torch.random.fork_rng(devices=[]):  # random weights leave the caller's seed alone
             torch.manual_seed(0)
@@ -221,11 +225,3 @@ def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
         raise
     except Exception:  # whatever timm's models raise
         return None
-
-
-def _check_memory(name: str, plan: Plan | None) -> None:
-    """Asked before, as a process that takes more memory than there is gets killed, and its notebook with it."""
-    needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
-    if needed > (free := free_memory_bytes()):
-        sizes = f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
-        raise VitdemoError(f"{name}: {sizes}; take a smaller model, or close other programs")
