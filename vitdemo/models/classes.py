@@ -124,12 +124,6 @@ def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[di
                 f"{_advice(own.values())}"
             )
         found[label] = output
-    _check_apart(found, own, outputs, data)
-    equal = all(outputs.classes[output] == own[label] for label, output in found.items())
-    return found, "by equal ids" if equal else "by names, without case, blanks, hyphens and underscores"
-
-
-def _check_apart(found: dict[int, int], own: dict[int, str], outputs: _Outputs, data: Dataset) -> None:
     output, times = Counter(found.values()).most_common(1)[0] if found else (0, 0)
     if times > 1:
         both = " and ".join(repr(own[label]) for label, other in found.items() if other == output)
@@ -137,6 +131,8 @@ def _check_apart(found: dict[int, int], own: dict[int, str], outputs: _Outputs, 
             f"{data.path}: its classes {both} are both output {outputs.shown(output)} of {outputs.tag} by name; "
             "--class-map FILE may say so on purpose"
         )
+    equal = all(outputs.classes[output] == own[label] for label, output in found.items())
+    return found, "by equal ids" if equal else "by names, without case, blanks, hyphens and underscores"
 
 
 def _advice(ids: Iterable[str]) -> str:
