@@ -52,9 +52,8 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
         The Figure.
     """
     rows = max(1, ceil(len(pictures) / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.9 * columns, 2.15 * rows), squeeze=False, layout="constrained"
-    )
+    size = 1.9 * columns, 2.15 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_axis_off()
     colors = colors or ["black"] * len(pictures)
@@ -87,12 +86,11 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
         UnreadableImage: where the file cannot be read, or is enormous.
     """
     crops = [reference_crop(jpeg, p).permute(1, 2, 0).numpy() for p in preprocessings.values()]
-    captions = [
-        f"{name}\n{crop.shape[1]} x {crop.shape[0]} px" for name, crop in zip(preprocessings, crops, strict=True)
-    ]
     with open_image(jpeg) as image:
-        original = f"the file\n{image.width} x {image.height} px"
-    return picture_grid([thumbnail(jpeg), *crops], [original, *captions], columns=1 + len(crops))
+        sizes = [image.size, *(crop.shape[1::-1] for crop in crops)]
+    named = zip(("the file", *preprocessings), sizes, strict=True)
+    captions = [f"{name}\n{width} x {height} px" for name, (width, height) in named]
+    return picture_grid([thumbnail(jpeg), *crops], captions, columns=1 + len(crops))
 
 
 def plot_class_histogram(data: Dataset) -> Figure:
@@ -100,12 +98,10 @@ def plot_class_histogram(data: Dataset) -> Figure:
     counts = np.bincount(data.labels, minlength=len(data.classes))
     figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
     ax.bar(range(len(counts)), counts, color="#0072B2", width=0.8 if len(counts) < 100 else 1.0)
-    ax.set(
-        xlabel="class index (rank of the wnid)", ylabel="images", title=f"{counts.sum()} images, {len(counts)} classes"
-    )
+    ax.set(xlabel="class index (rank of the wnid)", ylabel="images")
+    ax.set_title(f"{counts.sum()} images, {len(counts)} classes")
     if len(counts) <= 30:
-        ax.set_xticks(range(len(counts)))
-        ax.set_xticklabels(short_names(data), rotation=60, ha="right", fontsize=8)
+        ax.set_xticks(range(len(counts)), short_names(data), rotation=60, ha="right", fontsize=8)
         ax.set_xlabel("class, in the order of the wnids")
     return figure
 
