@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitdemo.evaluation.diagnosis import Diagnosis
@@ -57,23 +59,28 @@ def plot_per_class(evaluation: Evaluation) -> Figure:
     Args:
         evaluation: of the images.
     """
-    by_class = evaluation.rows.groupby("label")["correct"].agg(["sum", "count"])
-    by_class["top1"] = by_class["sum"] / by_class["count"]
-    worst = by_class.sort_values(["top1", "count"])[:40]
-    intervals = pd.DataFrame(
-        [wilson_interval(int(c), int(n)) for c, n in zip(worst["sum"], worst["count"], strict=True)]
-    )
-    names = short_names(evaluation.data)
-    figure, ax = plt.subplots(figsize=(9, 0.6 + 0.24 * len(worst)), layout="constrained")
-    y = range(len(worst))
-    ax.barh(y, worst["top1"] * 100, color=RIGHT, height=0.7)
-    ax.hlines(y, intervals[0] * 100, intervals[1] * 100, color="black", linewidth=1)
-    ax.set_yticks(y, [f"{names[label]} ({n})" for label, n in worst["count"].items()], fontsize=8)
-    ax.invert_yaxis()
+    by_class = evaluation.rows.groupby("label")["correct"].agg(["mean", "sum", "count"])
+    worst, names = by_class.sort_values(["mean", "count"])[:40], short_names(evaluation.data)
+    labels = [f"{names[label]} ({n})" for label, n in worst["count"].items()]
+    figure, ax = _bars(labels, worst["sum"], worst["count"], RIGHT, 0.6 + 0.24 * len(worst))
     ax.axvline(evaluation.metrics["top1"] * 100, color=WRONG, linestyle="--", label="all classes")
-    ax.set(xlabel="top-1 in % (line: 95 % interval; in brackets: images)", xlim=(0, 100))
+    ax.set_xlabel("top-1 in % (line: 95 % interval; in brackets: images)")
     ax.legend(loc="lower left", fontsize=8)
     return figure
+
+
+def _bars(
+    names: Sequence[str], correct: pd.Series, images: pd.Series, colors: str | list[str], height: float
+) -> tuple[Figure, Axes]:
+    """Top-1 in % as bars, the first one at the top, with a line for its 95 % Wilson interval."""
+    figure, ax = plt.subplots(figsize=(9, height), layout="constrained")
+    y, low_high = range(len(names)), [wilson_interval(int(c), int(n)) for c, n in zip(correct, images, strict=True)]
+    ax.barh(y, 100 * correct / images, color=colors, height=0.7)
+    ax.hlines(y, *(100 * np.array(low_high).T), color="black", linewidth=1)
+    ax.set_yticks(y, names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 100)
+    return figure, ax
 
 
 def plot_confusion(evaluation: Evaluation, most: int = 20) -> Figure:
@@ -166,9 +173,8 @@ def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
     Args:
         evaluations: runs with replicas, by the title of their panel.
     """
-    figure, axes = plt.subplots(
-        len(evaluations), figsize=(9, 1.6 * len(evaluations) + 0.5), layout="constrained", sharex=True, squeeze=False
-    )
+    size = 9, 1.6 * len(evaluations) + 0.5
+    figure, axes = plt.subplots(len(evaluations), figsize=size, layout="constrained", sharex=True, squeeze=False)
     for ax, (name, evaluation) in zip(axes[:, 0], evaluations.items(), strict=True):
         for replica, times in evaluation.times.groupby("replica"):
             spans = list(zip(times["submitted"], times["finished"] - times["submitted"], strict=True))
@@ -191,9 +197,8 @@ def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Fi
     """
     figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
     x = table["replicas"]
-    ax.plot(
-        x, one_core * table["cores"], color=GREY, linestyle="--", marker="_", label="ideal: one core x cores in use"
-    )
+    ideal = one_core * table["cores"]
+    ax.plot(x, ideal, color=GREY, linestyle="--", marker="_", label="ideal: one core x cores in use")
     ax.axhline(one_process, color=WRONG, linestyle=":", label="one process, all cores")
     ax.plot(x, table["images_per_s"], color=RIGHT, marker="o", label="measured")
     ax.set_xscale("log", base=2)
@@ -235,15 +240,10 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
     table, published = diagnosis.table, diagnosis.published
     colors = [RIGHT if name == diagnosis.named else GREY for name in table["hypothesis"]]
     colors[0] = WRONG
-    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.3 * len(table)), layout="constrained")
-    y = range(len(table))
-    ax.barh(y, table["top1"] * 100, color=colors, height=0.7)
-    ax.hlines(y, table["ci95_low"] * 100, table["ci95_high"] * 100, color="black", linewidth=1)
-    ax.set_yticks(y, table["hypothesis"], fontsize=8)
-    ax.invert_yaxis()
+    figure, ax = _bars(table["hypothesis"], table["correct"], table["images"], colors, 0.8 + 0.3 * len(table))
     if published:
         ax.axvline(published.top1 * 100, color="black", linestyle="--", label=f"published: {published.top1:.1%}")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
-    ax.set(xlabel=f"top-1 in % of {diagnosis.images} images (line: 95 % interval)", xlim=(0, 100))
+    ax.set_xlabel(f"top-1 in % of {diagnosis.images} images (line: 95 % interval)")
     ax.set_title(f"explains the loss: {diagnosis.named}" if diagnosis.named else "no loss explained", loc="left")
     return figure
