@@ -194,8 +194,7 @@ def _published_speedups(published: pd.DataFrame | None) -> Iterator[tuple[str, p
 
 def _intensity(rows: pd.DataFrame) -> pd.Series:
     """FLOPs per byte: of the weights in the row's precision, read once per batch, and of its pixels."""
-    width = rows["precision"].map(BYTES)
-    moved = rows["parameters"] * width + rows["batch"] * rows["input_bytes"]
+    moved = rows["parameters"] * rows["precision"].map(BYTES) + rows["batch"] * rows["input_bytes"]
     return rows["batch"] * rows["flops_per_image"] / moved
 
 
