@@ -48,15 +48,12 @@ class Dataset:
         self._file, self._parquet, self._in_folders = index.tar, index.parquet, index.in_folders
         self.classes, self.class_names, self.decided = list(index.classes), list(index.classes.values()), ""
         label = {class_id: position for position, class_id in enumerate(self.classes)} | {"": -1}
-        self.files, self.sizes, self.labels, self.offsets = [], [], [], []
-        for file, class_id, size, offset in index.items:
-            if size > IMAGE_LIMIT:
-                limit = f"{IMAGE_LIMIT >> 20} MiB, and no image is"
-                raise VitdemoError(f"{self.path}: {file!r} is larger than {limit}; take it out")
-            self.files.append(file)
-            self.sizes.append(size)
-            self.labels.append(label[class_id])
-            self.offsets.append(offset)
+        items = index.items
+        if enormous := next((item.file for item in items if item.size > IMAGE_LIMIT), None):
+            limit = f"{IMAGE_LIMIT >> 20} MiB, and no image is"
+            raise VitdemoError(f"{self.path}: {enormous!r} is larger than {limit}; take it out")
+        self.files, self.sizes = [item.file for item in items], [item.size for item in items]
+        self.labels, self.offsets = [label[item.class_id] for item in items], [item.offset for item in items]
         self._ids, self._own = self.classes, self.labels
 
     def take(self, indices: Sequence[int]) -> "Dataset":
