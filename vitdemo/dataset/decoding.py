@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from typing import NamedTuple
 
 import pandas as pd
@@ -63,8 +64,7 @@ def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFram
         "rotated" for an orientation other than upright, "broken" where it cannot be read, "present" otherwise.
     """
     rows = []
-    for index in range(len(data) if limit is None else min(limit, len(data))):
-        sample = data[index]
+    for sample in islice(data, limit):
         header = read_header(sample.image)
         row = {"file": sample.file, "width": header.width, "height": header.height, "mode": header.mode}
         rows.append(row | {"bytes": len(sample.image), "exif": header.exif})

@@ -77,8 +77,10 @@ def known_table(listing: Listing, split: str) -> Path | str | None:
     """The table that comes with the images, by its name: in the listing, or Kaggle's above it; None without one."""
     for name in KNOWN:
         inside = sorted((other for other in listing.others if other.split("/")[-1] == name), key=len)
-        if inside and inside[0].count("/") <= 1 and has_labels(listing, inside[0]):
-            return inside[0]
+        if inside and inside[0].count("/") <= 1:
+            first = listing.content(inside[0]).partition(b"\n")[0].decode("utf-8", "replace").lower()
+            if name == TINY_IMAGENET or not set(re.findall(r"\w+", first)).isdisjoint(LABEL_COLUMNS):
+                return inside[0]  # others may hold captions alone
     places = list(listing.path.absolute().parents)[:KAGGLE_ABOVE] if not listing.tar else []
     tables = (place / KAGGLE.format(split=split) for place in [listing.path, *places])
     return next((table for table in tables if table.is_file()), None)
@@ -179,9 +181,3 @@ def _label_column(rows: pd.DataFrame, files: object, where: str) -> object:
         return (named or others)[0]
     which = ", ".join(map(str, named or others)) or "none is left"
     raise VitdemoError(f"{where}: which column has the labels ({which})? call one `label`, and no other like it")
-
-
-def has_labels(listing: Listing, table: str) -> bool:
-    """Whether a table of the listing has a column that is called as labels are; such tables may hold captions alone."""
-    first = listing.content(table).partition(b"\n")[0].decode("utf-8", "replace").lower()
-    return table.endswith(TINY_IMAGENET) or not set(re.findall(r"\w+", first)).isdisjoint(LABEL_COLUMNS)
