@@ -1,7 +1,7 @@
 """Student copies of the notebooks: the course without its solutions, to be handed out."""
 
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,15 +37,11 @@ def write_workshop(out: Path | str) -> list[Path]:
         for lesson in lessons:
             text = nbformat.writes(_without_solutions(lesson.path)) + "\n"
             (part / lesson.path.name).write_text(text, encoding="utf-8")
-        names = sorted(path.name for path in part.iterdir())
-        try:
-            for name in names:
-                (part / name).rename(out / name)
-        except BaseException:  # Ctrl-C too
-            for name in names:
-                with suppress(FileNotFoundError):  # it was not yet there
-                    (out / name).rename(part / name)
-            raise
+        with ExitStack() as back:  # after Ctrl-C too
+            for path in sorted(part.iterdir()):
+                moved = path.rename(out / path.name)
+                back.callback(moved.rename, path)
+            back.pop_all()
     return [out / lesson.path.name for lesson in lessons]
 
 
