@@ -53,8 +53,7 @@ class Progress:
         found = heading(cell)
         is_code = cell.cell_type == "code"
         self.cell += is_code
-        if found:
-            self.heading = found
+        self.heading = found or self.heading
         if (is_code and self.terminal) or found:
             number = self.cell if is_code else min(self.cell + 1, self.cells)  # text belongs to the cell below it
             self.show(f"cell {number}/{self.cells}  {self.heading}")
