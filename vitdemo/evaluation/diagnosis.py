@@ -65,19 +65,6 @@ def _ids(synsets: list[Synset], classes: Sequence[str]) -> np.ndarray | None:
     return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
 
 
-def other_orders(data: Dataset, numbering: Numbering) -> dict[str, np.ndarray | None]:
-    """The orders of the classes that get mistaken for the lexicographic one of the wnids.
-
-    Name of the order -> int[classes], the rank of each label in it, or None where it cannot be known.
-    """
-    labels = range(len(data.classes))
-    return {
-        "ILSVRC order": None if numbering.ids is None else numbering.ids - 1,
-        "the order of numbers as text": np.argsort(sorted(labels, key=str)),  # 0, 1, 10, 100, 101 …
-        "the order of the class names": np.argsort(sorted(labels, key=data.class_names.__getitem__)),
-    }
-
-
 # The usual mistakes that cost accuracy: each is put right in turn, and the same images are counted again.
 
 
@@ -176,9 +163,6 @@ class Upright:
     def __init__(self, samples: Dataset):
         self.samples = samples
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, i: int) -> Sample:
         sample = self.samples[i]
         try:
@@ -220,7 +204,13 @@ def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hy
 def order_hypotheses(answers: np.ndarray, labels: np.ndarray, data: Dataset, numbering: Numbering) -> list[Hypothesis]:
     """The outputs, or the labels, stand in another order than that of the wnids; told by counting anew."""
     hypotheses = []
-    for name, ranks in other_orders(data, numbering).items():
+    classes = range(len(data.classes))
+    orders = {  # that get mistaken for the lexicographic one of the wnids: the rank of each label, None if not known
+        "ILSVRC order": None if numbering.ids is None else numbering.ids - 1,
+        "the order of numbers as text": np.argsort(sorted(classes, key=str)),  # 0, 1, 10, 100, 101 …
+        "the order of the class names": np.argsort(sorted(classes, key=data.class_names.__getitem__)),
+    }
+    for name, ranks in orders.items():
         outputs = (f"outputs read in {name}", "put the rows of the model's last layer into the order of the wnids")
         wrong_labels = (f"labels read in {name}", EXTRACT)
         if ranks is None or (ranks == np.arange(len(ranks))).all():
