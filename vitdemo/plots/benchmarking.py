@@ -38,7 +38,6 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
                 ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points", size=7)
         ax.set(xscale="log", yscale="log", xlabel="median latency of a batch, ms", ylabel="images/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
-        ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
 
@@ -92,7 +91,6 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
             ax.plot(_intensity(line), line["tflops"], **engine_look(*pair) | {"linestyle": ""})
         ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
-        ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
 
@@ -115,7 +113,6 @@ def plot_accuracy_speed(rows: pd.DataFrame) -> Figure:
             ax.errorbar(point.images_per_s, 100 * point.top1, yerr=error, elinewidth=0.8, **look)
         ax.set(xlabel="images/s at its best batch", ylabel=f"top-1 in % of {int(own['images'].max())} images")
         ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
 
@@ -140,7 +137,6 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
         _batch_axis(ax)
         ax.set(yscale="log", ylabel="latency of a batch, ms")
         _plain_numbers(ax.yaxis)
-        ax.grid(alpha=0.3)
     return _with_legend(figure, panels)
 
 
@@ -162,7 +158,9 @@ def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", column
         line[0].set_title(f"{what}\n{first['machine']}", loc="left", fontsize=9)
         for ax, name in zip(line, titles, strict=True):
             panels.append((ax, own))
-            if name:
+            if not name:
+                ax.grid(alpha=0.3)
+            else:
                 ax.text(0.98, 0.98, name, transform=ax.transAxes, ha="right", va="top", fontsize=9)
     return figure, panels
 
