@@ -4,6 +4,7 @@ A ratio, because the two sides of it slow down together on a busy machine. Of an
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import pandas as pd
 
@@ -75,14 +76,11 @@ def check_overlap(
     Raises:
         VitdemoError: where it has nothing.
     """
-    found = _ratios(baseline)
-    own = (found["engine"] + ":" + found["precision"]).isin(list(map(str, pairs)))
-    own &= found["device_batch_size"].isin(device_batch_sizes) & (found["replicas"] == (replicas or 1))
-    both = found[["model", "weights"]].apply(tuple, axis=1).isin([(info.tag, info.weights) for info in models])
-    if not (own & both).any():
-        raise VitdemoError(
-            "against: the baseline has no row of the same model, weights, engine, precision, batch size and replicas"
-        )
+    known = [(info.tag, info.weights) for info in models]
+    asked = [(*model, *pair, replicas or 1, size) for model, pair, size in product(known, pairs, device_batch_sizes)]
+    if _ratios(baseline).merge(pd.DataFrame(asked, columns=SAME), on=SAME).empty:
+        same = "model, weights, engine, precision, batch size and replicas"
+        raise VitdemoError(f"against: the baseline has no row of the same {same}")
 
 
 def check_share(worse_by: float) -> None:
