@@ -91,9 +91,8 @@ def mask_patches(model: Model, pixels: torch.Tensor, patches: Iterable[tuple[int
     masked = pixels.clone()
     for row, column in patches:
         if not (0 <= row < rows and 0 <= column < columns):
-            raise VitdemoError(
-                f"patch ({row}, {column}): {model.info.tag} has {rows} x {columns} of them, counted from 0"
-            )
+            there = f"{model.info.tag} has {rows} x {columns} of them, counted from 0"
+            raise VitdemoError(f"patch ({row}, {column}): {there}")
         masked[..., row * height : (row + 1) * height, column * width : (column + 1) * width] = GREY
     return masked
 
@@ -113,10 +112,8 @@ def has_attention(model: Model) -> bool:
 
 def _transformer(model: Model) -> VisionTransformer:
     if not has_attention(model):
-        raise VitdemoError(
-            f"{model.info.tag}: is no VisionTransformer of timm's with a class token and one attention per block, and "
-            "only of those patches and attention are shown; take a ViT"
-        )
+        needed = "a class token and one attention per block, and only of those patches and attention are shown"
+        raise VitdemoError(f"{model.info.tag}: is no VisionTransformer of timm's with {needed}; take a ViT")
     return model.module
 
 

@@ -56,9 +56,8 @@ class Hunt:
     @property
     def reports(self) -> pd.DataFrame:
         """What each script prints, one row per run."""
-        return pd.DataFrame({name: run.report for name, run in self.runs.items()}).T.astype(
-            {"images": int, "correct": int}
-        )
+        printed = pd.DataFrame({name: run.report for name, run in self.runs.items()}).T
+        return printed.astype({"images": int, "correct": int})
 
     def findings(self, *checks: str, runs: Iterable[str] | None = None) -> pd.DataFrame:
         """What the library's checks say of the runs: one row per run, one column per check, "" where nothing.

@@ -105,10 +105,8 @@ def buggy_run(model: Model, data: Dataset, bug: str | None = None) -> BuggyRun:
     if bug is not None and bug not in BUGS:
         raise VitdemoError(f"bug {bug!r}: there is no such bug; there are {', '.join(map(repr, BUGS))}")
     if data.source != "tar" or len(data) < IMAGES:
-        raise VitdemoError(
-            f"{data.path}: the bug hunt needs a tar with its devkit and at least {IMAGES} images; take "
-            "the bundled shapes20"
-        )
+        needs = f"a tar with its devkit and at least {IMAGES} images"
+        raise VitdemoError(f"{data.path}: the bug hunt needs {needs}; take the bundled shapes20")
     own = model.info.preprocessing
     if bug == NORMALISED:  # ImageNet's, or 0.5 for a model that has those
         mean, std = next(pair for pair in NORMALISATIONS.values() if pair != (own.mean, own.std))

@@ -64,14 +64,13 @@ def top5(engine: Engine, pixels: torch.Tensor, names: Sequence[str] | None = Non
     logits = _logits(engine, pixels[None])
     probabilities = logits.double().softmax(dim=1)[0]
     best = ranking(logits)[0, :TOP].tolist()
-    return pd.DataFrame(
-        {
-            "class": best,
-            "answer": [name_in(names, k) for k in best],
-            "logit": logits[0, best].tolist(),
-            "probability": probabilities[best].tolist(),
-        }
-    )
+    columns = {
+        "class": best,
+        "answer": [name_in(names, k) for k in best],
+        "logit": logits[0, best].tolist(),
+        "probability": probabilities[best].tolist(),
+    }
+    return pd.DataFrame(columns)
 
 
 def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
@@ -157,9 +156,8 @@ def answers_masked(
     batch = torch.stack([pixels, *(mask_patches(model, pixels, order[:count]) for count in counts)])
     probabilities = engine(batch).double().softmax(dim=1)
     answers = probabilities.argmax(dim=1)
-    return pd.DataFrame(
-        {"hidden": counts, "class": answers[1:].tolist(), "first": probabilities[1:, answers[0]].tolist()}
-    )
+    columns = {"hidden": counts, "class": answers[1:].tolist(), "first": probabilities[1:, answers[0]].tolist()}
+    return pd.DataFrame(columns)
 
 
 def disagreements(
@@ -210,24 +208,22 @@ def disagreements(
 def _logits(engine: Engine, pixels: torch.Tensor) -> torch.Tensor:
     logits = engine(pixels)
     if not torch.isfinite(logits).all():  # such an image would rank as the one that is least apart
-        raise EngineFailure(
-            f"the {engine.name} engine gave logits that are not finite; compare it with `vitdemo verify`"
-        )
+        cure = "compare it with `vitdemo verify`"
+        raise EngineFailure(f"the {engine.name} engine gave logits that are not finite; {cure}")
     return logits
 
 
 def _compared(batch: Batch, candidate: torch.Tensor, reference: torch.Tensor) -> pd.DataFrame:
     p, q = candidate.double().softmax(dim=1), reference.double().softmax(dim=1)
-    return pd.DataFrame(
-        {
-            "index": range(batch.start, batch.start + len(batch.files)),
-            "file": batch.files,
-            "label": batch.labels,
-            "candidate": ranking(candidate)[:, 0],
-            "reference": ranking(reference)[:, 0],
-            "candidate_probability": p.max(dim=1).values,
-            "reference_probability": q.max(dim=1).values,
-            "distance": 0.5 * (p - q).abs().sum(dim=1),
-            "logits_apart": (candidate.double() - reference.double()).abs().max(dim=1).values,
-        }
-    )
+    columns = {
+        "index": range(batch.start, batch.start + len(batch.files)),
+        "file": batch.files,
+        "label": batch.labels,
+        "candidate": ranking(candidate)[:, 0],
+        "reference": ranking(reference)[:, 0],
+        "candidate_probability": p.max(dim=1).values,
+        "reference_probability": q.max(dim=1).values,
+        "distance": 0.5 * (p - q).abs().sum(dim=1),
+        "logits_apart": (candidate.double() - reference.double()).abs().max(dim=1).values,
+    }
+    return pd.DataFrame(columns)

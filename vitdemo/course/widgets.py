@@ -87,7 +87,8 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
     choices = engines[engine].precisions
     beside = next(name for name in others if name != f"{engine}:{precision}")
     slide = dict(continuous_update=False, style=STYLE)
-    crops = view.AS_TRAINED, *CROP_MODES
+    crops, shows = (view.AS_TRAINED, *CROP_MODES), (view.ANSWER, view.BLOCKS, view.TWO_ENGINES)
+    hides = view.NOTHING, view.MOST, view.LEAST, view.WINDOW
     return {
         "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
         "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
@@ -98,17 +99,13 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
         ),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
-        "show": widgets.ToggleButtons(
-            options=(view.ANSWER, view.BLOCKS, view.TWO_ENGINES), description="show", **BUTTONS
-        ),
+        "show": widgets.ToggleButtons(options=shows, description="show", **BUTTONS),
         "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
         "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
         "scaling": widgets.Dropdown(options=tuple(view.SCALINGS), description="mean and std", style=STYLE),
         "crop": widgets.Dropdown(options=crops, description="crop", layout=WIDE),
         "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **slide),
-        "hide": widgets.Dropdown(
-            options=(view.NOTHING, view.MOST, view.LEAST, view.WINDOW), description="hide", layout=WIDE
-        ),
+        "hide": widgets.Dropdown(options=hides, description="hide", layout=WIDE),
         "patches": widgets.IntSlider(40, 1, 196, description="patches", **slide),
         "down": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="window down, %", **slide),
         "across": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="across, %", **slide),
