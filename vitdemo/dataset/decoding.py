@@ -272,6 +272,5 @@ def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> tor
     try:
         return reference_crop(content, preprocessing)
     except UnreadableImage as reason:
-        raise VitdemoError(
-            f"{name!r} is no picture that can be read ({reason}); give a sound one of ordinary size"
-        ) from None
+        cure = "give a sound one of ordinary size"
+        raise VitdemoError(f"{name!r} is no picture that can be read ({reason}); {cure}") from None

@@ -103,10 +103,8 @@ def _claim(out: Path, split: str, source: Dataset, record: dict) -> None:
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
     others = [other for other in RECORDS if other != split and records[other]]
     if others and CLASSES in names and [synset.wnid for synset in read_classes(out / CLASSES)] != source.classes:
-        raise VitdemoError(
-            f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; give a new folder, or put the "
-            "same devkit beside both tars"
-        )
+        cure = "give a new folder, or put the same devkit beside both tars"
+        raise VitdemoError(f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; {cure}")
     if not records[split]:
         with replacing(out / RECORDS[split]) as file:
             json.dump(record, file, indent=2)

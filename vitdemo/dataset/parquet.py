@@ -89,9 +89,8 @@ class Rows:
         first = self._handles[0].schema_arrow
         for file, handle in zip(self.files, self._handles, strict=True):
             if handle.schema_arrow.names != first.names:
-                raise VitdemoError(
-                    f"{file}: has other columns than {Path(self.files[0]).name}; give the files of one data set"
-                )
+                other = f"has other columns than {Path(self.files[0]).name}"
+                raise VitdemoError(f"{file}: {other}; give the files of one data set")
         self.image, self.label = self._columns_of(first)
         self.counts, self._groups, row = [handle.metadata.num_rows for handle in self._handles], [], 0
         for number, handle in enumerate(self._handles):
@@ -118,10 +117,9 @@ class Rows:
         found = [field.name for field in schema if holds_images(field.type)]
         images = [name for name in found if name in ("image", "img", "jpg")] or found
         if len(images) != 1:
-            raise VitdemoError(
-                f"{self.files[0]}: {'several columns hold' if images else 'no column holds'} images as bytes, of "
-                f"{', '.join(schema.names)}; give files with one, called image"
-            )
+            hold = "several columns hold" if images else "no column holds"
+            wrong = f"{hold} images as bytes, of {', '.join(schema.names)}"
+            raise VitdemoError(f"{self.files[0]}: {wrong}; give files with one, called image")
         found = [field.name for field in schema if may_be_label(field.type)]
         labels = [name for name in LABEL_COLUMNS if name in found] or found
         return images[0], labels[0] if labels and (len(labels) == 1 or labels[0] in LABEL_COLUMNS) else None

@@ -55,10 +55,8 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
         name = names.find(value)
         if name is None:
             lost = sum(names.find(other) is None for other in rows[files])
-            raise VitdemoError(
-                f"{where}: row {line} names {value!r}, which is not in {listing.path} ({counted(lost, 'such row')}); "
-                "correct the path, or take these rows out"
-            )
+            lacking = f"names {value!r}, which is not in {listing.path} ({counted(lost, 'such row')})"
+            raise VitdemoError(f"{where}: row {line} {lacking}; correct the path, or take these rows out")
         if not label:
             raise VitdemoError(f"{where}: row {line}, {value!r}, has no label; give it one, or take it out")
         if label_of.setdefault(name, label) != label:
@@ -108,10 +106,8 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
     except UnicodeDecodeError:
         raise VitdemoError(f"{name}: is not text in UTF-8; save the table again as CSV in UTF-8") from None
     except (ValueError, csv.Error) as error:  # pandas' own are ValueErrors
-        reason = " ".join(str(error).split())
-        raise VitdemoError(
-            f"{name}: cannot be read as a table ({reason}); give one row per image, file and label"
-        ) from None
+        reason = f"cannot be read as a table ({' '.join(str(error).split())})"
+        raise VitdemoError(f"{name}: {reason}; give one row per image, file and label") from None
     return table.set_axis(range(1, len(table) + 1))
 
 
@@ -157,17 +153,14 @@ def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str)
     if not found[files]:
         example = ", ".join(map(repr, rows.iloc[min(1, len(rows) - 1)].tolist()[:4]))
         image = next(iter(listing.images), "no image at all")
-        raise VitdemoError(
-            f"{where}: no column names the images in {listing.path}, which are like {image!r}; a row of the table: "
-            f"{example}; give paths that lie below the data set's folder"
-        )
+        wrong = f"no column names the images in {listing.path}, which are like {image!r}; a row of the table: {example}"
+        raise VitdemoError(f"{where}: {wrong}; give paths that lie below the data set's folder")
     first = str(rows[files].iloc[0])
     if files in range(rows.shape[1]) and names.find(first) is None and suffix_of(first) not in image_suffixes():
         header = rows.iloc[0].str.strip()
-        if header.duplicated().any():
-            raise VitdemoError(
-                f"{where}: two columns have the name {header[header.duplicated()].iloc[0]!r}; rename one"
-            )
+        twice = header[header.duplicated()]
+        if len(twice):
+            raise VitdemoError(f"{where}: two columns have the name {twice.iloc[0]!r}; rename one")
         files, rows = header[files], rows.iloc[1:].set_axis(header, axis=1)
     return rows, files
 

@@ -82,10 +82,8 @@ def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterat
         what = f"damaged {last}" if last else "not a tar archive"
         raise VitdemoError(f"{where}: {what} ({reason_of(error)}); get it again, or check the name") from None
     if len(rest) > PADDING_LIMIT:
-        raise VitdemoError(
-            f"{where}: truncated {last or 'at its start'}: {end - tar.offset} bytes follow, as of a download that has "
-            "its place on the disk but not its end; get the archive again"
-        )
+        why = "as of a download that has its place on the disk but not its end; get the archive again"
+        raise VitdemoError(f"{where}: truncated {last or 'at its start'}: {end - tar.offset} bytes follow, {why}")
 
 
 def plain_tar(path: Path, progress: bool = True) -> Path:

@@ -33,9 +33,9 @@ class Synset(NamedTuple):
 
 def expected(split: str) -> str:
     """What a path to a split may be, for messages."""
+    archive = f"<name>_img_{split}.tar{' with its devkit beside it' if split == 'val' else ''}"
     return (
-        f"expected {split}/ with one folder per class, images with a table of their labels, parquet files, or "
-        f"<name>_img_{split}.tar{' with its devkit beside it' if split == 'val' else ''}"
+        f"expected {split}/ with one folder per class, images with a table of their labels, parquet files, or {archive}"
     )
 
 
@@ -107,10 +107,8 @@ def read_classes(path: Path) -> list[Synset]:
         labels, (_, wnids, names) = [int(row["label"]) for row in rows], zip(*synsets, strict=True)
         if labels == list(range(len(rows))) and list(wnids) == sorted(set(wnids)) and None not in names:
             return synsets
-    raise VitdemoError(
-        f"{path}: not a list of classes with columns {','.join(CLASSES_COLUMNS)}, label from 0, wnids ascending; "
-        "extract to a new folder"
-    )
+    form = f"columns {','.join(CLASSES_COLUMNS)}, label from 0, wnids ascending"
+    raise VitdemoError(f"{path}: not a list of classes with {form}; extract to a new folder")
 
 
 def read_record(root: Path, split: str) -> dict | None:
@@ -179,10 +177,8 @@ def index_by_folder(listing: Listing) -> Index | None:
     items.sort()
     for first, second in itertools.pairwise(items):
         if first.file == second.file:
-            raise VitdemoError(
-                f"{listing.path}: {first.file} is in {first.class_id}/ and in {second.class_id}/; give each file its "
-                "own name"
-            )
+            both = f"{first.class_id}/ and in {second.class_id}/"
+            raise VitdemoError(f"{listing.path}: {first.file} is in {both}; give each file its own name")
     return Index(listing.path, listing.tar, classes, items, tuple(notes), in_folders=True)
 
 
