@@ -171,10 +171,8 @@ def _convert(**options) -> None:
     ran = ", ".join(f"{share:.1%} {precision}" for precision, share in engine.precision_ran.items())
     size = sum(file["bytes"] for file in engine.card.get("files", {}).values())
     built = f"built in {engine.card['build_s']:.1f} s, {size / 1e6:.1f} MB, " if size else ""
-    print(
-        f"{engine.info.tag}: {engine.name} {engine.precision}: {built}loaded in {engine.load_s:.2f} s; "
-        f"multiply-accumulates: {ran}; key {engine.card['key'][:16]}"
-    )
+    made = f"{built}loaded in {engine.load_s:.2f} s; multiply-accumulates: {ran}; key {engine.card['key'][:16]}"
+    print(f"{engine.info.tag}: {engine.name} {engine.precision}: {made}")
 
 
 @verb(
@@ -271,22 +269,19 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
 def _choose(model: str, **options) -> None:
     """Measure, verify and export the engine to use here."""
     row, report, script = vitdemo.choose(model, _data_of(options), **options)
-    print(
-        f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {row['images_per_s']:.1f} images/"
-        f"s, nine calls in ten within {row['p90_ms']:.1f} ms; {row['accuracy']}\nmachine: {row['machine']}\n"
-        f"use it: python {script} IMAGE …"
-    )
+    speed = f"{row['images_per_s']:.1f} images/s, nine calls in ten within {row['p90_ms']:.1f} ms"
+    print(f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {speed}; {row['accuracy']}")
+    print(f"machine: {row['machine']}\nuse it: python {script} IMAGE …")
 
 
+DATA_HELP = "a folder per class, images with a table, parquet, or ILSVRC2012's archives"
 DIAGNOSE_HELP = "look for what costs accuracy: takes as long as six more runs over 256 images"
 SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
 
 
 @verb(
     MODEL,
-    option(
-        "--data", "PATH", "a folder per class, images with a table, parquet, or ILSVRC2012's archives", required=True
-    ),
+    option("--data", "PATH", DATA_HELP, required=True),
     *DATA,
     *ENGINE,
     CALIBRATION,

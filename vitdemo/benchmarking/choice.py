@@ -55,10 +55,8 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
     fast = right[right["p90_ms"] <= latency_budget_ms]
     if fast.empty:
         least = right["p90_ms"].min()
-        raise VitdemoError(
-            f"which engine: none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms; give "
-            "more time, or take a larger loss"
-        )
+        none = f"none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms"
+        raise VitdemoError(f"which engine: {none}; give more time, or take a larger loss")
     return fast.loc[fast["images_per_s"].idxmax()]
 
 

@@ -73,11 +73,9 @@ class Evaluation:
         if present == outputs:
             return f"top-1 {m['top1']:.1%} ({counts}), top-5 {m['top5']:.1%}"
         low, high = m["top1_present_ci95"]
-        among = f"{m['correct_present']}/{m['images']}; {low:.1%} to {high:.1%}"
-        return (
-            f"top-1 {m['top1']:.1%} among all {outputs} outputs ({counts}), top-5 {m['top5']:.1%}; top-1 "
-            f"{m['top1_present']:.1%} among the {present} classes that are present ({among})"
-        )
+        among = f"{present} classes that are present ({m['correct_present']}/{m['images']}; {low:.1%} to {high:.1%})"
+        text = f"top-1 {m['top1']:.1%} among all {outputs} outputs ({counts}), top-5 {m['top5']:.1%}"
+        return f"{text}; top-1 {m['top1_present']:.1%} among the {among}"
 
 
 def evaluate(
@@ -168,9 +166,8 @@ def evaluate(
         session.end()
     table = rows_frame(filter(None, rows))
     if faults := set_faults(table["file"].tolist(), data.files[:images]):
-        raise AssertionError(
-            f"the rows are not the data set's images, each exactly once ({faults}): a fault in vitdemo"
-        )
+        wrong = f"the rows are not the data set's images, each exactly once ({faults})"
+        raise AssertionError(f"{wrong}: a fault in vitdemo")
     metrics = summarise(table, settings, form, session)
     metrics["calibrated_on_scored"] = calibrated_on_scored(engine, data, images)
     finish_run(out, rows, metrics)

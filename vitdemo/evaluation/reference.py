@@ -96,10 +96,8 @@ def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
     found = compare_answers(answers)
     if m["top1"] is None:
         return line
-    return (
-        f"{line} ({same / len(answers):.2%}); only it is right {found['better']} times, only the reference "
-        f"{found['worse']} times, McNemar's p {found['mcnemar_p']:.2g}"
-    )
+    right = f"only it is right {found['better']} times, only the reference {found['worse']} times"
+    return f"{line} ({same / len(answers):.2%}); {right}, McNemar's p {found['mcnemar_p']:.2g}"
 
 
 def flagperf_row(

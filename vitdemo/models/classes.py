@@ -106,10 +106,9 @@ class _Outputs:
 
 
 def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
+    advice = _advice(own.values())
     if not outputs.known:
-        raise VitdemoError(
-            f"{outputs.tag}: nobody says which class each of its {outputs.count} outputs is; {_advice(own.values())}"
-        )
+        raise VitdemoError(f"{outputs.tag}: nobody says which class each of its {outputs.count} outputs is; {advice}")
     found, words = {}, dict(zip(data.classes, data.class_names, strict=True)) if not data.decided else {}
     for label, class_id in own.items():
         name = words.get(class_id, class_id)
@@ -119,18 +118,14 @@ def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[di
             several = f" ({len(missing)} of {len(own)} have none)" if len(missing) > 1 else ""
             shared = outputs.shared(class_id)
             why = f"; {' and '.join(shared)} share this name" if shared else outputs.nearest(class_id)
-            raise VitdemoError(
-                f"{data.path}: no output of {outputs.tag} is its class {class_id!r}{several}{why}; "
-                f"{_advice(own.values())}"
-            )
+            wrong = f"no output of {outputs.tag} is its class {class_id!r}{several}{why}"
+            raise VitdemoError(f"{data.path}: {wrong}; {advice}")
         found[label] = output
     output, times = Counter(found.values()).most_common(1)[0] if found else (0, 0)
     if times > 1:
         both = " and ".join(repr(own[label]) for label, other in found.items() if other == output)
-        raise VitdemoError(
-            f"{data.path}: its classes {both} are both output {outputs.shown(output)} of {outputs.tag} by name; "
-            "--class-map FILE may say so on purpose"
-        )
+        wrong = f"its classes {both} are both output {outputs.shown(output)} of {outputs.tag} by name"
+        raise VitdemoError(f"{data.path}: {wrong}; --class-map FILE may say so on purpose")
     equal = all(outputs.classes[output] == own[label] for label, output in found.items())
     return found, "by equal ids" if equal else "by names, without case, blanks, hyphens and underscores"
 
@@ -153,10 +148,9 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
     ids = sorted(data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
-        raise VitdemoError(
-            f"{option}: {data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs; an order tells "
-            "them only where all classes are there; --class-map FILE may name a part"
-        )
+        why = "an order tells them only where all classes are there; --class-map FILE may name a part"
+        counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
+        raise VitdemoError(f"{option}: {counts}; {why}")
     place = {class_id: k for k, class_id in enumerate(ids)}
     how = "as text" if order == "sorted" else "with 2 before 10"
     return {label: place[class_id] for label, class_id in own.items()}, f"by order, the folders {how}"
@@ -201,9 +195,8 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
         raise VitdemoError(f"{path}: cannot be read ({error}); give rows class,output, or a JSON object") from None
     for number, row in enumerate(pairs, start=1):
         if len(row) != 2:
-            raise VitdemoError(
-                f"{path}: row {number} has {len(row)} columns, not two: {','.join(row)!r}; see class,output"
-            )
+            columns = f"{len(row)} columns, not two: {','.join(row)!r}"
+            raise VitdemoError(f"{path}: row {number} has {columns}; see class,output")
     if not pairs:
         raise VitdemoError(f"{path}: is empty; give rows class,output")
     return [(number, str(a).strip(), str(b).strip()) for number, (a, b) in enumerate(pairs, start=1)]

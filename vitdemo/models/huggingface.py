@@ -85,9 +85,8 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> 
     said, own = preprocessing.input_size[1:], module.patch_embed.img_size
     known = f"one that ends in {own[0]} x {own[1]}, as the model has it"
     refuse({"size": said == own}, {"size": said}, str(find("preprocessor_config.json")), known)
-    return Plan(
-        module, preprocessing, labels_of(config.get("id2label")), partial(find, *WEIGHTS_FILES), load_checkpoint
-    )
+    labels = labels_of(config.get("id2label"))
+    return Plan(module, preprocessing, labels, partial(find, *WEIGHTS_FILES), load_checkpoint)
 
 
 def build_module(config: Mapping, source: str) -> VisionTransformer:

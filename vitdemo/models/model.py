@@ -173,9 +173,8 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
     name, pretrained, checkpoint = os.path.expanduser(str(name)), weights == "pretrained", None
     if is_file(name):
         if not pretrained:
-            raise VitdemoError(
-                f"{name}: is a file of weights; leave --weights out, or give an architecture as the model"
-            )
+            cure = "leave --weights out, or give an architecture as the model"
+            raise VitdemoError(f"{name}: is a file of weights; {cure}")
         name, weights, pretrained = None, name, False
     if ema and weights == "random":
         raise VitdemoError("ema: random weights have no moving average; give weights, or leave it out")
