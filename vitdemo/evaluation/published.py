@@ -79,7 +79,8 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
     published = published_accuracy(tag)
     if published is None:
         return None, f"none is known for {tag}"
-    if not _are_of(published.data_set, files, wnids):
+    known = read_devkit(data_path(DEVKIT)).class_names if published.data_set == SHAPES20 else WNIDS
+    if not (set(wnids) <= set(known) and all(map(VAL_NAME.fullmatch, files))):
         return None, f"{tag}'s is for {published.data_set}, and these images are not from it"
     covered, expected = len(set(wnids)), published.classes * (1 - (1 - 1 / published.classes) ** len(wnids))
     # More images of a class than the data set has cannot be a choice of classes: such labels are wrong.
@@ -87,11 +88,6 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
     if possible and covered < 0.8 * expected:
         return None, f"{tag}'s is for {published.classes} classes, and these images are of {covered}"
     return published, ""
-
-
-def _are_of(data_set: str, files: Sequence[str], wnids: Sequence[str]) -> bool:
-    known = read_devkit(data_path(DEVKIT)).class_names if data_set == SHAPES20 else WNIDS
-    return set(wnids) <= set(known) and all(VAL_NAME.fullmatch(file) for file in files)
 
 
 @dataclass(frozen=True)
