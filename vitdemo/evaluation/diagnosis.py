@@ -201,9 +201,9 @@ def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hy
     return [Hypothesis(run.name, run.cure, correct, before, run.took_s) for (run, correct), before in pairs]
 
 
-def order_hypotheses(answers: np.ndarray, labels: np.ndarray, data: Dataset, numbering: Numbering) -> list[Hypothesis]:
+def order_hypotheses(answers: np.ndarray, data: Dataset, numbering: Numbering) -> list[Hypothesis]:
     """The outputs, or the labels, stand in another order than that of the wnids; told by counting anew."""
-    hypotheses = []
+    hypotheses, labels = [], np.array(data.labels)
     classes = range(len(data.classes))
     orders = {  # that get mistaken for the lexicographic one of the wnids: the rank of each label, None if not known
         "ILSVRC order": None if numbering.ids is None else numbering.ids - 1,
@@ -223,19 +223,17 @@ def order_hypotheses(answers: np.ndarray, labels: np.ndarray, data: Dataset, num
     return hypotheses
 
 
-def devkit_hypothesis(
-    answers: np.ndarray, labels: np.ndarray, files: Sequence[str], numbering: Numbering
-) -> Hypothesis:
+def devkit_hypothesis(answers: np.ndarray, data: Dataset, numbering: Numbering) -> Hypothesis:
     """The labels are not those that the devkit has for these files, for whatever reason."""
     name = "labels read from the devkit"
     if numbering.truth is None:
         return Hypothesis(name, EXTRACT, not_tested=numbering.missing)
-    truth = [numbering.truth.get(file) for file in files]
+    truth = [numbering.truth.get(file) for file in data.files]
     if None in truth:
         return Hypothesis(name, EXTRACT, not_tested="the devkit here has no label for these files")
-    if truth == labels.tolist():
+    if truth == data.labels:
         return Hypothesis(name, EXTRACT, not_tested="the labels are the devkit's")
-    return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == labels)
+    return Hypothesis(name, EXTRACT, answers == np.array(truth), answers == np.array(data.labels))
 
 
 def diagnose(
@@ -281,8 +279,8 @@ def diagnose(
     answer(runs, sample, device_batch_size, progress)
     labels, answers, numbering = np.array(sample.labels), np.array(runs[0].answers), read_numbering(data)
     hypotheses = [
-        *order_hypotheses(answers, labels, data, numbering),
-        devkit_hypothesis(answers, labels, sample.files, numbering),
+        *order_hypotheses(answers, sample, numbering),
+        devkit_hypothesis(answers, sample, numbering),
         *preprocessing_hypotheses(runs, labels),
     ]
     if not rotated:
