@@ -28,6 +28,8 @@ from vitdemo.models.loading import full_tag
 from vitdemo.paths import user_path
 from vitdemo.stats import percentiles_ms
 
+Brought = Iterator[tuple[int, list[Row]]]  # the first image's number, and the rows from there
+
 
 @dataclass(eq=False)  # tables have no one answer to ==
 class Evaluation:
@@ -190,9 +192,7 @@ def _form(
     return form, form.streams or 1, rates
 
 
-def _here(
-    engine: Engine, data: Dataset, todo: Sequence[range], session: Session, **options
-) -> Iterator[tuple[int, list[Row]]]:
+def _here(engine: Engine, data: Dataset, todo: Sequence[range], session: Session, **options) -> Brought:
     """The first image's number and the rows of each batch, from this process."""
     cpu = process_time()
     options |= dict(phases=session.phases, times=session.times)
@@ -205,9 +205,7 @@ def _here(
     session.cpu_s = process_time() - cpu
 
 
-def _on_replicas(
-    replicas: Replicas, schedule: str, todo: Sequence[range], session: Session, **options
-) -> Iterator[tuple[int, list[Row]]]:
+def _on_replicas(replicas: Replicas, schedule: str, todo: Sequence[range], session: Session, **options) -> Brought:
     """The first image's number and the rows of each range, as they come back."""
     plan = SCHEDULES[schedule](todo, len(replicas.slots))
     session.cores, split = replicas.cores, session.streams > 1
