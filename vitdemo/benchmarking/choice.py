@@ -103,9 +103,8 @@ def choose(
         data = data.take([i for i in range(len(data)) if i not in ranges])
     engines = [str(pair) for pair in choose_pairs(engines) if find_engines()[pair.engine].script]
     options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
-    rows = benchmark(
-        name, engines=engines, weights=weights, data=data, calibration=calibration, out=out / "sweeps", **options
-    )
+    options |= dict(engines=engines, weights=weights, calibration=calibration, out=out / "sweeps")
+    rows = benchmark(name, data=data, **options)
     while True:
         chosen = choose_engine(rows, latency_ms, largest_loss)
         engine = convert(model, chosen["engine"], chosen["precision"], calibration=calibration, device="cpu")

@@ -87,16 +87,15 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
     choices = engines[engine].precisions
     beside = next(name for name in others if name != f"{engine}:{precision}")
     slide = dict(continuous_update=False, style=STYLE)
+    typed = slide | {"layout": WIDE}
     crops, shows = (view.AS_TRAINED, *CROP_MODES), (view.ANSWER, view.BLOCKS, view.TWO_ENGINES)
     hides = view.NOTHING, view.MOST, view.LEAST, view.WINDOW
     return {
-        "data": widgets.Text(str(data.path), description="data set", continuous_update=False, layout=WIDE, style=STYLE),
+        "data": widgets.Text(str(data.path), description="data set", **typed),
         "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
         "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
         "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
-        "model": widgets.Combobox(
-            value=model, options=tuple(MODELS), continuous_update=False, description="model", layout=WIDE, style=STYLE
-        ),
+        "model": widgets.Combobox(value=model, options=tuple(MODELS), description="model", **typed),
         "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
         "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
         "show": widgets.ToggleButtons(options=shows, description="show", **BUTTONS),

@@ -251,11 +251,9 @@ def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
         return index_by_table(listing, table)
     index = index_by_folder(listing) or index_by_name(listing) or index_by_devkit(listing)
     if index is None:
-        raise VitdemoError(
-            f"{listing.path}: {next(iter(listing.images))} and the other images lie flat in it, and nothing says "
-            "their classes; give a table with a row per image, file and label (--labels FILE), or put the devkit "
-            "beside them; `vitdemo predict` needs no labels"
-        )
+        flat = f"{next(iter(listing.images))} and the other images lie flat in it, and nothing says their classes"
+        cure = "give a table with a row per image, file and label (--labels FILE), or put the devkit beside them"
+        raise VitdemoError(f"{listing.path}: {flat}; {cure}; `vitdemo predict` needs no labels")
     return index
 
 

@@ -16,9 +16,8 @@ TINY_IMAGENET = "val_annotations.txt"  # file, wnid and a box of four numbers, w
 KNOWN = ("metadata.csv", "metadata.jsonl", TINY_IMAGENET)  # that lie among the images or above them
 KAGGLE = "LOC_{split}_solution.csv"  # ImageId without suffix; PredictionString, which begins with the wnid
 KAGGLE_ABOVE = 4  # folders between it and the images, at the most
-LABEL_COLUMNS = (
-    "label labels class class_id class_name classname wnid synset category target y predictionstring".split()
-)
+LABEL_COLUMNS = "label labels class class_id class_name classname wnid synset category target y".split()
+LABEL_COLUMNS += ["predictionstring"]
 LOOKED_AT = 200  # rows by which the column of files is told
 
 

@@ -60,15 +60,13 @@ def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterat
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
         while member := tar.next():
-            last, data_end = f"after {member.name!r}", member.offset_data + member.size
+            last, lacking = f"after {member.name!r}", member.offset_data + member.size - end
             padded = member.offset_data - (-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             # an extended header may give another size; one below zero would lead back to what was read
             if member.size < 0 or member.issparse() or (member.isreg() and tar.offset != padded):
                 raise VitdemoError(f"{where}: member {member.name!r} is not a plain file; refused")
             if tar.offset > end - tarfile.BLOCKSIZE:
-                what = (
-                    f"within {member.name!r}: {data_end - end} bytes are" if data_end > end else f"{last}: its end is"
-                )
+                what = f"within {member.name!r}: {lacking} bytes are" if lacking > 0 else f"{last}: its end is"
                 raise VitdemoError(f"{where}: truncated {what} missing; get the archive again")
             yield member
             tar.members.clear()  # a kilobyte for each that was read
