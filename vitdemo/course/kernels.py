@@ -76,11 +76,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def execute(
-    notebook: Notebook,
-    executed: Path,
-    parameters: dict[str, object],
-    progress: Progress,
-    cell_timeout_s: int | None = None,
+    notebook: Notebook, executed: Path, parameters: dict[str, object], progress: Progress, cell_timeout_s: int | None
 ) -> str:
     """Run every cell of a notebook; "" or, in one line, what went wrong where.
 
