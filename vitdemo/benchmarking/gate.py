@@ -58,11 +58,7 @@ def check_baseline(baseline: pd.DataFrame) -> None:
 
 
 def check_overlap(
-    baseline: pd.DataFrame,
-    models: Sequence[ModelInfo],
-    pairs: Sequence[Pair],
-    device_batch_sizes: Sequence[int],
-    replicas: int | None,
+    baseline: pd.DataFrame, models: list[ModelInfo], pairs: list[Pair], sizes: Sequence[int], replicas: int | None
 ) -> None:
     """Whether the baseline has anything of what is going to be measured.
 
@@ -70,14 +66,14 @@ def check_overlap(
         baseline: see ``check_baseline``.
         models: what they say of themselves.
         pairs: of engine and precision.
-        device_batch_sizes: images at once.
+        sizes: of the batches, images at once.
         replicas: how many share each batch; None is no replicas.
 
     Raises:
         VitdemoError: where it has nothing.
     """
     known = [(info.tag, info.weights) for info in models]
-    asked = [(*model, *pair, replicas or 1, size) for model, pair, size in product(known, pairs, device_batch_sizes)]
+    asked = [(*model, *pair, replicas or 1, size) for model, pair, size in product(known, pairs, sizes)]
     if _ratios(baseline).merge(pd.DataFrame(asked, columns=SAME), on=SAME).empty:
         same = "model, weights, engine, precision, batch size and replicas"
         raise VitdemoError(f"against: the baseline has no row of the same {same}")
