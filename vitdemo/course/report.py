@@ -34,8 +34,15 @@ def write_page(executed: Path, notebooks: Path) -> None:
     content = nbformat.read(executed, as_version=4)
     for alt, _, output in _pictures(content):
         output.metadata["alt"] = alt
-    _drop_widgets(content)
+    content.metadata.pop("widgets", None)
     for cell in content.cells:
+        # A live widget needs a kernel and a script from the network, and the text in its place is a bar at 0 %. Where
+        # vitdemo's own controls were, a line says so.
+        if "outputs" in cell:
+            words = any(output.get("data", {}).get("text/plain", "").startswith("Panel(") for output in cell.outputs)
+            cell.outputs = [output for output in cell.outputs if LIVE.isdisjoint(output.get("data", {}))]
+            if words:
+                cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text=PANEL))
         if cell.cell_type == "markdown":  # a link to another notebook leads to its page
             cell.source = re.sub(r"(\]\([\w-]+)\.ipynb\b", r"\1.html", cell.source)
     content.cells.insert(0, nbformat.v4.new_markdown_cell("[All notebooks](index.html)"))
@@ -43,18 +50,6 @@ def write_page(executed: Path, notebooks: Path) -> None:
     html, _ = exporter.from_notebook_node(content, {"metadata": {"name": executed.stem, "path": str(notebooks)}})
     with replacing(executed.with_suffix(".html")) as file:
         file.write(html)
-
-
-def _drop_widgets(content) -> None:
-    """A live widget needs a kernel and a script from the network, and the text in its place is a bar at 0 %. Where
-    vitdemo's own controls were, a line says so."""
-    content.metadata.pop("widgets", None)
-    for cell in content.cells:
-        if "outputs" in cell:
-            words = any(output.get("data", {}).get("text/plain", "").startswith("Panel(") for output in cell.outputs)
-            cell.outputs = [output for output in cell.outputs if LIVE.isdisjoint(output.get("data", {}))]
-            if words:
-                cell.outputs.append(nbformat.v4.new_output("stream", name="stdout", text=PANEL))
 
 
 def _pictures(content) -> Iterator[tuple[str, str, dict]]:
