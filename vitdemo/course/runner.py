@@ -129,17 +129,13 @@ def _run(notebook: Notebook, result: Result, values: dict, out: Path, progress: 
     finally:
         result.duration_s = time.perf_counter() - start
         progress.close(f"{result.status}  {result.duration_s:.1f} s  {result.error}".rstrip())
-        if executed.exists():
-            _write_page(executed, notebook, result)
-
-
-def _write_page(executed: Path, notebook: Notebook, result: Result) -> None:
-    try:
-        write_page(executed, notebook.path.parent)
-    except ValueError as error:
-        result.status, result.error = "failed", result.error or f"{executed}: {reason_of(error)}"
-        if isinstance(error, NotJSONError):  # the executed copy is not whole: the disk was full
-            executed.unlink()
+        try:
+            if executed.exists():
+                write_page(executed, notebook.path.parent)
+        except ValueError as error:
+            result.status, result.error = "failed", result.error or f"{executed}: {reason_of(error)}"
+            if isinstance(error, NotJSONError):  # the executed copy is not whole: the disk was full
+                executed.unlink()
 
 
 def _judge(notebook: Notebook, folder: Path, limit: object) -> tuple[list[dict], str]:
