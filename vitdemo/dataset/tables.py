@@ -1,6 +1,5 @@
 """Labels from a table: of one's own, or the known ones of Kaggle, Tiny-ImageNet and Hugging Face's imagefolder."""
 
-import csv
 import io
 import os
 import re
@@ -104,7 +103,7 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
             table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     except UnicodeDecodeError:
         raise VitdemoError(f"{name}: is not text in UTF-8; save the table again as CSV in UTF-8") from None
-    except (ValueError, csv.Error) as error:  # pandas' own are ValueErrors
+    except ValueError as error:  # pandas' own are ValueErrors
         reason = f"cannot be read as a table ({' '.join(str(error).split())})"
         raise VitdemoError(f"{name}: {reason}; give one row per image, file and label") from None
     return table.set_axis(range(1, len(table) + 1))
