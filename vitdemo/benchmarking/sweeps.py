@@ -89,18 +89,14 @@ class SweepRun:
             if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
                 with suppress(VitdemoError):  # its row will say why
                     recipe.engine(cores()).close()
-        together, alone = self._fitting(recipes)
-        self._measure_group({pair: recipes[pair] for pair in together}, "together")
-        for pair in alone:
-            self._measure_group({pair: recipes[pair]}, "alone")
-
-    def _fitting(self, recipes: dict[Pair, Recipe]) -> tuple[list[Pair], list[Pair]]:
-        """Which pairs fit into memory together, the reference first, and which do not."""
         weights = sum(tensor.nbytes for tensor in self._model.module.state_dict().values())
         each = PROCESS_BYTES + 3 * weights  # the file's, the runtime's own layout, and room to make it
         room = max(int(free_memory_bytes() // each) - 1, 1)  # without the roof's
-        pairs = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)
-        return (pairs, []) if self._replicas else (pairs[:room], pairs[room:])
+        order = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)  # the reference first
+        together = order if self._replicas else order[:room]
+        self._measure_group({pair: recipes[pair] for pair in together}, "together")
+        for pair in order[len(together) :]:
+            self._measure_group({pair: recipes[pair]}, "alone")
 
     def _measure_group(self, recipes: dict[Pair, Recipe], turns: str) -> None:
         candidates: list[Candidate] = []
