@@ -174,7 +174,6 @@ def describe_machine(record: dict) -> str:
     Args:
         record: as ``machine_record`` gives it, of this machine or of another.
     """
-    memory = f"{record['memory_bytes'] / 2**30:.0f} GiB"
-    bf16 = f"bf16 {record['precisions']['bf16']}"
-    parts = [record["cpu"], f"{record['cores']} cores", memory, record["isa"], bf16, record["gpu"] or "no GPU"]
-    return ", ".join([*parts, f"torch {record['versions']['torch']}"])
+    parts = [record["cpu"], f"{record['cores']} cores", f"{record['memory_bytes'] / 2**30:.0f} GiB", record["isa"]]
+    parts += [f"bf16 {record['precisions']['bf16']}", record["gpu"] or "no GPU", f"torch {record['versions']['torch']}"]
+    return ", ".join(parts)

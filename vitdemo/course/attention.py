@@ -71,8 +71,7 @@ def most_looked_at(flow: torch.Tensor) -> list[tuple[int, int]]:
     Args:
         flow: float32[rows, columns], such as one image's rollout.
     """
-    columns = flow.shape[1]
-    return [divmod(place, columns) for place in flow.flatten().argsort(descending=True, stable=True).tolist()]
+    return [divmod(place, flow.shape[1]) for place in flow.flatten().argsort(descending=True, stable=True).tolist()]
 
 
 def mask_patches(model: Model, pixels: torch.Tensor, patches: Iterable[tuple[int, int]]) -> torch.Tensor:
