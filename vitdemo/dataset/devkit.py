@@ -67,8 +67,7 @@ def read_devkit(path: Path | str) -> Devkit:
         except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
             raise VitdemoError(f"{path}: {name} cannot be read ({reason_of(error)}); get the devkit again") from None
     devkit = Devkit(*parsed)
-    unknown = set(devkit.ground_truth) - {synset.id for synset in devkit.synsets}
-    if unknown:
+    if unknown := set(devkit.ground_truth) - {synset.id for synset in devkit.synsets}:
         raise VitdemoError(f"{path}: ground truth has ID {min(unknown)}, which no leaf of meta.mat has; get it again")
     return devkit
 

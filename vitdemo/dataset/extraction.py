@@ -81,8 +81,9 @@ def _verify(path: Path, unverified: bool, progress: bool) -> str:
         raise VitdemoError(f"{path}: no MD5 is known for this name, so it cannot be verified; {cure}")
     digest = md5(path, progress)
     if digest != known and not unverified:
-        wrong = f"MD5 {digest} is not the published {known}: damaged or altered"
-        raise VitdemoError(f"{path}: {wrong}; get it again ({cure})")
+        raise VitdemoError(
+            f"{path}: MD5 {digest} is not the published {known}: damaged or altered; get it again ({cure})"
+        )
     return digest
 
 
@@ -92,8 +93,7 @@ def _claim(out: Path, split: str, source: Dataset, record: dict) -> None:
     remove_leftovers(out, CLASSES, *RECORDS.values())
     names = {entry.name for entry in entries(out) if not fnmatch(entry.name, DEVKITS)}  # which a diagnosis looks for
     folders = {name for each in RECORDS for name in (each, each + PART, each + LOCK, check_folder(out, each).name)}
-    foreign = names - {CLASSES, *folders, *RECORDS.values()}
-    if foreign:
+    if foreign := names - {CLASSES, *folders, *RECORDS.values()}:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
     records = {each: read_record(out, each) for each in RECORDS}
     unrecorded = any(records[each] is None and names & {each, each + PART} for each in RECORDS)

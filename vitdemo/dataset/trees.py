@@ -55,8 +55,9 @@ def split_tar(path: Path, split: str = "val") -> Path:
     if not tars:
         raise VitdemoError(f"{path}: no data set; {expected(split)}")
     if len(tars) > 1:
-        names = ", ".join(tar.name for tar in tars)
-        raise VitdemoError(f"{path}: holds {len(tars)} {split} tars ({names}); name the one")
+        raise VitdemoError(
+            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name the one"
+        )
     return tars[0]
 
 

@@ -174,9 +174,7 @@ def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
     """
     found, wanted = Counter(files), Counter(expected)
     counted = {"missing": wanted - found, "too many": found - wanted}
-    faults = [
-        f"{names.total()} {what} (the first is {next(iter(names))})" for what, names in counted.items() if names.total()
-    ]
+    faults = [f"{names.total()} {what} (the first is {next(iter(names))})" for what, names in counted.items() if names]
     return ", ".join(faults) or ("" if list(files) == list(expected) else "in another order")
 
 
