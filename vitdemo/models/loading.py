@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -148,11 +149,9 @@ def hub_resolves() -> bool:
         return False
     if any(os.environ.get(name) for proxy in ("HTTPS_PROXY", "ALL_PROXY") for name in (proxy, proxy.lower())):
         return True  # the proxy resolves names
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-        return True
-    except OSError:
-        return False
+    with suppress(OSError):
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+    return False
 
 
 def is_name(name: str) -> bool:
