@@ -41,7 +41,12 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     """
     architecture, _, tag = name.partition(".")
     if not is_name(name):
-        raise VitdemoError(f"{name}: {_unknown(name, architecture, others)}")
+        if os.sep in name or Path(name).suffix in SUFFIXES:
+            hub = f"; a repository of the hub is hf-hub:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
+            raise VitdemoError(f"{name}: no such file or folder; check the path{hub}")
+        near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
+        raise VitdemoError(f"{name}: no such model; {hint}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if (tag and name not in tags) or (not tag and pretrained):
         problem = "has no such weights tag" if tag else "is an architecture; its weights need a full tag"
@@ -55,15 +60,6 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
     bring = f"{bring} (or use weights=random for speed alone)"
     return _plan(module, said, partial(hub_file, repo_id, WEIGHTS_FILE, bring=bring), build)
-
-
-def _unknown(name: str, architecture: str, others: Iterable[str]) -> str:
-    if os.sep in name or Path(name).suffix in SUFFIXES:
-        hub = f"; a repository of the hub is hf-hub:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
-        return f"no such file or folder; check the path{hub}"
-    near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
-    return f"no such model; {hint}"
 
 
 def _options(name: str, said: Mapping) -> tuple[dict, dict]:
