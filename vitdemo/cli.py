@@ -100,13 +100,11 @@ ENGINE = (
     EMA,
 )
 CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or images without labels")
-CLASS_MAP_HELP = (
-    "a file with rows class,output; or sorted, natural, numbers: how outputs follow from the classes' names"
-)
+MAP_HELP = "a file with rows class,output; or sorted, natural, numbers: how outputs follow from the classes' names"
 DATA = (
     option("--labels", "FILE", "a table of the images' labels: csv, tsv, jsonl"),
     option("--split", "S", "val (the default) or train"),
-    option("--class-map", "MAP", CLASS_MAP_HELP),
+    option("--class-map", "MAP", MAP_HELP),
 )
 
 # What a verb needs is imported when it runs, here or by vitdemo's front: --help and a mistyped option answer at once.
