@@ -165,7 +165,7 @@ def evaluate(
         except EngineFailure as failure:
             finish_run(out, rows, {"valid": False, "error": str(failure), "images": sum(map(bool, rows))})
             raise
-        session.end()
+        session.wall_s = time() - session.began
     table = rows_frame(filter(None, rows))
     if faults := set_faults(table["file"].tolist(), data.files[:images]):
         wrong = f"the rows are not the data set's images, each exactly once ({faults})"

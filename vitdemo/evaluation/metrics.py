@@ -46,9 +46,6 @@ class Session:
             self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds / replicas
         self.cpu_s += shard.cpu_s
 
-    def end(self) -> None:
-        self.wall_s = time.time() - self.began
-
     def table(self) -> pd.DataFrame:
         """One row per batch, the columns of ``BatchTimes``, whose moments are seconds since the session began."""
         times = pd.DataFrame(self.times, columns=BatchTimes._fields)
