@@ -325,7 +325,8 @@ def test_unreadable_images_are_wrong_under_every_hypothesis(vit_shapes20, shapes
 
         def __getitem__(self, i):
             sample = super().__getitem__(i)
-            return sample._replace(image=sample.image[:200]) if i % 3 == 0 else sample
+            number = int(sample.file.removesuffix(".JPEG")[-8:])  # from 1
+            return sample._replace(image=sample.image[:200]) if number % 3 == 1 else sample
 
     found = diagnosed(vit_shapes20, Damaged(), images=24)
     damaged = [i * 1000 // 24 % 3 == 0 for i in range(24)]
