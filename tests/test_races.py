@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engines.late_device import LateDevice
-from vitdemo.engines.pipeline import SIZES, SLOTS, WAITS, Pipeline
+from vitdemo.engines.pipeline import SLOTS, WAITS, Pipeline
 
 SIZE = (3, 2, 2)
 SEEDS, SEEDS_TO_FAIL = 1000, 50

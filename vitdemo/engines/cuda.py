@@ -12,10 +12,13 @@ class Cuda:
     """The GPU behind ``Pipeline``. A test puts another device in its place that runs what is queued in any order.
 
     Streams are "in" for copies to the GPU, "compute" for graphs, "out" for copies to the host. Nothing but ``wait``
-    orders what is in two of them.
+    orders what is in two of them. With the first one, products and convolutions of float32 are no longer rounded to
+    TF32, which has 10 bits of fraction; torch refuses a mix of these settings with the older ones, ``allow_tf32``.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html
     """
 
     def __init__(self):
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
         self._streams = {name: torch.cuda.Stream() for name in ("in", "compute", "out")}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -85,11 +88,12 @@ class Cuda:
         torch.cuda.synchronize()
 
 
-def fp32_as_it_is() -> None:
-    """Products and convolutions of float32 are not rounded to TF32, which has bf16's range and 10 bits of fraction.
-
-    torch's newer settings alone: it refuses a mix with the older ones, ``allow_tf32``.
-    https://docs.pytorch.org/docs/stable/notes/cuda.html
-    """
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+def gpu_record() -> dict:
+    """What machine code for the GPU here depends on, as JSON can hold it."""
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }

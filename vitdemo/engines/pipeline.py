@@ -83,7 +83,9 @@ class Pipeline:
         """Queue one batch and return; ``x`` must stay untouched until the future is done."""
         with self._lock, torch.no_grad():
             parts = [self._queue(part) for part in x.split(self._sizes[0])]
-        return parts[0] if len(parts) == 1 else self._waiter.submit(lambda: torch.cat([part.result() for part in parts]))
+        if len(parts) == 1:
+            return parts[0]
+        return self._waiter.submit(lambda: torch.cat([part.result() for part in parts]))
 
     def _queue(self, x: torch.Tensor) -> "Future[torch.Tensor]":
         device, slot, count = self._device, self._slots[0], len(x)
