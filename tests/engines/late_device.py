@@ -60,15 +60,19 @@ class LateDevice:
     """Args:
     seed: of the order.
     without: the name of a wait that is left out.
+
+    Counted are ``taken`` buffers, operations that were ``ran``, and copies to the device that were run ``ahead``, while
+    what had been queued in the stream "compute" before them was not.
     """
 
     def __init__(self, seed: int, without: str | None = None):
         self._random, self._without = random.Random(seed), without
         self._queued = {name: deque() for name in STREAMS}
         self.waits: set[str] = set()
-        self.captured = 0
+        self.taken = self.ran = self.ahead = 0
 
     def empty(self, shape, dtype):
+        self.taken += 1
         return torch.full(shape, 77, dtype=dtype)
 
     pinned = empty
@@ -80,7 +84,13 @@ class LateDevice:
         return LateWaiter()
 
     def copy(self, stream, target, source):
-        self._queue(stream, lambda: target.copy_(source))
+        before = list(self._queued["compute"])
+
+        def run():
+            target.copy_(source)
+            self.ahead += stream == "in" and any(each in self._queued["compute"] for each in before)
+
+        self._queue(stream, run)
 
     def record(self, stream, event):
         event.recorded += 1
@@ -105,7 +115,6 @@ class LateDevice:
 
     def capture(self, work):
         work()
-        self.captured += 1
         return work
 
     def replay(self, graph):
@@ -126,3 +135,4 @@ class LateDevice:
                 return
             _, work = self._random.choice(able).popleft()
             work()
+            self.ran += 1

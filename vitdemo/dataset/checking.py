@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
-import simplejpeg
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.dataset import Dataset
@@ -175,6 +174,8 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
 def _complaint(jpeg: bytes) -> str:
     """What TurboJPEG says of a file, errors and warnings alike; "" for nothing."""
     try:
+        import simplejpeg
+
         simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest there is
     except ValueError as error:
         return str(error)

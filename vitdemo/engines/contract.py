@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from vitdemo.engines.cuda import Cuda
-from vitdemo.engines.pipeline import SLOTS, Pipeline
+from vitdemo.engines.pipeline import SIZES, SLOTS, Pipeline
 from vitdemo.errors import EngineFailure, VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
@@ -175,9 +175,12 @@ class Engine(ABC):
         if self.pipeline:
             self.pipeline.close()
 
-    def captured(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Have ``compute``, from uint8 pixels on the GPU to float32 logits there, captured and fed by a pipeline."""
-        self.pipeline, self.depth = Pipeline(Cuda(), compute, self.info.preprocessing.input_size), SLOTS
+    def captured(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], device: Cuda, sizes: tuple[int, ...] = SIZES
+    ) -> None:
+        """Have ``compute``, from uint8 pixels on ``device`` to float32 logits there, captured and fed by a pipeline."""
+        self.pipeline = Pipeline(device, compute, self.info.preprocessing.input_size, sizes)
+        self.depth = SLOTS
 
     def _check(self, x: torch.Tensor) -> None:
         size = self.info.preprocessing.input_size

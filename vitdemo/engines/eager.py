@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from vitdemo.engines.contract import Engine
+from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import Normalised, tap_points
 from vitdemo.models.model import FlopsByPrecision, Model
 from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_product, torch_support
@@ -32,7 +33,7 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
             module = copy.deepcopy(module).to(device, dtype)
         self._module = Normalised(module, self.info.preprocessing, dtype).eval().to(device)
         if device == "cuda":
-            self.captured(self._module)
+            self.captured(self._module, Cuda())
 
     @classmethod
     def runs_on(cls, device: str) -> bool:

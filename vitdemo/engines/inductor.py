@@ -16,6 +16,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
@@ -111,7 +112,7 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         self._run = _load(folder / PACKAGE, device)
         if device == "cuda":
-            self.captured(lambda x: self._run([x])[0])
+            self.captured(lambda x: self._run([x])[0], Cuda())
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
