@@ -12,7 +12,7 @@ import torch
 from vitdemo.errors import reason_of
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
-TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number
 # Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
 # says of the processor does not follow them.
@@ -65,13 +65,15 @@ def _shortest_s(calls: Iterable[Call]) -> list[float]:
     return [min(seconds) for seconds in taken]
 
 
-def torch_product(precision: str, shape: Shape, threads: int) -> Call | None:
-    """A call that multiplies an [m, k] matrix by a [k, n] one in torch; None for int8."""
+def torch_product(precision: str, shape: Shape, threads: int, device: str = "cpu") -> Call | None:
+    """A call that multiplies an [m, k] matrix by a [k, n] one in torch; None for int8. On a GPU it is queued."""
     if precision not in TORCH_TYPES:
         return None
     m, k, n = shape
-    left, right = (torch.rand(size).to(TORCH_TYPES[precision]) for size in ((m, k), (n, k)))
-    out = torch.empty(m, n, dtype=TORCH_TYPES[precision])
+    left, right = (torch.rand(size, device=device).to(TORCH_TYPES[precision]) for size in ((m, k), (n, k)))
+    out = torch.empty(m, n, dtype=TORCH_TYPES[precision], device=device)
+    if device == "cuda":
+        return lambda: torch.mm(left, right.T, out=out)
 
     def call() -> None:
         before = torch.get_num_threads()
@@ -108,7 +110,13 @@ def torch_support() -> dict[str, str]:
     has = torch.cpu.get_capabilities()
     words = [any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))]
     words.append(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return {name: NATIVE if name == "fp32" else support_of(name, words, torch_product) for name in TORCH_TYPES}
+    return {"fp32": NATIVE, "bf16": support_of("bf16", words, torch_product)}
+
+
+def cuda_support() -> dict[str, str]:
+    """How torch computes in each precision on the GPU; *not run*. fp16 is older than every GPU that torch runs on."""
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"fp32": NATIVE, "fp16": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
 
 
 def shares_that_ran(work: Mapping[str, float], support: Mapping[str, str], expected: float = 0.0) -> dict[str, float]:

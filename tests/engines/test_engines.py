@@ -210,7 +210,7 @@ def test_flops_by_precision_counts_attention():
     "arguments, message",
     [
         (dict(engine="tensorflow"), "there are 'eager', 'inductor', 'null', 'onnx', 'openvino'"),
-        (dict(precision="fp4"), "the eager engine has 'fp32', 'bf16'"),
+        (dict(precision="fp4"), "the eager engine has 'fp32', 'fp16', 'bf16'"),
         (dict(device="tpu"), "there are auto, cpu, cuda"),
         (dict(threads=0), "at least 1"),
     ],

@@ -95,7 +95,10 @@ class EngineBench:
         return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
 
     def peak_memory_bytes(self) -> int | None:
-        """The process's largest resident size since the engine was ready; None where no system tells."""
+        """The process's largest resident size since the engine was ready, or on CUDA what torch took of the GPU's
+        memory at most; None where no system tells."""
+        if self.engine.device == "cuda":
+            return torch.cuda.max_memory_allocated()
         return peak_memory_bytes() if sys.platform == "linux" else None
 
 
@@ -114,8 +117,8 @@ def open_bench(source: Recipe, threads: int) -> EngineBench:
 class RoofBench:
     """Plain matrix products, the best of which is the roof; what was found best stays in use."""
 
-    def __init__(self, shapes: list[Shape]):
-        self._shapes = shapes
+    def __init__(self, shapes: list[Shape], device: str):
+        self._shapes, self._device = shapes, device
         self._products: dict[str, Products | None] = {}
 
     def explore(self, precision: str) -> None:
@@ -123,7 +126,7 @@ class RoofBench:
         if precision in self._products:
             return
         try:
-            products = self._products[precision] = Products(precision, self._shapes)
+            products = self._products[precision] = Products(precision, self._shapes, self._device)
             products.best(EXPLORE_S, least=1, keep=1)
         except VitdemoError:
             self._products[precision] = None

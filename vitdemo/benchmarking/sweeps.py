@@ -18,7 +18,8 @@ from vitdemo.benchmarking.processes import ReplicaBench, Worker
 from vitdemo.benchmarking.rows import Measured, rows_of
 from vitdemo.dataset.dataset import Dataset, open_data
 from vitdemo.engines.artifacts import Recipe, artifacts_root, recipe_for
-from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.contract import CompiledEngine, resolve_device
+from vitdemo.engines.eager import EagerEngine
 from vitdemo.engines.roof import ROOF_BATCH, SQUARE, linear_shapes
 from vitdemo.errors import VitdemoError, at_least_1
 from vitdemo.inference.cluster import check_ray
@@ -49,11 +50,6 @@ class Candidate:
     has_run: bool = False
     ended: str = ""
 
-    @property
-    def has_roof(self) -> bool:
-        """Whether it computes where the roof is measured."""
-        return self.facts.get("device") == "cpu"
-
     def end(self, why: str = "") -> None:
         """Give back what it holds; ``why`` goes into the rows to come."""
         self.ended = self.ended or why
@@ -71,6 +67,7 @@ class SweepRun:
         sizes = {min(size, ROOF_BATCH) for size in self._sizes}
         self._shapes = sorted({*SQUARE, *(shape for size in sizes for shape in linear_shapes(model, size))})
         self._budget_s = self._settings["row_budget_s"]
+        self._device = resolve_device(self._settings["device"], EagerEngine)
         self._of_engines = {name: self._settings[name] for name in ("calibration", "device")}
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
         self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
@@ -104,7 +101,7 @@ class SweepRun:
             with ExitStack() as ending:
                 roof = Worker()
                 ending.callback(roof.end)
-                roof.ask("roof", self._shapes)
+                roof.ask("roof", self._shapes, self._device)
                 for pair, recipe in recipes.items():
                     candidates.append(Candidate(pair, recipe, None if self._replicas else Worker()))
                     ending.callback(candidates[-1].end)
@@ -120,7 +117,7 @@ class SweepRun:
         """One batch size: what each candidate's calls took, and the roof in each round."""
         taking = [(candidate, self._begin(candidate, size, 1 / len(candidates))) for candidate in candidates]
         with suppress(Failed):
-            for precision in sorted({candidate.pair.precision for candidate in candidates if candidate.has_roof}):
+            for precision in sorted({each.pair.precision for each in candidates if self._has_roof(each)}):
                 roof.ask("explore", precision)
         self._take_turns(taking, roof, bar)
         for candidate, measured in taking:
@@ -128,6 +125,10 @@ class SweepRun:
                 with suppress(Failed):
                     measured.peak_memory_bytes = candidate.bench.ask("peak_memory_bytes")
         return [measured for _, measured in taking]
+
+    def _has_roof(self, candidate: Candidate) -> bool:
+        """Whether it computes where the roof is measured."""
+        return candidate.facts.get("device") == self._device
 
     def _take_turns(self, taking: list[tuple[Candidate, Measured]], roof: Worker, bar: tqdm) -> None:
         """ROUNDS of turns. The roof in a precision takes as much time as a row may, at most, and one turn at least."""
@@ -144,7 +145,7 @@ class SweepRun:
             rates = {}
             for candidate, measured in taking:
                 precision = candidate.pair.precision
-                if precision not in rates and spent[precision] < self._budget_s and candidate.has_roof:
+                if precision not in rates and spent[precision] < self._budget_s and self._has_roof(candidate):
                     begin = now()
                     with suppress(Failed):
                         rates[precision] = roof.ask("flops_per_s", precision, self._turn_s / 3)

@@ -72,6 +72,7 @@ def prefetched_batches(
     *,
     input_path: str = "reference",
     ahead: int = 2,
+    pinned: bool = False,
 ) -> Iterator[Batch]:
     """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
 
@@ -84,6 +85,7 @@ def prefetched_batches(
         device_batch_size: images in a batch.
         input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can.
         ahead: batches that wait at the most, so that memory does not grow with the data set.
+        pinned: decode into memory that a GPU reads by itself.
 
     Yields:
         Batches; an image that cannot be read is a row of zeros with its error.
@@ -95,7 +97,7 @@ def prefetched_batches(
     def begin(start):
         rows = range(start, min(start + device_batch_size, indices.stop))
         shape = device_batch_size, *preprocessing.input_size
-        buffer = buffers.pop() if buffers else torch.empty(shape, dtype=torch.uint8)
+        buffer = buffers.pop() if buffers else torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         futures = [pool.submit(_load_into, buffer[k], data, i, preprocessing, input_path) for k, i in enumerate(rows)]
         return start, buffer[: len(rows)], futures, lambda: buffers.append(buffer)
 

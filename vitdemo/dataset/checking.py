@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
-import simplejpeg
 from tqdm.auto import tqdm
 
 from vitdemo.dataset.dataset import Dataset
@@ -161,6 +160,8 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     if error:
         return *header[:4], error, ""
     warning = ""
+    import simplejpeg  # here, as nothing else of the package needs it
+
     try:
         simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest there is
     except ValueError as complaint:  # TurboJPEG's errors and warnings alike

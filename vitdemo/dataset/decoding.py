@@ -11,7 +11,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import pandas as pd
-import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform
@@ -230,11 +229,13 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
     if not squash and sides[0] != sides[1] or preprocessing.interpolation not in FAST_INTERPOLATIONS:
         return None
     try:
+        import simplejpeg  # here, as without it the reference path is left
+
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
         if colours not in ("Gray", "YCbCr", "RGB") or _crop_refusal(width, height, jpeg, preprocessing):
             return None
         decoded = simplejpeg.decode_jpeg(jpeg)
-    except ValueError:
+    except (ImportError, ValueError):
         return None
     pixels, size = torch.from_numpy(decoded).permute(2, 0, 1).unsqueeze(0), _resized_sides(preprocessing)
     size = size if squash else size[:1]  # for one side torchvision takes the shorter one

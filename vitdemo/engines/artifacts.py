@@ -32,6 +32,7 @@ from vitdemo.dataset.tars import TARS
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
+from vitdemo.engines.cuda import gpu_record
 from vitdemo.errors import VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.machine import cores, free_memory_bytes, installed_version, now
 from vitdemo.models.loading import weights_sha256
@@ -258,6 +259,7 @@ class Recipe:
             **self.hashes,
             "versions": {name: installed_version(name) for name in packages},
             "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
+            **({"gpu": gpu_record()} if self.device == "cuda" else {}),
         }
 
     @property
@@ -409,8 +411,10 @@ def _listed(names: Iterable[str]) -> str:
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
     """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
-    support, native = cls.answers(device)[precision], _listed(cls.native(device)) or "nothing"
-    if support == ABSENT:
+    answers, native = cls.answers(device), _listed(cls.native(device)) or "nothing"
+    if precision not in answers:
+        raise VitdemoError(f"{cls.name} {precision}: not on the device {device!r}, where it has {_listed(answers)}")
+    if (support := answers[precision]) == ABSENT:
         raise VitdemoError(
             f"{cls.name} {precision}: absent here, the runtime would compute in another precision; native to it: "
             f"{native}"

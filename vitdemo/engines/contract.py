@@ -4,6 +4,7 @@ import copy
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -12,6 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from vitdemo.engines.cuda import Cuda
+from vitdemo.engines.pipeline import SIZES, SLOTS, Pipeline
 from vitdemo.errors import EngineFailure, VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
@@ -30,7 +33,8 @@ class Engine(ABC):
 
     name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses. info: the model's.
     depth: how many submitted batches may be in flight. streams: how many of them are computed side by side; None is
-    one, or as many as ``evaluate`` finds to be quicker; forms: what it found. packages: the distributions that its
+    one, or as many as ``evaluate`` finds to be quicker; forms: what it found. pipeline: what feeds a GPU, see
+    ``captured``; None where calls run one after the other. packages: the distributions that its
     runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
     shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
     artifact, check it and make it ready to run. has_run: whether it was called yet. script: the lines by which a
@@ -42,6 +46,7 @@ class Engine(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     depth = 1
     streams: int | None = None
+    pipeline: Pipeline | None = None
     script = ""
 
     def __init__(self, info: ModelInfo, precision: str, *, device: str, threads: int):
@@ -70,7 +75,8 @@ class Engine(ABC):
     @classmethod
     def support(cls, device: str) -> dict[str, str]:
         """How ``device`` computes in each of ``precisions``: "native", "emulated" (it can, slower than in fp32) or
-        "absent" (the runtime computes in another precision), by the runtime's own words, see ``support_of``."""
+        "absent" (the runtime computes in another precision), by the runtime's own words, see ``support_of``. One that
+        is for the other device alone is left out."""
         return dict.fromkeys(cls.precisions, NATIVE)
 
     @classmethod
@@ -121,6 +127,8 @@ class Engine(ABC):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
+        if self.pipeline:
+            return self.submit(x).result()
         self._check(x)
         self.has_run = True
         return self._infer(x)
@@ -129,6 +137,8 @@ class Engine(ABC):
         """Start one batch and return at once; ``x`` must stay untouched until the future is done."""
         self._check(x)
         self.has_run = True
+        if self.pipeline:
+            return self.pipeline.submit(x)
         if self._worker is None:
             lanes = self.depth if self.streams in (None, 1) else self.streams
             self._worker = ThreadPoolExecutor(lanes, thread_name_prefix=f"engine-{self.name}")
@@ -162,6 +172,15 @@ class Engine(ABC):
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
             self._worker = None
+        if self.pipeline:
+            self.pipeline.close()
+
+    def captured(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], device: Cuda, sizes: tuple[int, ...] = SIZES
+    ) -> None:
+        """Have ``compute``, from uint8 pixels on ``device`` to float32 logits there, captured and fed by a pipeline."""
+        self.pipeline = Pipeline(device, compute, self.info.preprocessing.input_size, sizes)
+        self.depth = SLOTS
 
     def _check(self, x: torch.Tensor) -> None:
         size = self.info.preprocessing.input_size

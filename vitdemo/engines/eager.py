@@ -6,16 +6,17 @@ from functools import cached_property
 import torch
 
 from vitdemo.engines.contract import Engine
+from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import Normalised, tap_points
 from vitdemo.models.model import FlopsByPrecision, Model
-from vitdemo.precisions import EMULATED, NATIVE, TORCH_TYPES, shares_that_ran, torch_product, torch_support
+from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_product, torch_support
 
 
 class EagerEngine(Engine):
-    """timm's module as it is; bf16 casts a copy of the weights."""
+    """timm's module as it is; fp16 and bf16 cast a copy of the weights. On CUDA, which was *not run*, as graphs."""
 
     name = "eager"
-    precisions = ("fp32", "bf16")
+    precisions = ("fp32", "fp16", "bf16")
     product = staticmethod(torch_product)
     script = """
 import torch
@@ -30,9 +31,9 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
         module = model.module
         if dtype != torch.float32 or device != "cpu":  # .to() would change the caller's model in place
             module = copy.deepcopy(module).to(device, dtype)
-        if device == "cuda" and precision == "fp32":  # not run; cuDNN would round the patch embedding to TF32
-            torch.backends.cudnn.allow_tf32 = False
         self._module = Normalised(module, self.info.preprocessing, dtype).eval().to(device)
+        if device == "cuda":
+            self.captured(self._module, Cuda())
 
     @classmethod
     def runs_on(cls, device: str) -> bool:
@@ -42,14 +43,13 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
     def support(cls, device: str) -> dict[str, str]:
         if device == "cpu":
             return torch_support()
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # not run
-        return {"fp32": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
+        return cuda_support()
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
             # torch chooses the convolution by the order in memory, and AVX2's round otherwise in another one
-            return self._module(x.contiguous().to(self.device)).cpu()
+            return self._module(x.contiguous())
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self._check(x)

@@ -12,21 +12,30 @@ from pathlib import Path
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.engines.contract import CompiledEngine
+from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import export_graph, tap_points
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
-from vitdemo.precisions import TORCH_TYPES, shares_that_ran, torch_support
+from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_support
 
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 
-OPTIONS = {
+SHARED = {
     "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
-    "cpp.dynamic_threads": True,  # the number of threads is taken at run time, not compiled in
     "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
-    "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
+}
+OPTIONS = {
+    "cpu": SHARED
+    | {
+        "cpp.dynamic_threads": True,  # the number of threads is taken at run time, not compiled in
+        "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
+    },
+    # Products stay cuBLAS's: Inductor's own would be tuned for the batch size of the example, and serve all of them.
+    "cuda": SHARED,
 }
 
 # What freezing makes of convolutions and linear layers; torch has no formulas for these. A torch without oneDNN, as on
@@ -40,12 +49,12 @@ MKLDNN_FLOPS = {
 class InductorEngine(CompiledEngine):
     """The module exported with any batch size, its weights frozen and laid out for oneDNN, compiled to machine code.
 
-    Runs on the CPU. Building needs a C++ compiler that knows the CPU's instructions: g++, or the one that CXX names;
-    loading needs none.
+    On CUDA, which was *not run*, it is compiled for the GPU that is there, and its calls are captured as graphs.
+    Building needs a C++ compiler that knows the CPU's instructions: g++, or the one that CXX names; loading needs none.
     """
 
     name = "inductor"
-    precisions = ("bf16",)
+    precisions = ("fp32", "fp16", "bf16")
     streams = 1  # a call of the package holds Python's lock: another one would wait for it
     script = """
 import torch
@@ -76,8 +85,12 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
             ) from None
 
     @classmethod
+    def runs_on(cls, device: str) -> bool:
+        return True
+
+    @classmethod
     def support(cls, device: str) -> dict[str, str]:
-        return {precision: torch_support()[precision] for precision in cls.precisions}
+        return cuda_support() if device == "cuda" else {"bf16": torch_support()["bf16"]}
 
     @classmethod
     def build(
@@ -89,7 +102,7 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
         taps = tap_points(cast.module, model.info.preprocessing.input_size)
         torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
-        flops = _compile(export_graph(cast, dtype=dtype), folder / PACKAGE)
+        flops = _compile(move_to_device_pass(export_graph(cast, dtype=dtype), device), folder / PACKAGE, device)
         facts = {"taps": taps, "flops": flops}
         (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
@@ -97,7 +110,9 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         super().__init__(folder, info, precision, device=device, threads=threads)
         self._folder = folder
         self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        self._run = _load(folder / PACKAGE)
+        self._run = _load(folder / PACKAGE, device)
+        if device == "cuda":
+            self.captured(lambda x: self._run([x])[0], Cuda())
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
@@ -131,13 +146,13 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         return torch.export.load(self._folder / TAPPED).module()
 
 
-def _compile(exported: ExportedProgram, package: Path) -> Counter[str]:
+def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[str]:
     """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     flops: Counter[str] = Counter()
-    options = {**OPTIONS, "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
+    options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
     # Freezing is for inference, which torch tells from gradients being off.
     beside = (
         None if re.search(r"\s", str(package.parent)) else package.parent
@@ -176,10 +191,11 @@ def _at_batch_1(count: int | torch.SymInt) -> int:
     return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
 
 
-def _load(package: Path):
+def _load(package: Path, device: str):
     """A function from a list of tensors to one.
 
     Not by ``torch._inductor.aoti_load_package``: that asks the compiler anew which instructions it knows, some twenty
     seconds in every process, and the function it gives parses its own signature at every call.
     """
-    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1).run
+    # On CUDA as one that a single thread calls: between two calls the other kind waits, which no graph may hold.
+    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", device == "cuda", 1, -1).run

@@ -24,9 +24,10 @@ from vitdemo.errors import VitdemoError
 from vitdemo.machine import cores, machine_record, now
 from vitdemo.models.model import Model
 from vitdemo.paths import cache_root, replacing
-from vitdemo.precisions import MASKS, NATIVE, Call, Shape
+from vitdemo.precisions import MASKS, NATIVE, Call, Shape, torch_product
 
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
+SQUARE_ON_GPU: Shape = (8192, 8192, 8192)
 ROUNDS = 3
 ROOF_BATCH = 8  # images at once, of which the model's own products are
 FASTEST = 3  # products that take part in the rounds after the first
@@ -58,7 +59,7 @@ class Roof:
         )
 
 
-def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = False) -> Roof:
+def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = "cpu", fresh: bool = False) -> Roof:
     """The roof of this machine in a precision, from the cache or measured now, in ten to twenty seconds as a rule.
 
     The best of square products and of ``shapes`` in every engine that has plain products and the precision natively;
@@ -66,20 +67,21 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, fresh: bool = 
     that takes more than a second is left out, with all larger ones.
 
     Args:
-        precision: "fp32", "bf16" or "int8".
+        precision: "fp32", "bf16" or "int8"; on CUDA "fp16" too.
         shapes: of further products, such as a model's own (``linear_shapes``).
+        device: "cpu" or "cuda", where it was *not run*: torch's products alone, timed by the GPU's events.
         fresh: measure anew what is kept for this machine, these versions and shapes.
 
     Raises:
         VitdemoError: where nothing here multiplies natively in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
-    path, key = cache_root() / FILE, _key(precision, shapes)
+    path, key = cache_root() / FILE, _key(precision, shapes, device)
     kept = {}
     with suppress(OSError, ValueError, TypeError, AttributeError):
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     if fresh or key not in kept:
-        products = Products(precision, shapes)
+        products = Products(precision, shapes, device)
         print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
         rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
@@ -98,10 +100,11 @@ def memory_bandwidth() -> float:
     return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])
 
 
-def _key(precision: str, shapes: list[Shape]) -> str:
+def _key(precision: str, shapes: list[Shape], device: str) -> str:
     machine = machine_record()
     what = [precision, shapes, machine["cpu"], machine["isa"], machine["cores"], machine["versions"]]
     what += [machine["precisions"], [os.environ.get(name) for name in MASKS]]
+    what += [machine["gpu"]] if device == "cuda" else []
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -120,11 +123,15 @@ def linear_shapes(model: Model, batch: int) -> list[Shape]:
 
 
 class Products:
-    """Matrix products in ``precision``, ready to be timed, in every runtime that has them here."""
+    """Matrix products in ``precision``, ready to be timed, in every runtime that has them on ``device``."""
 
-    def __init__(self, precision: str, shapes: Iterable[Shape]):
-        self.precision = precision
+    def __init__(self, precision: str, shapes: Iterable[Shape], device: str = "cpu"):
+        self.precision, self._device = precision, device
         self._calls: dict[tuple[str, Shape], Call] = {}
+        if device == "cuda":
+            calls = {shape: torch_product(precision, shape, 1, device) for shape in {*shapes, SQUARE_ON_GPU}}
+            self._calls = {("eager", shape): call for shape, call in calls.items() if call}
+            return
         for name, support in precisions_here("cpu").items():
             if support.get(precision) == NATIVE:
                 self._calls |= _quick_products(find_engines()[name], precision, shapes)
@@ -136,7 +143,7 @@ class Products:
         median call. From then on only the ``keep`` fastest take part."""
         rates = {}
         for (runtime, shape), call in self._calls.items():
-            median = statistics.median(_timed(call, seconds / len(self._calls), least))
+            median = statistics.median(_timed(call, seconds / len(self._calls), least, self._device))
             rates[runtime, shape] = 2 * math.prod(shape) / median
         fastest = sorted(rates, key=rates.get, reverse=True)
         self._calls = {key: self._calls[key] for key in fastest[:keep]}
@@ -160,12 +167,27 @@ def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape
     return found
 
 
-def _timed(call: Call, seconds: float, least: int = 2) -> list[float]:
+def _timed(call: Call, seconds: float, least: int = 2, device: str = "cpu") -> list[float]:
     """Seconds of each call after a cold one."""
-    call()
+    seconds_of = _gpu_seconds if device == "cuda" else _seconds
+    seconds_of(call)
     taken: list[float] = []
     while len(taken) < least or sum(taken) < seconds:
-        start = now()
-        call()
-        taken.append(now() - start)
+        taken.append(seconds_of(call))
     return taken
+
+
+def _seconds(call: Call) -> float:
+    start = now()
+    call()
+    return now() - start
+
+
+def _gpu_seconds(call: Call) -> float:
+    """By the GPU's own clock, from when it begins what ``call`` queues to its end."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000

@@ -176,13 +176,12 @@ def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None
         device_batch_size: images of its products; ROOF_BATCH at most, as more take memory and are no faster.
 
     Returns:
-        None where nothing here measures one: on a GPU, or in a precision without matrix products.
+        None where nothing here measures one: in a precision without matrix products.
     """
-    if engine.device != "cpu":
-        return None
     ran = engine.precision_ran
+    shapes = linear_shapes(model, min(device_batch_size, ROOF_BATCH))
     try:
-        return machine_roof(max(ran, key=ran.get), linear_shapes(model, min(device_batch_size, ROOF_BATCH)))
+        return machine_roof(max(ran, key=ran.get), shapes, device=engine.device)
     except VitdemoError as error:
         tqdm.write(f"MFU: not measured: {error}", file=sys.stderr)
         return None

@@ -117,7 +117,8 @@ def predict(
     """
     in_flight: deque[InFlight] = deque()
     present = getattr(data, "present", None)
-    batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, input_path=input_path)
+    options = {"input_path": input_path, "pinned": engine.device == "cuda"}
+    batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, **options)
 
     def finish() -> tuple[Batch, torch.Tensor]:
         oldest = in_flight.popleft()

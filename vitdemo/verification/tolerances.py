@@ -6,7 +6,8 @@ attention and MLP before they are added to the residual stream, in which a fault
 
 A layer's tolerance lies between two things that were measured on vit_shapes20, on real images / on random ones:
 
-- what rounding moves any layer by, at most, in any engine: fp32 6e-7 / 6e-7, bf16 7e-3 / 7e-3, int8 4e-2 / 7e-2;
+- what rounding moves any layer by, at most, in any engine: fp32 6e-7 / 6e-7, bf16 7e-3 / 7e-3, int8 4e-2 / 7e-2,
+  and in eager fp16, on a CPU, 8e-4 / 8e-4;
 - what moves a branch when one of its weight matrices is scaled, at least: by 1.05 (fp32, bf16) 5e-2 / 3e-2, by 1.5
   (int8) 0.5 / 0.26.
 
@@ -45,6 +46,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(layer_l2=1e-4, logits_l2=1e-4),
+    "fp16": Tolerance(layer_l2=2.5e-3, logits_l2=2.5e-3),
     "bf16": Tolerance(layer_l2=2e-2, logits_l2=2e-2),
     "int8": Tolerance(layer_l2=0.15, pearson=0.98, agreement=0.98),
 }
