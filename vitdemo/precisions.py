@@ -119,6 +119,15 @@ def cuda_support() -> dict[str, str]:
     return {"fp32": NATIVE, "fp16": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
 
 
+def adds_products_exactly() -> bool:
+    """Whether this CPU adds up products of uint8 and int8 exactly.
+
+    An x86 without VNNI adds them by pairs in 16 bits, which two large ones overflow; weights of 7 bits do not.
+    """
+    cpu = torch.cpu.get_capabilities()
+    return not cpu["architecture"].startswith("x86") or cpu["avx512_vnni"] or cpu["avx_vnni"]
+
+
 def shares_that_ran(work: Mapping[str, float], support: Mapping[str, str], expected: float = 0.0) -> dict[str, float]:
     """The share of a model's work in each precision; one that is emulated is called ``bf16 emulated``.
 

@@ -13,7 +13,8 @@ from torch import nn
 from tests.engines.near import relative_l2
 from vitdemo import Model, VitdemoError, convert
 from vitdemo.engines.artifacts import artifacts_root
-from vitdemo.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine, adds_products_exactly
+from vitdemo.engines.onnx import CALIBRATION_BATCH, CalibrationBatches, ONNXEngine
+from vitdemo.precisions import adds_products_exactly
 
 
 @pytest.fixture(scope="module")
