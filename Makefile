@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test masks soak format lint notebooks pictures results families real-int8 constraints clean
+.PHONY: help demo lab test masks soak format lint notebooks pictures results families real-int8 gpu constraints clean
 
 help:
 	@echo "make demo   run three notebooks headlessly on the bundled data, write an HTML report"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make test   the quick checks          make soak   the full fault counts and benchmarks"
 	@echo "make masks  the engines and the notebooks as on processors without bf16"
-	@echo "make format, lint, notebooks, pictures, results, families, constraints, clean: for those who change the course"
+	@echo "make format, lint, notebooks, pictures, results, families, gpu, constraints, clean: for those who change the course"
 
 demo: $(BIN)/.vitdemo
 	$(BIN)/vitdemo run 00 01 03
@@ -64,6 +64,10 @@ families: $(BIN)/.vitdemo-dev
 # What precisions cost two real models, on photographs named by wnid: make real-int8 PHOTOS=DIR
 real-int8: $(BIN)/.vitdemo-dev
 	$(BIN)/python -m tests.benchmarks.real_int8 "$(PHOTOS)"
+
+# Whether the engines on CUDA can be accepted on the GPU here; PYTHON is one that has torch, timm and pandas.
+gpu:
+	$(PYTHON) -m tests.gpu
 
 # The pins that the course is known to run with: what pip picks today, in an environment of its own.
 constraints:

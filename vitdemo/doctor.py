@@ -48,12 +48,15 @@ def _line(otherwise: str, look: Callable[..., object], *arguments: object) -> st
         return f"{otherwise}  {error}"
 
 
+ON_GPU = "eager and inductor compute there, in fp32, fp16 and bf16; written, not run by its makers: see docs/cuda.md"
+
+
 def _machine() -> list[str]:
     from vitdemo.machine import describe_machine, machine_record
     from vitdemo.precisions import no_cuda
 
     lines = [f"Python {platform.python_version()}", describe_machine(machine_record())]
-    return [*lines, f"no CUDA: {no_cuda()}"] if no_cuda() else lines
+    return [*lines, f"no CUDA: {no_cuda()}" if no_cuda() else f"CUDA: {ON_GPU}"]
 
 
 def _packages() -> list[str]:

@@ -55,7 +55,7 @@ def image_explorer(
     controls = _controls(data, model, engine, precision)
 
     def keep_precisions(_) -> None:
-        controls["precision"].options = find_engines()[controls["engine"].value].precisions
+        controls["precision"].options = tuple(find_engines()[controls["engine"].value].answers())
 
     def show_upload(change) -> None:
         if change["new"]:
@@ -82,9 +82,9 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
     """The image explorer's, in three groups: the picture, the engines, and what is changed."""
     engines = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
     others = list(map(str, choose_pairs(None)))
-    if engine not in engines or precision not in engines[engine].precisions:
+    if engine not in engines or precision not in engines[engine].answers():
         raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(others)}")
-    choices = engines[engine].precisions
+    choices = tuple(engines[engine].answers())
     beside = next(name for name in others if name != f"{engine}:{precision}")
     slide = dict(continuous_update=False, style=STYLE)
     typed = slide | {"layout": WIDE}
