@@ -75,7 +75,7 @@ def _bars(
     """Top-1 in % as bars, the first one at the top, with a line for its 95 % Wilson interval."""
     figure, ax = plt.subplots(figsize=(9, height), layout="constrained")
     y, low_high = range(len(names)), [wilson_interval(int(c), int(n)) for c, n in zip(correct, images, strict=True)]
-    ax.barh(y, 100 * correct / images, color=colors, height=0.7)
+    ax.barh(y, correct / images * 100, color=colors, height=0.7)
     ax.hlines(y, *(100 * np.array(low_high).T), color="black", linewidth=1)
     ax.set_yticks(y, names, fontsize=8)
     ax.invert_yaxis()
