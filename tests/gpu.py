@@ -8,6 +8,7 @@ Needs torch, timm, pandas and this checkout, and none of simplejpeg, Ray, OpenVI
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -450,13 +451,16 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on the CPU, with a device that only seems to be a GPU")
     parser.add_argument("--steps", default=",".join(STEPS), help="which, by commas")
     parser.add_argument("--fault", default="", choices=["", *STEPS], help="the step that has to find a planted fault")
-    parser.add_argument("--out", type=Path, help="a folder for gpu.json and the tables")
+    parser.add_argument("--out", type=Path, help="a folder for gpu.json and the tables; data/results/<GPU> by default")
     arguments = parser.parse_args()
     unknown = set(arguments.steps.split(",")) - set(STEPS)
     if unknown or not arguments.dry and not torch.cuda.is_available():
         sys.exit(f"no such step: {', '.join(unknown)}" if unknown else "torch sees no GPU here; --dry needs none")
     steps = [name for name in STEPS if name in arguments.steps.split(",")]
-    sys.exit(not run(steps, Setting(arguments.dry, arguments.fault), arguments.out))
+    out = arguments.out
+    if not arguments.dry and out is None:
+        out = data_path("results") / re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
+    sys.exit(not run(steps, Setting(arguments.dry, arguments.fault), out))
 
 
 if __name__ == "__main__":
