@@ -26,9 +26,8 @@ from torch.nn.attention import sdpa_kernel
 from tests.engines.late_device import LateDevice
 from tests.test_races import SIZE, answers_right
 from vitdemo import Engine, Model, convert, evaluate, load_model, machine_record, open_data
-from vitdemo.engines.cuda import Cuda, gpu_record
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.engines.pipeline import ATTENTION, SLOTS, WAITS, Pipeline
+from vitdemo.engines.pipeline import ATTENTION, SLOTS, WAITS, Cuda, Pipeline, gpu_record
 from vitdemo.engines.roof import linear_shapes, machine_roof
 from vitdemo.paths import SHAPES20, data_path
 from vitdemo.verification.tolerances import TOLERANCES

@@ -9,9 +9,8 @@ from vitdemo import front
 _NAMES_OF = {
     "course.attention": "attention_maps rollout most_looked_at mask_patches",
     "course.looks": "look_at names_of answers_under answers_masked disagreements",
-    "course.browsing": "browse",
     "course.figures": "plot_looks plot_blocks plot_disagreements measured_and_published",
-    "course.widgets": "image_explorer benchmark_explorer dataset_browser",
+    "course.widgets": "image_explorer benchmark_explorer dataset_browser browse",
     "course.buggy_scripts": "BUGS buggy_run",
     "course.bug_hunt": "hunt",
     "dataset.decoding": "crop_picture",

@@ -32,7 +32,7 @@ from vitdemo.dataset.tars import TARS
 from vitdemo.engines import graph
 from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
-from vitdemo.engines.cuda import gpu_record
+from vitdemo.engines.pipeline import gpu_record
 from vitdemo.errors import VitdemoError, at_least_1, named_errors, reason_of
 from vitdemo.machine import cores, free_memory_bytes, installed_version, now
 from vitdemo.models.loading import weights_sha256

@@ -13,8 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from vitdemo.engines.cuda import Cuda
-from vitdemo.engines.pipeline import SIZES, SLOTS, Pipeline
+from vitdemo.engines.pipeline import SIZES, SLOTS, Cuda, Pipeline
 from vitdemo.errors import EngineFailure, VitdemoError, reason_of
 from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo

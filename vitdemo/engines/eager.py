@@ -6,8 +6,8 @@ from functools import cached_property
 import torch
 
 from vitdemo.engines.contract import Engine
-from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import Normalised, tap_points
+from vitdemo.engines.pipeline import Cuda
 from vitdemo.models.model import FlopsByPrecision, Model
 from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_product, torch_support
 

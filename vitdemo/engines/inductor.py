@@ -16,8 +16,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.engines.contract import CompiledEngine
-from vitdemo.engines.cuda import Cuda
 from vitdemo.engines.graph import export_graph, tap_points
+from vitdemo.engines.pipeline import Cuda
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
 from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_support
