@@ -123,4 +123,4 @@ def test_a_gpu_without_onnx_runtime_is_no_traceback(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("vitdemo.engines.onnx.installed_version", lambda name: None)
     assert Pair("eager", "bf16") in choose_pairs(None)
-    assert set(precisions_here("cuda")) == {"eager"}
+    assert set(precisions_here("cuda")) == {"eager", "inductor"}
