@@ -95,7 +95,10 @@ TAR = str(data_path("shapes20") / "shapes20_img_val.tar")
         (["evaluate", "vit_shapes21", "--data", TAR], "vit_shapes21: no such model"),
         (["evaluate", "vit_shapes20", "--data", "/nowhere"], "/nowhere"),
         (["evaluate", "vit_shapes20", "--data", TAR, "--engine", "gpu"], "engine 'gpu': there is no such engine"),
-        (["evaluate", "vit_shapes20", "--data", TAR, "--precision", "int4"], "the eager engine has 'fp32', 'fp16', 'bf16'"),
+        (
+            ["evaluate", "vit_shapes20", "--data", TAR, "--precision", "int4"],
+            "the eager engine has 'fp32', 'fp16', 'bf16'",
+        ),
         (["evaluate", "vit_shapes20", "--data", TAR, "--device-batch-size", "0"], "device_batch_size 0"),
         (["evaluate", "vit_shapes20", "--data", TAR, "--weights", "/nowhere.pth"], "/nowhere.pth: no such weights"),
         (["evaluate", "resnet18", "--data", TAR, "--weights", "random"], "no output of resnet18 is its class"),

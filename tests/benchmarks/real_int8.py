@@ -195,7 +195,7 @@ def main() -> None:
     kinds = np.array([kind[index[wnid]] for wnid in wnids])
     rows = measured(efficientnet(folder), photos, np.array([index[wnid] for wnid in wnids]), False)
     rows += measured(dinov2(folder), photos, kinds, True)
-    table = pd.DataFrame(rows).round(4).assign(machine=describe_machine(machine_record()))
+    table = pd.DataFrame(rows).round(8).assign(machine=describe_machine(machine_record()))
     print(table.drop(columns="machine").to_string(index=False), table["machine"][0], sep="\n")
     if arguments.out:
         with replacing(arguments.out) as file:

@@ -301,7 +301,7 @@ def test_images_that_cannot_be_read_are_left_out(eager, vit_shapes20, shapes20, 
         (dict(images=0), "images 0: must be a whole number of at least 1"),
         (dict(images=2.5), "images 2.5: must be"),
         (dict(data="/nowhere"), "/nowhere: no such file or folder"),
-        (dict(engine=("null", "none")), "null none: there are tolerances for fp32, bf16, int8 only"),
+        (dict(engine=("null", "none")), "null none: there are tolerances for fp32, fp16, bf16, int8 only"),
         (dict(model="resnet18"), "eager fp32 was made from a model of other classes than resnet18"),
     ],
 )
