@@ -104,7 +104,8 @@ def with_preprocessing(model: Model, **changes) -> Model:
     return Model(model.module, dataclasses.replace(model.info, preprocessing=preprocessing))
 
 
-def test_everything_that_shapes_an_artifact_is_in_its_key(tiny):
+def test_everything_that_shapes_an_artifact_is_in_its_key(tiny, monkeypatch):
+    monkeypatch.setattr("vitdemo.engines.artifacts.gpu_record", lambda: {"name": "a GPU"})
     with torch.no_grad():
         reweighted = changed(tiny, lambda m: m[0].weight.mul_(1.001))
     others = {

@@ -119,7 +119,7 @@ def test_resnet18_goes_the_same_way(resnet18, crops, name, precision):
     x = crops[:8]
     engine, reference = convert(resnet18, name, precision, calibration=x), convert(resnet18, "eager", "fp32")
     expected, found = reference.layers(x), engine.layers(x)
-    folded = {"conv1"} if (name, precision) == ("onnx", "int8") else set()  # into the batch norm that follows
+    folded = {"conv1", "bn1"} if (name, precision) == ("onnx", "int8") else set()  # into the ReLU that follows
     assert list(found) == [layer for layer in expected if layer not in folded]
     assert all(tensor.shape == expected[layer].shape for layer, tensor in found.items())
     if name != "onnx" or precision == "fp32":
