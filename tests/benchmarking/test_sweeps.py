@@ -301,7 +301,7 @@ def test_warming_up_ends_when_calls_are_equal_or_the_time_is_over(call_s, second
 
 def test_workers_end_with_the_process_that_started_them_and_it_is_said():
     worker = Worker()
-    worker.ask("roof", [])
+    worker.ask("roof", [], "cpu")
     server = psutil.Process(worker._process.pid).parent()
     own = server.children()
     server.kill()
@@ -345,7 +345,7 @@ def bf16_is(monkeypatch):
 
     def apply(support: str) -> None:
         for cls in find_engines().values():
-            answers = {each: support if each == "bf16" else "native" for each in cls.precisions}
+            answers = {each: support if each == "bf16" else "native" for each in cls.support("cpu")}
             monkeypatch.setattr(cls, "support", lambda device, answers=answers: answers)
 
     return apply
@@ -360,7 +360,7 @@ def test_eager_is_always_beside_in_fp32_and_in_each_precision_it_has(bf16_is):
     assert named("openvino:bf16, onnx:int8") == ["eager:fp32", "eager:bf16", "openvino:bf16", "onnx:int8"]
     assert named("openvino")[2:] == ["openvino:fp32", "openvino:bf16", "openvino:int8"]
     known = {name: cls for name, cls in find_engines().items() if name != "null"}
-    assert set(named(None)) == {f"{name}:{each}" for name, cls in known.items() for each in cls.precisions}
+    assert set(named(None)) == {f"{name}:{each}" for name, cls in known.items() for each in cls.support("cpu")}
 
 
 @pytest.mark.parametrize("support", ["emulated", "absent"])
