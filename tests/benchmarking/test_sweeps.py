@@ -309,7 +309,7 @@ def test_workers_end_with_the_process_that_started_them_and_it_is_said():
     with pytest.raises(Failed, match="its process ended .with the one that starts the others"):
         worker.ask("explore", "fp32")
     after = Worker()
-    after.ask("roof", [])  # another server has started it
+    after.ask("roof", [], "cpu")  # another server has started it
     after.end()
 
 
