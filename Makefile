@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo lab test masks soak format lint notebooks pictures results families real-int8 gpu constraints clean
+.PHONY: help demo lab report test masks soak format lint notebooks pictures results families real-int8 gpu constraints clean
 
 help:
 	@echo "make demo   run three notebooks headlessly on the bundled data, write an HTML report"
 	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make report run all notebooks into static pages, build/report"
 	@echo "make test   the quick checks          make soak   the full fault counts and benchmarks"
 	@echo "make masks  the engines and the notebooks as on processors without bf16"
 	@echo "make format, lint, notebooks, pictures, results, families, gpu, constraints, clean: for those who change the course"
@@ -17,6 +18,11 @@ demo: $(BIN)/.vitdemo
 
 lab: $(BIN)/.vitdemo
 	$(BIN)/jupyter lab notebooks
+
+# The executed course as pages that need nothing else, to be attached to a release or served; at most 12 MB.
+report: $(BIN)/.vitdemo
+	rm -rf build/report && $(BIN)/vitdemo run --out build/report
+	cd build/report && rm -rf */ *.ipynb && test "$$(cat *.html | wc -c)" -le 12000000 && du -ch --apparent-size *.html
 
 # The runtimes' own tests are a process apart: one that breaks it must not take the others along. What the first has
 # built is there for the second.
@@ -49,11 +55,12 @@ notebooks: $(BIN)/.vitdemo-dev
 	$(BIN)/nbstripout --keep-id --drop-empty-cells --extra-keys "metadata.widgets metadata.language_info" notebooks/*.ipynb
 	$(BIN)/python -m pytest tests/notebooks/test_hygiene.py
 
-# The pictures that the notebooks open with, from a run of the course.
+# The README's figure, and the pictures that the notebooks open with, from a run of the course.
 pictures: $(BIN)/.vitdemo
+	$(BIN)/python -m notebooks.img.finding
 	$(BIN)/python -m notebooks.img.renew
 
-# The README's table and figure, measured on this machine into data/results/NAME.
+# The recorded tables of README.md and docs/numbers.md, measured on this machine into data/results/NAME.
 results: $(BIN)/.vitdemo
 	$(BIN)/python -m data.results.record --measure "$(NAME)"
 

@@ -22,7 +22,7 @@ from vitdemo.course.notebooks import assign_parameters, choose_notebooks, parse_
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.paths import REPOSITORY, data_path
 
-READMES = [REPOSITORY / "README.md", REPOSITORY / "notebooks" / "README.md"]
+READMES = [REPOSITORY / "README.md", REPOSITORY / "notebooks" / "README.md", *(REPOSITORY / "docs").glob("*.md")]
 
 
 def test_help_does_not_load_torch():

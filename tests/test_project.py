@@ -27,7 +27,7 @@ from vitdemo.paths import REPOSITORY, data_path, results_folder
 FRONTS = (vitdemo, vitdemo.imagenet, vitdemo.plots, vitdemo.course)
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 README = (REPOSITORY / "README.md").read_text()
-TEXTS = README + (REPOSITORY / "CONTRIBUTING.md").read_text()
+TEXTS = README + "".join(path.read_text() for path in (REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")))
 PINS = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split())
 
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from data.results import record as recorded_module
-from data.results.record import BEGIN, END, readme_table, recorded, shown
+from data.results.record import BEGIN, END, NUMBERS, README, full_table, readme_table, recorded, shown
 from vitdemo import VitdemoError, merge
 from vitdemo.benchmarking.files import PATTERN, read_perf
 from vitdemo.benchmarking.tables import aitemplate_table, laid_out, markdown, page, ttmetal_table
 from vitdemo.cli import main
-from vitdemo.paths import REPOSITORY
+from vitdemo.paths import REPOSITORY, data_path
 
 
 @pytest.fixture
@@ -160,13 +160,12 @@ def test_the_notebook_opens_the_readmes_rows():
     assert f'data_path(\\"results/{shown()}\\")' in (REPOSITORY / "notebooks" / "06_explore.ipynb").read_text()
 
 
-def test_the_readmes_two_ratios_are_those_of_the_recorded_rows():
-    text = (REPOSITORY / "README.md").read_text()
-    said = re.search(
-        r"OpenVINO in fp32 was ([\d.]+) times \(([\d.]+) to ([\d.]+)\) as fast as eager .* here it is ([\d.]+) times",
-        text,
-    ).groups()
-    for name, ratios in (("intel-xeon-amx-2-cores", said[:3]), (shown(), said[3:])):
+def test_the_two_ratios_that_are_told_are_those_of_the_recorded_rows():
+    told = r"OpenVINO fp32 is ([\d.]+) times as fast as eager on .* but (?:only )?([\d.]+) times"
+    readme, numbers = ((REPOSITORY / path).read_text() for path in ("README.md", "docs/numbers.md"))
+    here, there, low, high = re.search(told + r" \(([\d.]+) to ([\d.]+)\)", numbers).groups()
+    assert re.search(told, readme).groups() == (here, there)
+    for name, ratios in (("intel-xeon-amx-2-cores", (there, low, high)), (shown(), (here,))):
         rows = recorded(name)
         own = (rows["engine"] == "openvino") & (rows["precision"] == "fp32") & (rows["model"] == "vit_base_patch16_224")
         (found,) = rows[own & (rows["device_batch_size"] == 8)].to_dict("records")
@@ -174,7 +173,21 @@ def test_the_readmes_two_ratios_are_those_of_the_recorded_rows():
         assert all(f"{found[name]:.2f}" == ratio for name, ratio in zip(names, ratios, strict=False))
 
 
-def test_the_readmes_table_is_that_of_the_recorded_rows():
+def test_the_readmes_findings_are_recorded():
+    text = (REPOSITORY / "README.md").read_text()
+    real = pd.read_csv(data_path("results/amd-epyc-avx2-2-cores/real_models.csv")).set_index(
+        ["model", "engine", "precision"]
+    )
+    row = real.loc[("tf_efficientnet_lite0.real", "onnx", "int8")]
+    assert f"agreement {row['agreement'] + 1e-6:.1f} % on {row['crops']} crops" in text
+    assert round(1 / (1 - row["agreement"] / 100)) == 13
+    rates = pd.read_csv(data_path(f"results/{shown()}/single_device.csv")).set_index("what")["median"]
+    told = [f"{rates[what]:.0f}" for what in ("openvino int8, random input", "openvino int8, files", "baseline")]
+    assert re.search(r"computes (\d+) images/s on .* and (\d+) from .* reaches (\d+) ", text).groups() == tuple(told)
+
+
+def test_the_tables_that_are_shown_are_those_of_the_recorded_rows():
     rows = recorded(shown())
-    assert BEGIN.format(shown()) + readme_table(rows) + END in (REPOSITORY / "README.md").read_text()
+    for path, table in ((README, readme_table), (NUMBERS, full_table)):
+        assert BEGIN.format(shown()) + table(rows) + END in path.read_text()
     assert rows["agreement"].min() >= 0.98
