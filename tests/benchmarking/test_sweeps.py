@@ -229,7 +229,7 @@ def test_the_gate_in_ci_ends_with_1_and_says_what_it_compares(rows, tmp_path, ca
     code, said = gate("worse.csv", 1000.0)
     assert code == 1 and WORSE in said.out and "another machine" not in said.err
     code, said = gate("better.csv", 0.001, machine="a faster one")
-    assert code == 0 and STALE in said.out and "the baseline is of another machine" in said.err
+    assert code == 0 and STALE in said.out and "the baseline is from another machine" in said.err
     sweeps = len(list((tmp_path / "out").glob(PATTERN)))
     code, said = gate("none.csv", 1.0, device_batch_size=7)
     assert code == 2 and "the baseline has no row of the same model, weights, engine" in said.err
