@@ -176,7 +176,7 @@ def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) 
         near = f"; is {absent[0]!r}, which {data.path} has not, meant?" if absent else ""
         lack = f"has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one){near}"
         raise VitdemoError(f"{path}: {lack}; give each class a row")
-    beside = f", {len(absent)} of whose rows are of classes that are not here" if absent else ""
+    beside = f", with {len(absent)} rows for classes that are not in the data" if absent else ""
     return found, f"by the file {path.name}{beside}"
 
 
