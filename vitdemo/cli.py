@@ -245,7 +245,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
         said = [f"{row[f'class_{k}']} {row[f'probability_{k}']:.1%}" for k in range(1, top + 1) if row[f"class_{k}"]]
         print(row["file"], *(said if not row["error"] else [row["error"]]), sep="\t")
     if len(table) > SHOWN:
-        print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv takes them all'}")
+        print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv writes all'}")
     if rotated := table.attrs["rotated"]:
         print(f"{rotated} of them carry an EXIF orientation, which is ignored, as timm does", file=sys.stderr)
     print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable", file=sys.stderr)
@@ -329,12 +329,12 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
         try:
             print(vitdemo.diagnose(engine, model, dataset))
         except EngineFailure as failure:
-            raise EngineFailure(f"{failure}; the results stand, the diagnosis does not") from None
+            raise EngineFailure(f"{failure}; the results are valid, but the diagnosis is not") from None
 
 
 def _stopped(out: Path, begun: bool, cure: str) -> int:
     """Report what is left after Ctrl-C. begun: whether there are results from which to continue."""
-    print(f"vitdemo: stopped{f'; what was done is in {out}, {cure}' if begun else ''}", file=sys.stderr)
+    print(f"vitdemo: stopped{f'; the finished part is in {out}; {cure}' if begun else ''}", file=sys.stderr)
     return 130
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 CURES = {
     errno.ENOENT: "no such file or folder; check the path",
     errno.EACCES: "no permission; change it with chmod, or work as a user who has it",
-    errno.EROFS: "on a disk that is read-only; choose a place on another",
-    errno.ENOTDIR: "is no folder; check the path",
+    errno.EROFS: "on a read-only disk; choose a place on another disk",
+    errno.ENOTDIR: "is not a folder; check the path",
     errno.ENOSPC: "the disk is full; make room and run again (evaluate with --resume)",
 }
 
@@ -62,7 +62,7 @@ def named_errors(path: Path | str, instead: str = ""):
     try:
         yield
     except OSError as error:
-        cure = CURES.get(error.errno, f"{error.strerror or error}; put that right and run again")
+        cure = CURES.get(error.errno, f"{error.strerror or error}; correct that and run again")
         raise VitdemoError(f"{error.filename or path}: {cure}{instead}") from None
 
 

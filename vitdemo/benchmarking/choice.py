@@ -57,7 +57,7 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
     if fast.empty:
         least = right["p90_ms"].min()
         none = f"none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms"
-        raise VitdemoError(f"which engine: {none}; give more time, or take a larger loss")
+        raise VitdemoError(f"which engine: {none}; allow more time, or a larger loss")
     return fast.loc[fast["images_per_s"].idxmax()]
 
 
@@ -133,10 +133,10 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
     preprocessing, recipe = engine.info.preprocessing, engine.recipe
     _, height, width = preprocessing.input_size
     if recipe is None or engine.device != "cpu" or height != width:
-        raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
+        raise VitdemoError(f"{engine.info.tag}: a script needs an engine from convert, on the CPU, with square images")
     if not engine.script:
         known = ", ".join(name for name, cls in find_engines().items() if cls.script)
-        raise VitdemoError(f"{engine.name}: no script is written for it; there are {known}")
+        raise VitdemoError(f"{engine.name}: it has no script; these have one: {known}")
     out = claim_folder(out)
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
         for file in _model_files(engine, Path(part)):

@@ -84,7 +84,7 @@ def read_perf(path: Path) -> pd.DataFrame:
     if missing := [name for name in NEEDED if name not in table]:
         raise VitdemoError(f"{path}: not a table of vitdemo's, the column {missing[0]!r} is missing; take it out")
     if not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first values for the names of the rows
-        raise VitdemoError(f"{path}: its rows have more values than its header has names; mend it, or take it out")
+        raise VitdemoError(f"{path}: its rows have more values than its header has names; correct it, or take it out")
     return table
 
 

@@ -17,7 +17,7 @@ from vitdemo.models.model import ModelInfo
 RATIO = "speedup_over_eager_fp32"
 SAME = ["model", "weights", "engine", "precision", "replicas", "device_batch_size"]
 WORSE_BY = 0.2
-FINE, WORSE, STALE, GONE = "fine", "worse", "better: measure the baseline anew", "not measured any more"
+FINE, WORSE, STALE, GONE = "fine", "worse", "better: measure the baseline again", "not measured any more"
 
 
 def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_BY) -> pd.DataFrame:

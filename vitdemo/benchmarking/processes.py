@@ -18,8 +18,8 @@ from vitdemo.inference.replicas import Replicas
 
 CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")  # on other systems a fork is not safe
 CONTEXT.set_forkserver_preload(["vitdemo.benchmarking.preload"])
-ENDED = {-signal.SIGKILL: "killed, as it is where memory runs out: measure it without the others"}
-ENDED |= {255: "with the one that starts the others"}
+ENDED = {-signal.SIGKILL: "killed, perhaps because memory ran out: measure it without the others"}
+ENDED |= {255: "together with the process that starts the others"}
 
 
 class Worker:

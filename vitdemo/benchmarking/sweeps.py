@@ -363,7 +363,7 @@ def scored_data(
     """The images on which ``model`` is scored; None where there are none, or with random weights."""
     if model.info.weights == "random":
         if data:
-            raise VitdemoError(f"data {data}: random weights are right by chance alone; leave it out, or give weights")
+            raise VitdemoError(f"data {data}: random weights are right only by chance; leave it out, or give weights")
         return None
     bundled = data_path(SHAPES20) if model.info.tag in MODELS else None
     found = data or bundled

@@ -111,7 +111,7 @@ def laid_out(rows: pd.DataFrame, layout: str) -> pd.DataFrame:
     try:
         return LAYOUTS[layout](rows)
     except KeyError as missing:
-        raise VitdemoError(f"layout {layout!r}: these rows have no column {missing}; measure them anew") from None
+        raise VitdemoError(f"layout {layout!r}: these rows have no column {missing}; measure them again") from None
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -126,7 +126,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     """
     writers = {".csv": lambda: table.to_csv(index=False), ".md": lambda: markdown(table), ".html": lambda: page(table)}
     if path.suffix not in writers:
-        raise VitdemoError(f"{path}: give it an ending, one of {', '.join(writers)}")
+        raise VitdemoError(f"{path}: give it one of the suffixes {', '.join(writers)}")
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -157,7 +157,7 @@ def open_again(address: tuple) -> Dataset:
     data = open_data(path, split=split, labels=table, progress=False)
     data = data if taken is None or len(data) <= max(taken) else data.take(taken)
     if data.fingerprint != fingerprint:
-        raise VitdemoError(f"{path}: holds other images than on the machine that asks; copy it again")
+        raise VitdemoError(f"{path}: holds other images here than on the first machine; copy it again")
     data.classes, data.class_names, data.labels, data.decided = matched
     return data
 
@@ -209,7 +209,7 @@ ImageNetVal = open_data  # the name that the notebooks use for ImageNet data
 
 def _local(path: Path | str) -> Path:
     if "://" in str(path):
-        raise VitdemoError(f"{path}: is an address; download what is there, and give the file or folder")
+        raise VitdemoError(f"{path}: is a URL; download what is there, and give the file or folder")
     return user_path(path).absolute()
 
 
@@ -221,7 +221,7 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
             raise VitdemoError(f"{path}: is a table; give the folder of the images, and this as the labels (--labels)")
         tar = None if parquet_files(path, split) else trees.split_tar(path, split)
         if tar and labels:
-            raise VitdemoError(f"{tar}: has its labels by its form; leave out {labels}")
+            raise VitdemoError(f"{tar}: its format gives the labels; leave out {labels}")
         if tar:
             return index_val_tar(tar) if split == "val" else index_train_tar(tar, progress), None
     if files := parquet_files(path, split) or (tree and tree != path and parquet_files(tree, split)):
@@ -301,7 +301,7 @@ def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | d
         return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
     if path.is_file():
         if path.suffix.lower() not in image_suffixes():
-            raise VitdemoError(f"{path}: is no image of a format that is read here; convert it to JPEG or PNG")
+            raise VitdemoError(f"{path}: is not an image in a format that can be read here; convert it to JPEG or PNG")
         return {str(path): Item("", "", path.stat().st_size)}
     listing = list_folder(path)
     if progress and (notes := listing.notes()):

@@ -278,5 +278,5 @@ def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> tor
     try:
         return reference_crop(content, preprocessing)
     except UnreadableImage as reason:
-        cure = "give a sound one of ordinary size"
+        cure = "give an undamaged one of ordinary size"
         raise VitdemoError(f"{name!r} is no picture that can be read ({reason}); {cure}") from None

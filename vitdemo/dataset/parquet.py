@@ -87,7 +87,7 @@ class Rows:
             try:
                 self._handles.append(parquet.ParquetFile(file))
             except Exception as error:  # pyarrow's exceptions and OSError
-                raise VitdemoError(f"{file}: no whole parquet file ({reason_of(error)}); get it again") from None
+                raise VitdemoError(f"{file}: not a complete parquet file ({reason_of(error)}); get it again") from None
         first = self._handles[0].schema_arrow
         for file, handle in zip(self.files, self._handles, strict=True):
             if handle.schema_arrow.names != first.names:

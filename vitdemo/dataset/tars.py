@@ -80,7 +80,7 @@ def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterat
         what = f"damaged {last}" if last else "not a tar archive"
         raise VitdemoError(f"{where}: {what} ({reason_of(error)}); get it again, or check the name") from None
     if len(rest) > PADDING_LIMIT:
-        why = "as of a download that has its place on the disk but not its end; get the archive again"
+        why = "as in an incomplete download; get the archive again"
         raise VitdemoError(f"{where}: truncated {last or 'at its start'}: {end - tar.offset} bytes follow, {why}")
 
 
@@ -101,7 +101,7 @@ def plain_tar(path: Path, progress: bool = True) -> Path:
     name = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
     plain = cache_root() / TARS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.tar"
     if not plain.exists():
-        with named_errors(plain, "; VITDEMO_CACHE names another folder for what is unpacked"):
+        with named_errors(plain, "; VITDEMO_CACHE names another folder for decompressed archives"):
             plain.parent.mkdir(parents=True, exist_ok=True)
             with replacing(plain, "wb") as to, open(path, "rb") as file:
                 bar = dict(total=status.st_size, desc=f"unpack {path.name} into the cache", disable=not progress)

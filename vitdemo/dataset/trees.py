@@ -56,7 +56,7 @@ def split_tar(path: Path, split: str = "val") -> Path:
         raise VitdemoError(f"{path}: no data set; {expected(split)}")
     if len(tars) > 1:
         raise VitdemoError(
-            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name the one"
+            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name one of them"
         )
     return tars[0]
 

@@ -310,7 +310,7 @@ class Recipe:
             if card["key"] != self.key:
                 raise ValueError("its card is that of another artifact")
             if card["files"] != _files(folder):
-                raise ValueError("its files have not the sizes of those that were built")
+                raise ValueError("its files do not have the sizes of those that were built")
             ready = self._ready(card, threads, folder, self.info)
             weakref.finalize(ready, os.close, os.dup(file.fileno()))  # keeps the lock for as long as the engine exists
         return ready

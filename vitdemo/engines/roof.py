@@ -84,7 +84,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     if fresh or key not in kept:
         products = Products(precision, shapes, device)
-        print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
+        print(f"measuring this machine's roof in {precision}, once", file=sys.stderr)
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
         rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
         kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)

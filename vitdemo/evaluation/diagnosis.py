@@ -77,7 +77,7 @@ NORMALISATIONS = {
 OTHER_CROP = {"center": ("squash", 1.0), "center_floor": ("squash", 1.0), "squash": ("center", 0.9)}
 AS_IT_IS, UPRIGHT = "as it is", "with images turned as their EXIF says"
 SIGNIFICANCE = 0.05
-EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
+EXTRACT = "get the labels again with vitdemo extract, from the original archives"
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def diagnose(
         with suppress(UnreadableFile):
             rotated += is_rotated(sample[i].image)
     if rotated:
-        cure = f"turn the files for good, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
+        cure = f"rotate the files, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
         runs.append(Variant(UPRIGHT, cure, runs[1].engine, runs[1].crop, upright=True))
     answer(runs, sample, device_batch_size, progress)
     labels, answers, numbering = np.array(sample.labels), np.array(runs[0].answers), read_numbering(data)
@@ -395,7 +395,7 @@ class Diagnosis:
         low, high = wilson_interval(correct, n)
         text = f"top-1 {correct / n:.1%} ({correct}/{n}, 95 % interval {low:.1%} to {high:.1%})"
         if self.published is None:
-            text += f": none of {count} hypotheses is significantly better, and nothing published to hold it against"
+            text += f": none of {count} hypotheses is significantly better, and no published accuracy is comparable"
         elif high < self.published.top1:
             text += f": below the published {self.published.top1:.1%}, and none of {count} hypotheses explains it"
         else:

@@ -53,11 +53,11 @@ class Evaluation:
         text += f"device_batch_size {m['device_batch_size']}"
         if shared := m["replicas"]:
             idle = max(each["idle_s"] for each in shared["each"])
-            text += f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
+            text += f", {shared['count']} replicas ({shared['lost']} lost, the longest idle time {idle:.1f} s)"
         text += f"; {m['model']}, weights: {m['weights']}"
         if rotated := m.get("rotated"):
             many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
-            text += f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
+            text += f"; {many} an EXIF orientation, which is ignored, as timm does; --diagnose tests if rotating helps"
         if 2 * seen < min(in_all, len(self.rows)):  # with one folder per class, the first images are all of few classes
             text += f"; these first images are of {seen} of {in_all} classes"
         return text

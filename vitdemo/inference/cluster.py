@@ -161,7 +161,7 @@ def place_replicas(ray: ModuleType, count: int, device: str, part: float) -> lis
     size = {node: resources.get(kind, 0.0) for node, resources in nodes.items()}
     if kind == "GPU" and sum(size.values()) < count:
         there = f"{sum(size.values()):.0f} GPUs"
-        raise VitdemoError(f"replicas {count}: there are {there}; take at most so many, or an engine on the CPU")
+        raise VitdemoError(f"replicas {count}: there are {there}; take at most that many, or an engine on the CPU")
     placed: Counter[str] = Counter()
     for _ in range(count):
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1

@@ -151,7 +151,7 @@ class Replicas(AbstractContextManager):
     ):
         at_least_1(replicas=count, cores_each=cores_each)
         if engine.recipe is None:
-            raise VitdemoError(f"{engine.info.tag}: replicas build an engine anew, so take one that convert made")
+            raise VitdemoError(f"{engine.info.tag}: replicas build the engine again, so it must come from convert")
         self.engine, self.data = engine, match_classes(engine.info, data)
         self._address, self._cores_each, self._deadline_s = self.data.address, cores_each, deadline_s
         print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)

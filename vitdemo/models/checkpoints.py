@@ -59,7 +59,7 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
         reason = reason_of(error)
         if "weights_only" in str(error):  # torch's message for a pickle that would execute code
             reason = "it holds more than tensors, perhaps code, and is not opened"
-        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save the state_dict() alone anew") from None
+        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save only the state_dict() again") from None
     if ema and averages is None:
         raise VitdemoError(f"{path}: holds no {' or '.join(AVERAGED)}; leave the moving average (ema) out")
     if averages is not None and weights is not averages:

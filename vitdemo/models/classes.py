@@ -133,10 +133,10 @@ def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[di
 
 def _advice(ids: Iterable[str]) -> str:
     """The --class-map options that the user can give for class ids like these."""
-    file = "--class-map FILE with rows class,output says which output each class is"
+    file = "give --class-map FILE with rows class,output"
     if all(map(str.isdecimal, ids)):
-        return f"{file}, --class-map numbers that the number is the output, natural that they are the numbers' order"
-    return f"{file}, --class-map sorted that the outputs are the folders in their order, natural with 2 before 10"
+        return f"{file}, --class-map numbers if a class's number is its output, or natural for the numbers' order"
+    return f"{file}, --class-map sorted if the outputs are the folders sorted as text, or natural for 2 before 10"
 
 
 def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
@@ -149,7 +149,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
     ids = sorted(data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
-        why = "an order tells them only where all classes are there; --class-map FILE may name a part"
+        why = "an order needs all classes to be there; --class-map FILE may name only some"
         counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
         raise VitdemoError(f"{option}: {counts}; {why}")
     place = {class_id: k for k, class_id in enumerate(ids)}

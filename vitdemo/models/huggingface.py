@@ -131,7 +131,7 @@ def load_checkpoint(module: VisionTransformer, checkpoint: Checkpoint) -> Vision
     state_dict, source = unwrapped(checkpoint.state_dict, _targets(module, next(iter(BLOCKS))).keys()), checkpoint.path
     unused = [key for key in UNUSED if key in state_dict]
     if unused:
-        print(f"{source}: {', '.join(unused)} not used, as the classifier does without", file=sys.stderr)
+        print(f"{source}: {', '.join(unused)} not used, because the classifier does not need it", file=sys.stderr)
     prefix = next((prefix for prefix in BLOCKS if any(key.startswith(f"{prefix}.") for key in state_dict)), None)
     theirs = nn.Module()  # a module with Hugging Face's names over the memory of timm's tensors
     for key, part in _targets(module, prefix or next(iter(BLOCKS))).items():

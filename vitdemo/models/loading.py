@@ -59,7 +59,7 @@ def read_config(path: Path, otherwise: str = "") -> dict:
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise VitdemoError(f"{path}: is not a JSON object; save the model again or fetch it anew")
+        raise VitdemoError(f"{path}: is not a JSON object; save the model again or download it again")
     return config
 
 
@@ -83,7 +83,7 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
 def misfit(source: Path | str, wrong: str) -> str:
     """The error message about the keys of the file ``source`` that do not fit, shortened where there are many."""
     wrong = shorten(wrong, MOST, placeholder=" …")
-    return f"{source}: weights of another architecture, give the one they are of: {wrong}"
+    return f"{source}: weights of another architecture; give the one that they belong to: {wrong}"
 
 
 _found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # the tensors' addresses, and their hash
@@ -134,13 +134,13 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
     except HFValidationError:
         raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
     except RepositoryNotFoundError:
-        raise VitdemoError(f"{repo_id}: the hub has no such repository, or keeps it closed; check the name") from None
+        raise VitdemoError(f"{repo_id}: the hub has no such repository, or it is private; check the name") from None
     except Exception as error:  # many libraries' types, for broken connections, full disks and invalid names
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
         reason = reason_of(error)
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
-    why = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+    why = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and {why}; {bring}")
 
 

@@ -45,7 +45,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
             hub = f"; a repository of the hub is hf-hub:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
             raise VitdemoError(f"{name}: no such file or folder; check the path{hub}")
         near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
         raise VitdemoError(f"{name}: no such model; {hint}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if (tag and name not in tags) or (not tag and pretrained):
@@ -98,7 +98,7 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], *, 
 
     def contradiction(num_classes: int):
         wrong = f"says {module.num_classes} classes, and the weights next to it have {num_classes} outputs"
-        raise VitdemoError(f"{path}: {wrong}; put that right, or give them with --weights to the architecture's name")
+        raise VitdemoError(f"{path}: {wrong}; correct that, or give them with --weights to the architecture's name")
 
     return _plan(module, {}, partial(find, *WEIGHTS_FILES), contradiction if pretrained else build)
 

@@ -27,7 +27,7 @@ from vitdemo.models.model import ModelInfo
 from vitdemo.verification.comparison import LOGITS, Comparison, compare_answers, compare_logits, ranking
 
 REAL, RANDOM = "real", "random"  # the kinds of images
-NEXT = "next: build it anew with `vitdemo convert … --force`; if it fails again, take another precision or engine"
+NEXT = "next: build it again with `vitdemo convert … --force`; if it fails again, take another precision or engine"
 
 
 @dataclass(frozen=True)
