@@ -1,4 +1,4 @@
-"""The two exceptions: an error that the user can correct, and an engine that broke; system errors become the first."""
+"""Two exceptions, for errors that the user can correct and for engines that break; one-line messages for OSErrors."""
 
 import errno
 import signal

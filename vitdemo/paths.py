@@ -1,4 +1,4 @@
-"""Where data and runs are stored, which data come with the course, and how a file is written whole or not at all."""
+"""The paths of data, cache, runs and bundled items; output folders; and writing files whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -104,5 +104,5 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 SHAPES20 = "shapes20"  # drawn images, in the exact format of ILSVRC2012
 VAL_TAR, DEVKIT = f"{SHAPES20}/shapes20_img_val.tar", f"{SHAPES20}/shapes20_devkit.tar.gz"
-MODELS = {"vit_shapes20": f"{SHAPES20}/vit_shapes20"}  # name -> folder
+MODELS = {"vit_shapes20": f"{SHAPES20}/vit_shapes20"}  # name of the model -> folder
 CALIBRATIONS = {"vit_shapes20": f"{SHAPES20}/shapes20_calib.tar"}  # name of the model -> calibration images for int8

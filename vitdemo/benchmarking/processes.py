@@ -86,7 +86,7 @@ class ReplicaBench(EngineBench):
         return self._replicas.step(len(self._pixels[0]))
 
     def peak_memory_bytes(self) -> None:
-        """Not measured."""
+        """None, because it is not measured with replicas."""
 
     def ask(self, name: str, *arguments):
         """As ``Worker.ask``."""

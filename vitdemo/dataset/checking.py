@@ -30,7 +30,7 @@ IMAGES, SUMMARY = "images.csv", "images.json"
 FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "class_id", "bytes", *FACTS, "sha256"]
 
-UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # in TurboJPEG's message
+UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # part of TurboJPEG's message
 CHUNK = 16  # images per task; decoding a single image takes hardly longer than passing it to a thread
 SHOWN = 10  # damaged files named in a report's text
 

@@ -15,7 +15,7 @@ from vitdemo.dataset.tars import ARCHIVE_MD5, walk_tar
 from vitdemo.dataset.trees import WNID, Synset
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 
-DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above
+DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far smaller, a gzip bomb far larger
 FILE_LIMIT = 8 << 20  # bytes of a file in it; 1,860 synsets come to about 1.3 MB, 50,000 truths to 0.2
 DEVKITS = "*devkit*.tar.gz"
 META_MAT, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
@@ -33,7 +33,7 @@ class Devkit(NamedTuple):
 
     @property
     def class_names(self) -> dict[str, str]:
-        """Wnid -> synonyms as one string, in the order of the labels."""
+        """The names of the classes: wnid -> synonyms as one string, in the order of the labels."""
         return {synset.wnid: synset.words for synset in self.synsets}
 
     @property

@@ -116,7 +116,7 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
-        (logits,) = self._run([x.contiguous()])  # the machine code does not look at strides
+        (logits,) = self._run([x.contiguous()])  # the machine code ignores strides
         return logits
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
 
 class Numbering(NamedTuple):
-    """What the devkit contains about a data set.
+    """The devkit's information about a data set.
 
     ids: int[classes], the ILSVRC2012_ID of each label. truth: file name -> label, from the devkit. missing: the reason
     why one of them is None.
@@ -196,8 +196,10 @@ def _answers(run: Variant, pixels: torch.Tensor) -> np.ndarray:
 
 
 def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hypothesis]:
-    """Hypotheses from ``planned_variants``: each other preprocessing against the reference, the reference against the
-    engine."""
+    """The hypotheses of ``planned_variants``.
+
+    Each other preprocessing is compared with the reference, and the reference with the engine.
+    """
     own, reference, *others = ((run, np.array(run.answers) == labels) for run in runs)
     pairs = [*((run, reference[1]) for run in others), (reference, own[1])]
     return [Hypothesis(run.name, run.cure, correct, before, run.took_s) for (run, correct), before in pairs]

@@ -139,7 +139,7 @@ def stop_ray() -> None:
 
 def loss_of(error: Exception) -> str:
     """The reason why Ray lost a replica, as one line of Ray's long message."""
-    if missing := re.search(r"No module named '[\w.]+'", str(error)):  # buried in a traceback of its creation
+    if missing := re.search(r"No module named '[\w.]+'", str(error)):  # in the traceback of the actor's creation
         return f"{missing[0]}: install on that machine what is installed here"
     return reason_of(MemoryError() if "low on memory" in str(error) else error)
 
