@@ -257,9 +257,9 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     *DATA,
     WEIGHTS,
     CALIBRATION,
-    option("--latency-ms", "L", "the longest latency that nine of ten calls may have", float),
+    option("--latency-ms", "L", "the latency that nine of ten calls must not exceed", float),
     option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
-    option("--engines", "E,…", "such as openvino,onnx:int8; by default all in native precisions; eager always"),
+    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, in native precisions; always with eager"),
     option("--images", "N", "the largest number of images to score (1000)", int),
     option("--device-batch-sizes", "B,…", "1,2,4,8,16,32 by default", _sizes),
     option("--row-budget-s", "S", "seconds that the calls of one row may take (5)", float),
@@ -343,7 +343,7 @@ AGAINST_HELP = "a baseline sweep; exit code 1 if an engine's speed relative to e
 
 @verb(
     option("models", "MODEL", MODEL_HELP, nargs="+"),
-    option("--engines", "E,…", "such as openvino,onnx:int8; by default all in native precisions; eager always"),
+    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, in native precisions; always with eager"),
     option("--device-batch-sizes", "B,…", "1,2,4, … 256 by default", _sizes),
     DEVICE,
     WEIGHTS,
