@@ -234,7 +234,7 @@ def test_20_what_stands_between_us_and_a_hub(tmp_path):
     ask = "from vitdemo.models.loading import hub_file, hub_resolves\nprint(hub_resolves())\n"
     ask += "try: hub_file('owner/name', 'config.json', bring='fetch it')\nexcept Exception as error: print(error)"
     own = {"HF_HUB_CACHE": str(tmp_path)}
-    assert "HF_HUB_OFFLINE forbids to ask" in run(ask, HF_HUB_OFFLINE="1", **own).stdout
+    assert "HF_HUB_OFFLINE forbids asking" in run(ask, HF_HUB_OFFLINE="1", **own).stdout
     assert run(ask, ALL_PROXY="http://127.0.0.1:9", HF_HUB_OFFLINE="", **own).stdout.startswith("True")
     assert "is not asked, as HF_HUB_OFFLINE is set" in run(CLI, "doctor", HF_HUB_OFFLINE="1").stdout
 
@@ -261,7 +261,7 @@ def test_22_a_batch_is_no_larger_than_what_there_is(eager, shapes20):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("https://host/val.tar", "is an address; download"), ("/dev/null", "is no folder; check the path")],
+    [("https://host/val.tar", "is a URL; download"), ("/dev/null", "is not a folder; check the path")],
 )
 def test_22_a_path_that_is_none(path, said, tmp_path, capsys):
     assert main(["evaluate", "vit_shapes20", "--data", path, "--out", str(tmp_path)]) == 2
@@ -297,7 +297,7 @@ def test_22_sigterm_says_that_it_stopped(options, tmp_path):
 def test_22_a_failed_verification_names_the_next_step(vit_shapes20, shapes20, monkeypatch):
     engine = convert(vit_shapes20)
     monkeypatch.setattr(engine, "_infer", lambda x: torch.ones(len(x), 20))
-    assert "next: build it anew with" in str(verify(engine, vit_shapes20, shapes20, images=2, progress=False))
+    assert "next: build it again with" in str(verify(engine, vit_shapes20, shapes20, images=2, progress=False))
 
 
 def test_an_operation_that_a_runtime_has_not_is_named():

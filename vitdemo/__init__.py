@@ -1,8 +1,8 @@
 """vitdemo: from a folder of images and a Vision Transformer's weights to fast, verified inference.
 
-The names below are the library's front. ``vitdemo.imagenet``, ``vitdemo.plots`` and ``vitdemo.course`` hold what single
-notebooks need besides; the notebooks use no others. Each name is imported at its first use, because a worker must be
-able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
+The names below are the public ones. ``vitdemo.imagenet``, ``vitdemo.plots`` and ``vitdemo.course`` hold the names that
+only some notebooks need; the notebooks use no others. Each name is imported at its first use, because a worker must
+be able to set its CPU affinity after ``import vitdemo`` and before torch is loaded.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ def front(package: str, names_of: dict[str, str]) -> tuple[list[str], Callable[[
     """The ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names are imported at their first use.
 
     Args:
-        package: its dotted name, for errors.
-        names_of: of each file below ``vitdemo`` the names that come from it, with blanks between.
+        package: the package's dotted name, for errors.
+        names_of: for each file below ``vitdemo``, the public names in it, separated by blanks.
     """
     home = {name: file for file, names in names_of.items() for name in names.split()}
 

@@ -1,4 +1,4 @@
-"""``vitdemo …``: a thin door to the library's verbs. Exit codes: 0 done, 1 a check failed, 2 bad input."""
+"""The command ``vitdemo``, a thin layer over the library. Exit codes: 0 done, 1 a check failed, 2 bad input."""
 
 import argparse
 import os
@@ -26,10 +26,10 @@ COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
 def verb(*options: tuple) -> Callable:
-    """A decorator: the function is the command of its name, its docstring the help; it gives the exit code, None for 0.
+    """A decorator that makes a function a command: its name is the command's, its docstring the command's help.
 
-    It is called with the options that were given. One that was not is not passed on, so that its default is that of the
-    library's function, and written nowhere else.
+    The function returns the exit code, or None for 0. It is called with only those options that the user gave, so that
+    the default of every other one is written in the library's function alone.
     """
 
     def register(run: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -44,7 +44,7 @@ def verb(*options: tuple) -> Callable:
 
 
 def option(name: str, metavar: str | None, help: str | None = None, type: Callable = str, **how: Any) -> tuple:
-    """An option of a verb, or without dashes an argument, as ``argparse`` takes it."""
+    """An option of a verb (or an argument, if the name has no dashes) as parameters of ``add_argument``."""
     return name, dict(metavar=metavar, help=help, type=type, **how)
 
 
@@ -54,17 +54,17 @@ def flag(name: str, help: str) -> tuple:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. Bad input is one line on stderr."""
+    """Run one command and return the exit code. Bad input is reported as one line on stderr."""
     if find_spec("fcntl") is None:
         print("vitdemo: runs on Linux and macOS; on Windows use it in WSL, the Linux in Windows", file=sys.stderr)
         return 2
-    options, code = vars(PARSER.parse_args(argv)), 128 + 13  # as shells say it of who ends by a closed pipe
+    options, code = vars(PARSER.parse_args(argv)), 128 + 13  # the shells' code for a program ended by a closed pipe
     try:
         with terminate_as_interrupt():
             code = options.pop("run")(**options) or 0
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # of `| head`: nobody reads on; what is written to files is written
+    except BrokenPipeError:  # `| head` has ended and reads no more; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return code
     except (VitdemoError, EngineFailure) as error:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _taken(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of ``options`` with these names, which are no longer in it."""
+    """Remove the options with these names from ``options``, and return them."""
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -91,7 +91,7 @@ MODEL_HELP = "vit_shapes20, a full timm tag, hf-hub:OWNER/NAME, a folder, or a c
 MODEL = option("model", "MODEL", MODEL_HELP)
 WEIGHTS = option("--weights", "W", "pretrained, random, or a file")
 EMA = flag("--ema", "take the averaged weights of a training checkpoint")
-DEVICE = option("--device", "D", "cpu, cuda, or auto (the default): CUDA where it is and the engine runs on it")
+DEVICE = option("--device", "D", "cpu, cuda, or auto (the default): CUDA if there is a GPU and the engine supports it")
 ENGINE = (
     option("--engine", "E", "eager (the default), openvino, onnx, inductor"),
     option("--precision", "P", "fp32 (the default), bf16, int8"),
@@ -100,19 +100,20 @@ ENGINE = (
     EMA,
 )
 CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or images without labels")
-MAP_HELP = "a file with rows class,output; or sorted, natural, numbers: how outputs follow from the classes' names"
+MAP_HELP = "a file with rows class,output, or a rule that orders the classes' names: sorted, natural, numbers"
 DATA = (
     option("--labels", "FILE", "a table of the images' labels: csv, tsv, jsonl"),
     option("--split", "S", "val (the default) or train"),
     option("--class-map", "MAP", MAP_HELP),
 )
 
-# What a verb needs is imported when it runs, here or by vitdemo's front: --help and a mistyped option answer at once.
+# A verb imports its modules when it runs, here or through the names of vitdemo, so that --help and the message about a
+# mistyped option appear at once.
 
 
 @verb()
 def _doctor() -> int:
-    """What is installed, what each notebook needs, what will be skipped and why."""
+    """List what is installed, what each notebook needs, and what will be skipped and why."""
     from vitdemo.doctor import examine
 
     lines, ok = examine()
@@ -138,11 +139,11 @@ def _run(parameters: Sequence[str] = (), **options) -> int:
 
 
 @verb(
-    option("--archives", "DIR", "the folder of the val tar and the devkit", required=True),
-    option("--out", "DIR", "where val/ and classes.csv go; the same to resume", required=True),
+    option("--archives", "DIR", "the folder with the val tar and the devkit", required=True),
+    option("--out", "DIR", "the folder for val/ and classes.csv; the same one to resume", required=True),
     option("--split", "S", "val (the default) or train"),
     flag("--check-images", "decode every file and report what is damaged"),
-    flag("--unverified", "take archives whose MD5 is unknown or another"),
+    flag("--unverified", "accept archives whose MD5 is unknown or does not match"),
 )
 def _extract(out: str, **options) -> int | None:
     """Verify the ILSVRC2012 archives and extract val/<wnid>/ or train/<wnid>/."""
@@ -157,12 +158,12 @@ def _extract(out: str, **options) -> int | None:
 
 
 def _engine_of(options: dict[str, Any]) -> tuple:
-    """The model and the engine that ``options`` ask for, which are no longer in them."""
+    """Remove the options of model and engine from ``options``; return that model and engine."""
     model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
     return model, vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration", "force"))
 
 
-@verb(MODEL, *ENGINE, CALIBRATION, flag("--force", "build anew"))
+@verb(MODEL, *ENGINE, CALIBRATION, flag("--force", "build it again even if the cache has it"))
 def _convert(**options) -> None:
     """Build a model for an engine and keep it in the cache."""
     _, engine = _engine_of(options)
@@ -176,13 +177,13 @@ def _convert(**options) -> None:
 @verb(
     MODEL,
     *ENGINE,
-    option("--data", "PATH", "real images: a data set; the bundled ones for vit_shapes20"),
+    option("--data", "PATH", "a data set of real images; by default the bundled one for vit_shapes20"),
     *DATA,
-    option("--images", "N", "how many of them (256)", int),
+    option("--images", "N", "how many images (256)", int),
     CALIBRATION,
 )
 def _verify(**options) -> int:
-    """Hold an engine against the fp32 reference, layer by layer."""
+    """Compare an engine with the fp32 reference, layer by layer."""
     data, class_map = _data_of(options), options.pop("class_map", None)
     model, engine = _engine_of(options)
     if data is not None:
@@ -192,9 +193,9 @@ def _verify(**options) -> int:
     return 0 if report.ok else 1
 
 
-@verb(flag("--clear", "remove all of it"))
+@verb(flag("--clear", "remove all of them"))
 def _cache(clear: bool = False) -> None:
-    """List what was built and kept, with sizes."""
+    """List the built models in the cache, with sizes."""
     from vitdemo.engines.artifacts import artifacts_root, cached_artifacts, clear_cache
 
     if clear:
@@ -208,7 +209,7 @@ def _cache(clear: bool = False) -> None:
 
 
 def _data_of(options: dict[str, Any]) -> Any:
-    """The data set that ``options`` ask for, None without --data."""
+    """Remove --data and its options from ``options``; return that data set, or None without --data."""
     how = _taken(options, "labels", "split")
     if (path := options.pop("data", None)) is not None:
         return vitdemo.open_data(path, **how)
@@ -217,7 +218,7 @@ def _data_of(options: dict[str, Any]) -> Any:
     return None
 
 
-SHOWN = 100  # images on the screen; a file has them all
+SHOWN = 100  # images that are printed; --out writes all
 
 
 @verb(
@@ -225,11 +226,11 @@ SHOWN = 100  # images on the screen; a file has them all
     option("images", "IMAGE", "files, folders, patterns, a tar or parquet files", nargs="+"),
     *ENGINE,
     CALIBRATION,
-    option("--top", "K", "how many classes of each image, 5 at most (3)", int),
+    option("--top", "K", "how many classes to list per image, at most 5 (3)", int),
     option("--out", "FILE", "a new .csv for all answers", user_path),
 )
 def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **options) -> None:
-    """Say what a model sees in images without labels."""
+    """Classify images that have no labels."""
     if out and (out.suffix != ".csv" or out.exists() or not out.absolute().parent.is_dir()):
         raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, in a folder that is there")
     data = vitdemo.open_images(images)
@@ -244,7 +245,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
         said = [f"{row[f'class_{k}']} {row[f'probability_{k}']:.1%}" for k in range(1, top + 1) if row[f"class_{k}"]]
         print(row["file"], *(said if not row["error"] else [row["error"]]), sep="\t")
     if len(table) > SHOWN:
-        print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv takes them all'}")
+        print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv writes all'}")
     if rotated := table.attrs["rotated"]:
         print(f"{rotated} of them carry an EXIF orientation, which is ignored, as timm does", file=sys.stderr)
     print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable", file=sys.stderr)
@@ -256,12 +257,12 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     *DATA,
     WEIGHTS,
     CALIBRATION,
-    option("--latency-ms", "L", "nine calls in ten must take no longer", float),
+    option("--latency-ms", "L", "the latency that nine of ten calls must not exceed", float),
     option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
-    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, natively; eager always"),
-    option("--images", "N", "how many are scored at most (1000)", int),
+    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, in native precisions; always with eager"),
+    option("--images", "N", "the largest number of images to score (1000)", int),
     option("--device-batch-sizes", "B,…", "1,2,4,8,16,32 by default", _sizes),
-    option("--row-budget-s", "S", "seconds that a row's calls may take (5)", float),
+    option("--row-budget-s", "S", "seconds that the calls of one row may take (5)", float),
     option("--out", "DIR", "a new folder for the measurements, the engine and its script", user_path, required=True),
 )
 def _choose(model: str, **options) -> None:
@@ -272,9 +273,9 @@ def _choose(model: str, **options) -> None:
     print(f"machine: {row['machine']}\nuse it: python {script} IMAGE …")
 
 
-DATA_HELP = "a folder per class, images with a table, parquet, or ILSVRC2012's archives"
-DIAGNOSE_HELP = "look for what costs accuracy: takes as long as six more runs over 256 images"
-SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all do a share of each global batch"
+DATA_HELP = "one folder per class, images with a table of labels, parquet files, or ILSVRC2012's archives"
+DIAGNOSE_HELP = "look for the cause of lost accuracy; takes as long as six more runs over 256 images"
+SCHEDULE_HELP = "async (the default): a free replica takes the next batch; sync: all share each global batch"
 
 
 @verb(
@@ -289,13 +290,13 @@ SCHEDULE_HELP = "async (the default): replicas take what comes next; sync: all d
     option("--schedule", "S", SCHEDULE_HELP),
     option("--ray-address", "A", "a Ray cluster: host:port of its head, or auto"),
     option("--repeat", "N", "run the engine N times", int),
-    flag("--skip-validation", "leave out the reference's run, eager fp32, over the same images"),
+    flag("--skip-validation", "leave out the run of the reference, eager fp32, over the same images"),
     flag("--diagnose", DIAGNOSE_HELP),
-    flag("--resume", "go on with an interrupted run in --out"),
+    flag("--resume", "continue the interrupted run in --out"),
     option("--out", "DIR", "a new folder for the results", user_path, required=True),
 )
 def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
-    """Run a model over a data set: accuracy and speed."""
+    """Measure the accuracy and the speed of a model over a data set."""
     from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
 
     if diagnose and options.get("weights") == "random":
@@ -310,11 +311,11 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
         raise EngineFailure(f"{failure}; this run is invalid") from None
     except KeyboardInterrupt:
         return _stopped(out, (out / "run.json").exists(), "the same command with --resume goes on")
-    e2e_s = None if "resume" in options else time.perf_counter() - start  # of what was done in one go
+    e2e_s = None if "resume" in options else time.perf_counter() - start  # only of a run that was not interrupted
     evaluation = runs[0]
     roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
     row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
-    write_row(row, evaluation.out)  # before the first line, after which nobody may read on
+    write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")
@@ -328,36 +329,36 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
         try:
             print(vitdemo.diagnose(engine, model, dataset))
         except EngineFailure as failure:
-            raise EngineFailure(f"{failure}; the results stand, the diagnosis does not") from None
+            raise EngineFailure(f"{failure}; the results are valid, but the diagnosis is not") from None
 
 
 def _stopped(out: Path, begun: bool, cure: str) -> int:
-    """Say what a Ctrl-C left. begun: whether there is something to go on with."""
-    print(f"vitdemo: stopped{f'; what was done is in {out}, {cure}' if begun else ''}", file=sys.stderr)
+    """Report what is left after Ctrl-C. begun: whether there are results from which to continue."""
+    print(f"vitdemo: stopped{f'; the finished part is in {out}; {cure}' if begun else ''}", file=sys.stderr)
     return 130
 
 
-AGAINST_HELP = "a sweep to hold the ratios to eager against; exit code 1 where one became worse"
+AGAINST_HELP = "a baseline sweep; exit code 1 if an engine's speed relative to eager is worse than there"
 
 
 @verb(
     option("models", "MODEL", MODEL_HELP, nargs="+"),
-    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, natively; eager always"),
+    option("--engines", "E,…", "such as openvino,onnx:int8; by default all, in native precisions; always with eager"),
     option("--device-batch-sizes", "B,…", "1,2,4, … 256 by default", _sizes),
     DEVICE,
     WEIGHTS,
     option("--replicas", "N", "share each batch among N processes, by Ray", int),
-    option("--row-budget-s", "S", "seconds that a row's calls may take (20)", float),
-    option("--data", "PATH", "images for the accuracy: a data set; the bundled ones for vit_shapes20"),
+    option("--row-budget-s", "S", "seconds that the calls of one row may take (20)", float),
+    option("--data", "PATH", "a data set for the accuracy; by default the bundled one for vit_shapes20"),
     *DATA,
-    option("--images", "N", "how many of them (1000)", int),
+    option("--images", "N", "how many images (1000)", int),
     CALIBRATION,
     option("--against", "CSV", AGAINST_HELP, user_path),
-    option("--worse-by", "X", "by which fraction a ratio may be worse (0.2)", float),
-    option("--out", "DIR", "where perf_*.csv goes", user_path, required=True),
+    option("--worse-by", "X", "the fraction by which a ratio may be worse (0.2)", float),
+    option("--out", "DIR", "the folder for perf_*.csv", user_path, required=True),
 )
 def _benchmark(out: Path, against: Path | None = None, **options) -> int:
-    """Time models in every engine and batch size, by turns."""
+    """Time models in every engine and batch size, interleaved."""
     from vitdemo.benchmarking import gate
     from vitdemo.benchmarking.files import read_perf
     from vitdemo.benchmarking.pairs import choose_pairs
@@ -387,13 +388,13 @@ def _benchmark(out: Path, against: Path | None = None, **options) -> int:
     compared = gate.compare(rows, baseline, **worse_by)
     print(f"against {against}, measured on {baseline['machine'].iloc[0]}:\n{markdown(compared)}")
     if baseline["machine"].iloc[0] != rows["machine"].iloc[0]:
-        print("vitdemo: the baseline is of another machine, where ratios may be others", file=sys.stderr)
+        print("vitdemo: the baseline is from another machine, where ratios may differ", file=sys.stderr)
     return 0 if gate.passes(compared) else 1
 
 
 @verb(
-    option("folders", "DIR", "folders, or files, of `vitdemo benchmark`", user_path, nargs="+"),
-    option("--layout", "L", "as other projects have it: ttmetal or aitemplate"),
+    option("folders", "DIR", "folders or files that `vitdemo benchmark` wrote", user_path, nargs="+"),
+    option("--layout", "L", "the columns of another project's table: ttmetal or aitemplate"),
     option("--out", "FILE", "a .csv, .md or .html", user_path, required=True),
 )
 def _merge(folders: Sequence[Path], out: Path, layout: str | None = None) -> None:

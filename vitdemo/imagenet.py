@@ -1,4 +1,4 @@
-"""ILSVRC2012 from inside: its archives, the devkit, the train set, and what files say of themselves."""
+"""The namespace ``vitdemo.imagenet``: ILSVRC2012's archives and devkit, its train set, and facts from file headers."""
 
 from vitdemo import front
 

@@ -18,12 +18,13 @@ from vitdemo.paths import REPOSITORY
 now = time.perf_counter
 
 PACKAGES = "vitdemo torch torchvision timm transformers pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
-SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")  # as PyTorch names them
+# Instructions for bf16 and int8, by PyTorch's names
+SMALL_NUMBERS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "bf16", "i8mm")
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Phases:
-    """Seconds spent in named parts of one thread's work.
+    """The seconds spent in named parts of one thread's work.
 
     ``with phases("load"): …`` adds the block's wall time to ``phases.seconds["load"]``. Phases are
     not nested, so their sum is at most the thread's wall time.
@@ -44,8 +45,8 @@ class Phases:
 def peak_memory_bytes() -> int:
     """The largest resident size this process has had, in bytes.
 
-    On Linux VmHWM of /proc/self/status: getrusage's figure outlives fork and exec, so a child would report
-    its parent's. Elsewhere getrusage, in the bytes of macOS.
+    On Linux it is VmHWM of /proc/self/status, because getrusage's value survives fork and exec, so that a child would
+    report its parent's peak. Elsewhere it is getrusage's, which macOS gives in bytes.
     """
     peak = _proc_field("/proc/self/status", "VmHWM")
     return int(peak.split()[0]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -60,17 +61,17 @@ def _proc_field(path: str, name: str) -> str | None:
 
 
 def cores() -> int:
-    """CPU cores this process may use, of the machine's and of what a container is given."""
+    """The number of CPU cores that this process may use, within the limits of its container."""
     counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for group in _control_groups("cpu"):
-        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+        with suppress(OSError, ValueError):  # no such file, or its value is "max": no limit
             quota, period = map(int, _read(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))
-            counts += [ceil(quota / period)] if quota > 0 else []  # version 1 says -1
+            counts += [ceil(quota / period)] if quota > 0 else []  # -1 is version 1's "no limit"
     return min(counts)
 
 
 def memory_bytes() -> int:
-    """The machine's memory in bytes, or what a container is given of it."""
+    """The machine's memory in bytes, or its container's limit where that is lower."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for group in _control_groups("memory"):
         with suppress(OSError, ValueError):
@@ -79,22 +80,22 @@ def memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """What can still be taken without swapping, of the machine's memory and of what a container is given."""
+    """The bytes of memory that can still be taken without swapping, within the limits of the container."""
     rooms = [psutil.virtual_memory().available]
     for group in _control_groups("memory"):
         with suppress(OSError, ValueError):
             limit = int(_read(group, "memory.max", "memory.limit_in_bytes")[0])
             used = int(_read(group, "memory.current", "memory.usage_in_bytes")[0])
             pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            files = pages.get("total_inactive_file") or pages["inactive_file"]  # read before, given back when asked for
+            files = pages.get("total_inactive_file") or pages["inactive_file"]  # file cache that the kernel gives back
             rooms.append(limit - used + int(files))
     return max(0, min(rooms))
 
 
 def _control_groups(controller: str) -> list[Path]:
-    """This process's cgroups and those around them, whose limits hold as well; none but on Linux.
+    """This process's cgroups and their parents, whose limits hold as well; an empty list on other systems than Linux.
 
-    Version 2 has one tree, "unified" where version 1 is there too; version 1 has one for each controller.
+    Version 2 has one tree, called "unified" where version 1 exists too. Version 1 has one tree per controller.
     https://docs.kernel.org/admin-guide/cgroup-v2.html and …/cgroup-v1/index.html
 
     Args:
@@ -105,27 +106,27 @@ def _control_groups(controller: str) -> list[Path]:
         for _, names, place in (line.split(":", 2) for line in OWN_GROUP.read_text().splitlines()):
             if not names or controller in names.split(","):
                 for root in [GROUPS / controller] if names else [GROUPS, GROUPS / "unified"]:
-                    inner = root / place.lstrip("/")  # in a container its own path may be out of sight: then the root
+                    inner = root / place.lstrip("/")  # may be invisible inside a container, which sees the root instead
                     found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
     return found
 
 
 def _read(group: Path, name: str, *older: str) -> list[str]:
-    """The values in a file of a cgroup; of version 1, in each of the files that say the same there."""
+    """The values in the file ``name`` of a cgroup; in version 1 those of the files ``older``, which mean the same."""
     files = [group / name] if (group / name).exists() else [group / each for each in older]
     return [value for file in files for value in file.read_text().split()]
 
 
 def versions() -> dict[str, str | None]:
-    """The installed versions of all that shapes a result."""
+    """The installed versions of all packages that can change a result."""
     return {name: installed_version(name) for name in PACKAGES}
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version of a distribution, or None; imports nothing.
+    """The installed version of a distribution, or None; nothing is imported.
 
     Args:
-        package: its name, as pip has it.
+        package: the distribution's name for pip.
     """
     try:
         return metadata.version(package)
@@ -134,11 +135,13 @@ def installed_version(package: str) -> str | None:
 
 
 def machine_record() -> dict:
-    """What a number was measured on: processor, cores, memory, instruction set, versions, GPU.
+    """The machine on which a number was measured: processor, cores, memory, instruction set, versions, GPU.
 
-    isa: what PyTorch computes with, and what bf16 and int8 are quick by, ``AVX512 avx512_bf16 avx512_vnni``.
-    precisions: how torch computes in each, "native" or "emulated"; ``vitdemo doctor`` asks every engine. A plain dict
-    that JSON can hold; it goes beside every result.
+    It is a plain dict that JSON can hold, and is stored with every result.
+
+    isa: the instruction set that PyTorch uses, and the instructions for bf16 and int8, such as
+    ``AVX512 avx512_bf16 avx512_vnni``.
+    precisions: how torch computes in each precision, "native" or "emulated"; ``vitdemo doctor`` asks every engine.
     """
     import torch
 
@@ -160,7 +163,7 @@ def machine_record() -> dict:
 
 @cache
 def source_commit() -> str:
-    """The commit of vitdemo's source, ``+`` after it where that was changed since; "unknown" without git."""
+    """The commit of vitdemo's source, with ``+`` appended where files have changed since; "unknown" without git."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -172,7 +175,7 @@ def describe_machine(record: dict) -> str:
     """One line for people: ``AMD EPYC …, 2 cores, 23 GiB, AVX512 avx512_bf16, bf16 native, no GPU, torch 2.15.0``.
 
     Args:
-        record: as ``machine_record`` gives it, of this machine or of another.
+        record: the result of ``machine_record``, on this machine or on another one.
     """
     parts = [record["cpu"], f"{record['cores']} cores", f"{record['memory_bytes'] / 2**30:.0f} GiB", record["isa"]]
     parts += [f"bf16 {record['precisions']['bf16']}", record["gpu"] or "no GPU", f"torch {record['versions']['torch']}"]

@@ -1,4 +1,4 @@
-"""Where data and runs live, what comes with the course, and how a file is written whole or not at all."""
+"""The paths of data, cache, runs and bundled items; output folders; and writing files whole or not at all."""
 
 import os
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from vitdemo.errors import VitdemoError
 
-PART = ".part"  # the suffix of a file or a folder that is not whole yet
+PART = ".part"  # the suffix of a file or folder that is not complete yet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IN_A_CLONE = (REPOSITORY / "pyproject.toml").exists()  # else it was installed from a wheel, without data and notebooks
+IN_A_CLONE = (REPOSITORY / "pyproject.toml").exists()  # False after installing a wheel, which has no data or notebooks
 
 
 def user_path(path: Path | str) -> Path:
-    """``path`` with a leading ``~`` as the shell would have it; a name of nobody stays as it is."""
+    """Expand a leading ``~`` as the shell does; ``~name`` of an unknown user stays unchanged."""
     return Path(os.path.expanduser(path))
 
 
@@ -24,7 +24,7 @@ def data_root() -> Path:
 
 
 def cache_root() -> Path:
-    """The folder for what is built once and can be built again: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
+    """The folder for files that can be built again at any time: ``VITDEMO_CACHE``, or ``~/.cache/vitdemo``."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return user_path(os.environ.get("VITDEMO_CACHE") or Path(cache_home) / "vitdemo")
 
@@ -46,19 +46,19 @@ def data_path(name: str) -> Path:
     return path
 
 
-# What Synology's and macOS's, Linux's and Windows's file systems and viewers leave beside people's files.
+# Names that the file systems and file viewers of Synology, macOS, Linux and Windows add to people's folders.
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini"}
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of this base name is hidden, or was left there by a system."""
+    """Whether a file or folder with this base name is hidden, or was added by an operating system."""
     return name in SYSTEM or (name.startswith(".") and name not in (".", ".."))
 
 
 def claim_folder(path: Path | str) -> Path:
-    """Create ``path`` for results, or take it as it is when it is an empty folder.
+    """Create the folder ``path`` for results, or take an existing empty folder.
 
-    Raises VitdemoError when it holds something already: results are never mixed or overwritten.
+    Raises VitdemoError when the folder already holds something: results are never mixed or overwritten.
     """
     path = user_path(path)
     try:
@@ -72,16 +72,16 @@ def claim_folder(path: Path | str) -> Path:
 
 
 def results_folder(name: str, out: Path | str = "") -> Path:
-    """A folder for one notebook's results: ``out``, or a new ``runs/interactive/<name>_<time>`` when that is empty."""
+    """A folder for one notebook's results: ``out``, or a new ``runs/interactive/<name>_<time>`` where ``out`` is ""."""
     return claim_folder(out or runs_root() / "interactive" / f"{name}_{datetime.now():%Y-%m-%d_%H%M%S}")
 
 
 @contextmanager
 def replacing(path: Path | str, mode: str = "w"):
-    """Open a temporary file beside ``path`` that takes its name only when the block has succeeded.
+    """Open a temporary file next to ``path``, and rename it to ``path`` only when the block has succeeded.
 
     A reader therefore sees the old file or the whole new one, never a part. On any error the
-    temporary file is removed and ``path`` is as it was.
+    temporary file is removed and ``path`` stays unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
@@ -102,7 +102,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
             path.unlink(missing_ok=True)
 
 
-SHAPES20 = "shapes20"  # drawn, in the exact form of ILSVRC2012
+SHAPES20 = "shapes20"  # drawn images, in the exact format of ILSVRC2012
 VAL_TAR, DEVKIT = f"{SHAPES20}/shapes20_img_val.tar", f"{SHAPES20}/shapes20_devkit.tar.gz"
-MODELS = {"vit_shapes20": f"{SHAPES20}/vit_shapes20"}  # name -> folder
-CALIBRATIONS = {"vit_shapes20": f"{SHAPES20}/shapes20_calib.tar"}  # name of the model -> images for int8
+MODELS = {"vit_shapes20": f"{SHAPES20}/vit_shapes20"}  # name of the model -> folder
+CALIBRATIONS = {"vit_shapes20": f"{SHAPES20}/shapes20_calib.tar"}  # name of the model -> calibration images for int8

@@ -13,11 +13,11 @@ from vitdemo.errors import reason_of
 
 NATIVE, EMULATED, ABSENT = "native", "emulated", "absent"
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number
-# Variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels; what a runtime
-# says of the processor does not follow them.
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # per number
+# Environment variables that hide instructions from oneDNN (in torch and in OpenVINO) and from torch's own kernels. The
+# runtimes still report the processor's real instructions.
 MASKS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-# What torch, ONNX Runtime and OpenVINO call them.
+# The names of the precisions in torch, ONNX Runtime and OpenVINO.
 NAMES = {
     "fp32": ("float32", "float", "f32"),
     "fp16": ("float16", "f16"),
@@ -25,20 +25,20 @@ NAMES = {
     "int8": ("uint8", "i8", "u8"),
 }
 PRECISION_OF = {theirs: precision for precision, names in NAMES.items() for theirs in names}
-SIDE, ROUNDS = 256, 15  # of the small product that decides, and how often it is timed
+SIDE, ROUNDS = 256, 15  # the side of the small matrix product that decides, and how often it is timed
 
-Shape = tuple[int, int, int]  # m, k, n of an [m, k] matrix by a [k, n] one
+Shape = tuple[int, int, int]  # m, k, n of the product of an [m, k] and a [k, n] matrix
 Call = Callable[[], object]
 Product = Callable[[str, Shape, int], Call | None]
 
 
 def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
-    """NATIVE, EMULATED or ABSENT: how a runtime computes in ``precision`` here.
+    """NATIVE, EMULATED or ABSENT: how a runtime computes in ``precision`` on this machine.
 
-    words: what the runtime and the processor say of themselves. Where all of them say yes and no instructions are
-    masked, that holds. Otherwise a small product of the runtime decides: a precision that is slower than fp32 on it is
-    emulated.
-    product: the runtime's ``Engine.product``; it gives None for a precision that the runtime does not multiply in.
+    words: what the runtime and the processor report about native support. If all are true and no instructions are
+    masked, the precision is native. Otherwise the runtime times a small matrix product: a precision in which it is
+    slower than in fp32 is emulated.
+    product: the runtime's ``Engine.product``; it returns None for a precision in which the runtime cannot multiply.
     """
     if all(words) and not any(os.environ.get(name) for name in MASKS):
         return NATIVE
@@ -50,10 +50,10 @@ def support_of(precision: str, words: Iterable[bool], product: Product) -> str:
 
 
 def _shortest_s(calls: Iterable[Call]) -> list[float]:
-    """Of each of ``calls``, by turns, the shortest after a cold one.
+    """The shortest duration of each of ``calls``, in seconds; they run interleaved, and the first round is not counted.
 
-    What else the machine does makes calls longer, never shorter; those of one thread, a fraction of a millisecond each,
-    find a moment of quiet on a busy machine too.
+    Other work on the machine makes a call longer, never shorter. These calls use one thread and take a fraction of a
+    millisecond, so even a busy machine leaves one of them undisturbed.
     """
     taken: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS + 1):
@@ -66,7 +66,7 @@ def _shortest_s(calls: Iterable[Call]) -> list[float]:
 
 
 def torch_product(precision: str, shape: Shape, threads: int, device: str = "cpu") -> Call | None:
-    """A call that multiplies an [m, k] matrix by a [k, n] one in torch; None for int8. On a GPU it is queued."""
+    """A function that multiplies an [m, k] by a [k, n] matrix in torch, on a GPU without waiting; None for int8."""
     if precision not in TORCH_TYPES:
         return None
     m, k, n = shape
@@ -88,12 +88,12 @@ def torch_product(precision: str, shape: Shape, threads: int, device: str = "cpu
 
 @cache
 def no_cuda() -> str:
-    """Why torch computes nothing on CUDA here, "" where it does: it may see a GPU that it has no kernels for."""
+    """Why torch cannot compute on CUDA here, or "" where it can. It may see a GPU for which it has no kernels."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     try:
         (torch.ones(1, device="cuda") + 1).item()
-    except Exception as error:  # CUDA's own, and torch's where it was built without it
+    except Exception as error:  # an error of CUDA, or of a torch that was built without CUDA
         reason = f"torch sees a CUDA device and cannot compute on it ({reason_of(error)})"
         print(f"{reason}; the CPU computes", file=sys.stderr)
         return reason
@@ -104,8 +104,9 @@ def no_cuda() -> str:
 def torch_support() -> dict[str, str]:
     """How torch computes in each precision on this processor.
 
-    ``_is_mkldnn_bf16_supported`` is also True of AVX512 without bf16 instructions, where oneDNN emulates them. A torch
-    without oneDNN, as on a Mac, has no such word, and may use no bf16 instructions of a processor that has them.
+    ``_is_mkldnn_bf16_supported`` is also True on processors that have AVX512 but no bf16 instructions, where oneDNN
+    emulates bf16. A torch without oneDNN, as on a Mac, cannot report it, and may leave the processor's bf16
+    instructions unused.
     """
     has = torch.cpu.get_capabilities()
     words = [any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))]
@@ -114,7 +115,7 @@ def torch_support() -> dict[str, str]:
 
 
 def cuda_support() -> dict[str, str]:
-    """How torch computes in each precision on the GPU; *not run*. fp16 is older than every GPU that torch runs on."""
+    """How torch computes in each precision on the GPU; *not run*. All GPUs that torch supports have fp16."""
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return {"fp32": NATIVE, "fp16": NATIVE, "bf16": NATIVE if bf16 else EMULATED}
 
@@ -122,20 +123,21 @@ def cuda_support() -> dict[str, str]:
 def adds_products_exactly() -> bool:
     """Whether this CPU adds up products of uint8 and int8 exactly.
 
-    An x86 without VNNI adds them by pairs in 16 bits, which two large ones overflow; weights of 7 bits do not.
+    An x86 processor without VNNI adds pairs of products in 16 bits. Two large products overflow, unless the weights
+    have only 7 bits.
     """
     cpu = torch.cpu.get_capabilities()
     return not cpu["architecture"].startswith("x86") or cpu["avx512_vnni"] or cpu["avx_vnni"]
 
 
 def shares_that_ran(work: Mapping[str, float], support: Mapping[str, str], expected: float = 0.0) -> dict[str, float]:
-    """The share of a model's work in each precision; one that is emulated is called ``bf16 emulated``.
+    """The share of a model's work in each precision; an emulated precision is named like ``bf16 emulated``.
 
     Args:
-        work: multiply-accumulates that were seen, or FLOPs, by precision or a runtime's name of it.
+        work: the counted multiply-accumulates or FLOPs, by precision or by a runtime's name for it.
         support: how each precision is computed here.
-        expected: the model's work. Where more than 1 % of it was not seen, in kernels of an unknown kind, that is
-            "unknown".
+        expected: the model's total work. If more than 1 % of it was not counted, because it ran in kernels of an
+            unknown kind, that share is named "unknown".
     """
     seen: Counter[str] = Counter()
     for name, count in work.items():

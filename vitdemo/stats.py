@@ -1,4 +1,4 @@
-"""Samples, and what measured numbers say: percentiles, intervals, and McNemar's test."""
+"""Statistics: evenly spread indices, percentiles, confidence intervals, and McNemar's test."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,14 +9,14 @@ def spread(length: int, count: int) -> list[int]:
     """Evenly spread indices.
 
     Args:
-        length: of what they are indices.
-        count: how many; all where there are fewer.
+        length: the length of the sequence that they index.
+        count: how many indices; all of them where the sequence is shorter.
     """
     return [i * length // count for i in range(count)] if count < length else list(range(length))
 
 
 def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
-    """p50, p90, p99 and mean in milliseconds, and the count they rest on; ``{"count": 0}`` for no durations.
+    """p50, p90, p99 and mean in milliseconds, and the number of durations; ``{"count": 0}`` for no durations.
 
     Args:
         seconds: durations in seconds.
@@ -30,15 +30,15 @@ def percentiles_ms(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def median_interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """The median, and the two of ``values`` that hold the true median between them with 95 %.
+    """The median, and the two of ``values`` that are the bounds of its 95 % interval.
 
-    Order statistics by the binomial distribution, which assumes no shape. NaN for both where there are fewer than six
-    values, whose whole range holds it less often than that.
+    The bounds are order statistics chosen by the binomial distribution, so the values may have any distribution. Both
+    bounds are NaN for fewer than six values, because even their whole range contains the true median less often.
 
     Args:
         values: independent measurements of one quantity.
     """
-    from scipy.stats import binom  # here, as it takes longer to import than what most callers of this file do
+    from scipy.stats import binom  # imported here: the import takes longer than most callers of this file run
 
     ordered = np.sort(np.asarray(list(values), dtype=np.float64))
     outside = int(binom.ppf(0.025, len(ordered), 0.5))
@@ -50,8 +50,8 @@ def wilson_interval(correct: int, images: int) -> list[float]:
     """The 95 % Wilson score interval of ``correct / images``, as [low, high] fractions.
 
     Args:
-        correct: images that were right.
-        images: all of them.
+        correct: the number of correctly classified images.
+        images: the number of all images.
     """
     from scipy.stats import binomtest
 
@@ -60,12 +60,12 @@ def wilson_interval(correct: int, images: int) -> list[float]:
 
 
 def mcnemar_p(better: int, worse: int, alternative: str = "two-sided") -> float:
-    """The p of McNemar's exact test: how often two sides that are equally good come to counts as uneven as these.
+    """The p-value of McNemar's exact test: how often two equally good classifiers give counts at least this uneven.
 
     Args:
-        better: images that only the one side got right.
-        worse: images that only the other got right.
-        alternative: "two-sided", or "greater" where only a better one side counts.
+        better: the number of images that only the first classifier got right.
+        worse: the number of images that only the second classifier got right.
+        alternative: "two-sided", or "greater" to test only whether the first classifier is better.
     """
     from scipy.stats import binomtest
 
@@ -73,12 +73,12 @@ def mcnemar_p(better: int, worse: int, alternative: str = "two-sided") -> float:
 
 
 def paid_once(seconds: Sequence[float]) -> float:
-    """The share of all the time that the first call took beyond the median of the others, 0 for fewer than two calls.
+    """The share of the total time that the first call took beyond the median of the others, 0 for fewer than two calls.
 
-    Near 0 where the first call was like the others, near 1 where nearly all the time was spent on getting ready.
+    It is near 0 where the first call took as long as the others, and near 1 where nearly all the time was warm-up.
 
     Args:
-        seconds: of each call, in the order of the calls.
+        seconds: the seconds of each call, in the order of the calls.
     """
     if len(seconds) < 2:
         return 0.0
@@ -86,10 +86,10 @@ def paid_once(seconds: Sequence[float]) -> float:
 
 
 def unaccounted_s(wall_s: float, parts_s: Iterable[float]) -> float:
-    """What a loop whose parts are timed one by one spent where nobody looked, in seconds.
+    """The seconds of a loop that the timings of its parts do not cover.
 
     Args:
-        wall_s: seconds of the whole loop.
-        parts_s: seconds of its parts, which follow one another.
+        wall_s: the seconds of the whole loop.
+        parts_s: the seconds of its parts, which run one after the other.
     """
     return max(0.0, wall_s - sum(parts_s))

@@ -196,7 +196,7 @@ def test_what_fails_is_a_row_and_the_sweep_goes_on(tmp_path, break_openvino):
     assert status["openvino:fp32", 2].startswith("failed: out of memory")
     if is_native("openvino", "bf16"):
         assert status["openvino:bf16", 2] == "failed: no such kernel"
-    assert status["openvino:int8", 2].startswith("failed: its process ended (killed, as it is where memory runs out: ")
+    assert status["openvino:int8", 2].startswith("failed: its process ended (killed, perhaps because memory ran out: ")
     for precision in find_engines()["openvino"].native():
         assert status[f"openvino:{precision}", 1] == "ok"
         assert status[f"openvino:{precision}", 4] == "skipped: batch 2 failed"
@@ -229,7 +229,7 @@ def test_the_gate_in_ci_ends_with_1_and_says_what_it_compares(rows, tmp_path, ca
     code, said = gate("worse.csv", 1000.0)
     assert code == 1 and WORSE in said.out and "another machine" not in said.err
     code, said = gate("better.csv", 0.001, machine="a faster one")
-    assert code == 0 and STALE in said.out and "the baseline is of another machine" in said.err
+    assert code == 0 and STALE in said.out and "the baseline is from another machine" in said.err
     sweeps = len(list((tmp_path / "out").glob(PATTERN)))
     code, said = gate("none.csv", 1.0, device_batch_size=7)
     assert code == 2 and "the baseline has no row of the same model, weights, engine" in said.err
@@ -306,7 +306,7 @@ def test_workers_end_with_the_process_that_started_them_and_it_is_said():
     own = server.children()
     server.kill()
     assert len(own) == 1 and psutil.wait_procs(own, timeout=60)[1] == []
-    with pytest.raises(Failed, match="its process ended .with the one that starts the others"):
+    with pytest.raises(Failed, match="its process ended .together with the process that starts the others"):
         worker.ask("explore", "fp32")
     after = Worker()
     after.ask("roof", [], "cpu")  # another server has started it

@@ -394,7 +394,7 @@ def test_folder_whose_weights_have_other_outputs(tmp_path):
     assert_same(model, other)
     assert model.info.classes is None
     shutil.copy(tmp_path / "six.safetensors", folder / "model.safetensors")
-    refused("config.json: says 4 classes, and the weights beside it have 6 outputs", folder)
+    refused("config.json: says 4 classes, and the weights next to it have 6 outputs", folder)
 
 
 def test_timms_classifier_in_transformers_wrapping(tmp_path):

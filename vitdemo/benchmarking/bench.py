@@ -1,4 +1,4 @@
-"""Measures one engine of a model, in a process of its own, which answers questions over a pipe."""
+"""Measures one engine of a model in its own process, which is controlled over a pipe."""
 
 import ctypes
 import os
@@ -24,54 +24,54 @@ from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import now, peak_memory_bytes
 
-INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
+INPUTS = 4  # sets of pixels, used in rotation, so that the next set is not in the CPU's cache from its last use
 EXPLORE_S = 1.0
-STABLE, LAST = 0.05, 3  # warm, when the last calls lie within this share of their median
+STABLE, LAST = 0.05, 3  # an engine is warm when the last 3 calls lie within this fraction of their median
 
 
 class Failed(Exception):
-    """A bench could not do what it was asked. The message is one line."""
+    """A bench could not answer a request. The message is one line."""
 
 
 class EngineBench:
-    """One engine, measured by calls of ``step``: one batch of random pixels, there and back."""
+    """One engine, measured by calls of ``step``, which compute one batch of random pixels."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        engine.streams = 1  # single calls are timed, and the answers are to be those of the same form
+        engine.streams = 1  # single calls are timed, and the predictions must come from the same form
         self._pixels: torch.Tensor | None = None
         self._turn = count()
 
     def facts(self) -> dict:
-        """Of the engine, for its rows."""
+        """The facts about the engine for its rows."""
         engine = self.engine
         known = {name: getattr(engine, name) for name in ("load_s", "device", "threads", "streams")}
         return known | {"build_s": engine.card.get("build_s"), "artifact": engine.card["key"]}
 
     def precision_ran(self) -> dict[str, float]:
-        """Asked for after the first timed calls, as reading it back runs an image."""
+        """The engine's ``precision_ran``; requested after the first timed calls, because it runs an image."""
         return self.engine.precision_ran
 
     def first_call(self, device_batch_size: int) -> float:
-        """Seconds of a call on new pixels of that batch size, which later calls use too."""
+        """The seconds of a call on new pixels of this batch size, which later calls use too."""
         self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size)
         return self.step()
 
     def step(self) -> float:
-        """Seconds of one call."""
+        """The seconds of one call."""
         x = self._pixels[next(self._turn) % INPUTS]
         start = now()
         self.engine(x)
         return now() - start
 
     def warm_up(self, seconds: float) -> float:
-        """Seconds of calling until the last few take equally long, at most about ``seconds``."""
+        """Call until the last few calls take equally long, or about ``seconds`` are over; return the seconds taken."""
         return sum(until_stable(self.step, seconds))
 
     def turn(self, seconds: float) -> list[float]:
-        """Seconds of each call, as many as fill ``seconds``, one at least.
+        """The seconds of each call; calls continue until ``seconds`` are filled, and there is at least one.
 
-        Of short calls one more, which wakes caches and threads and is not counted.
+        If calls are short, a first one, which warms caches and threads, is not counted.
         """
         first = self.step()
         taken = [first] if first > seconds / 4 else []
@@ -80,49 +80,54 @@ class EngineBench:
         return taken
 
     def logits(self) -> torch.Tensor:
-        """Of the random pixels in use, float32[N, C]."""
+        """The logits of the current random pixels, float32[N, C]."""
         return torch.cat([self.engine(x) for x in self._pixels])
 
     def answers(self, address: tuple, images: int) -> dict:
-        """Of the first ``images`` of the data set of an ``address``.
+        """Evaluate the first ``images`` of the data set of an ``address``.
 
-        ``top1``, how many were ``calibrated_on_scored``, and ``answers``, their class indices.
+        Returns ``images``, ``top1``, ``calibrated_on_scored``, and ``answers``, the predicted class indices.
         """
-        from vitdemo.evaluation.evaluation import evaluate  # here, as importing it takes longer than most calls
+        from vitdemo.evaluation.evaluation import evaluate  # imported here: the import takes longer than most calls
 
         found = evaluate(self.engine, open_again(address), limit=images, progress=False)
         known = {name: found.metrics[name] for name in ("images", "top1", "calibrated_on_scored")}
         return known | {"answers": found.rows["predicted_1"].fillna(-1).astype(int).tolist()}
 
     def peak_memory_bytes(self) -> int | None:
-        """The process's largest resident size since the engine was ready, or on CUDA what torch took of the GPU's
-        memory at most; None where no system tells."""
+        """The process's largest resident size since the engine was ready; on CUDA, torch's largest use of GPU memory.
+
+        None where the system does not report it.
+        """
         if self.engine.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return peak_memory_bytes() if sys.platform == "linux" else None
 
 
 def open_bench(source: Recipe, threads: int) -> EngineBench:
-    """source: the ticket of an engine that reads an artifact; what any other engine is made from."""
+    """Make the bench of an engine.
+
+    source: for an engine that reads an artifact, its ticket; for any other engine, its complete recipe.
+    """
     if source.model is None:
         engine = source.load(artifacts_root() / source.folder_name, threads)
     else:
         engine = source.engine(threads)
-        engine.recipe = None  # its memory is not the engine's
-    with suppress(OSError):  # the peak of what it took to get ready is forgotten
+        engine.recipe = None  # its memory must not count as the engine's
+    with suppress(OSError):  # reset the peak, so that loading does not count
         Path("/proc/self/clear_refs").write_text("5")
     return EngineBench(engine)
 
 
 class RoofBench:
-    """Plain matrix products, the best of which is the roof; what was found best stays in use."""
+    """Plain matrix products, the fastest of which gives the roof; later calls time only this product."""
 
     def __init__(self, shapes: list[Shape], device: str):
         self._shapes, self._device = shapes, device
         self._products: dict[str, Products | None] = {}
 
     def explore(self, precision: str) -> None:
-        """Find the best product in ``precision``, once."""
+        """Find the fastest product in ``precision``, once."""
         if precision in self._products:
             return
         try:
@@ -132,14 +137,16 @@ class RoofBench:
             self._products[precision] = None
 
     def flops_per_s(self, precision: str, seconds: float) -> float | None:
-        """The rate in this turn; None where nothing here multiplies in that precision."""
+        """The throughput in this turn; None where no runtime here multiplies in that precision."""
         products = self._products[precision]
         return products and products.best(seconds, least=1).flops_per_s
 
 
 def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
-    """The calls' seconds until the last LAST lie within STABLE of their median, or another call would take longer
-    than what is left of ``seconds``."""
+    """Call ``step`` until the last LAST calls lie within STABLE of their median; return the seconds of each call.
+
+    It stops earlier if another call would exceed ``seconds``.
+    """
     taken: list[float] = []
     while sum(taken) + (taken[-1] if taken else 0) < seconds:
         taken.append(step())
@@ -150,21 +157,21 @@ def until_stable(step: Callable[[], float], seconds: float) -> list[float]:
 
 
 def serve(pipe: Connection, environment: dict[str, str]) -> None:
-    """Make the bench that comes first, then call its methods by name, until the other end is closed.
+    """Make the bench that the first message names, then call its methods by name, until the other end is closed.
 
-    environment: the starter's, now; the server, from which this process was forked, keeps that of its own start.
+    environment: the starter's present environment; the server from which this process was forked has an older one.
     """
     os.environ.clear()
     os.environ |= environment
-    os.setpgrp()  # Ctrl-C and Ctrl-Z are for the starter, who ends this process
+    os.setpgrp()  # only the starter receives Ctrl-C and Ctrl-Z; it ends this process
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the server, also while it is stopped
-        os.close(forkserver._forkserver._forkserver_alive_fd)  # and the server with the starter: it waits for all ends
-        with suppress(OSError):  # where memory runs out, this process is to go, and not the one that asks
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the server, even if suspended
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # so that the server ends when the starter ends
+        with suppress(OSError):  # when memory runs out, the system should kill this process and not the starter
             Path("/proc/self/oom_score_adj").write_text("1000")
-    tqdm.set_lock(RLock())  # its own is a semaphore, which a process that is killed leaves behind
+    tqdm.set_lock(RLock())  # tqdm's own lock is a semaphore, which a killed process leaves behind
     bench = None
-    with suppress(EOFError, OSError):  # the other end is closed, or its process was killed
+    with suppress(EOFError, OSError):  # the other end was closed, or its process was killed
         while True:
             name, *arguments = pickle.loads(pipe.recv_bytes())
             try:
@@ -173,6 +180,6 @@ def serve(pipe: Connection, environment: dict[str, str]) -> None:
                     answer = None
                 else:
                     answer = getattr(bench, name)(*arguments)
-            except Exception as error:  # a runtime may raise anything; it becomes a row that says so
+            except Exception as error:  # a runtime may raise anything, which becomes the status of a row
                 answer = Failed(reason_of(error))
             pipe.send_bytes(pickle.dumps(answer))

@@ -1,4 +1,4 @@
-"""The verb ``choose``: which of the measured engines to use, and that engine as a script that needs no vitdemo."""
+"""The verb ``choose``: selects the best of the measured engines, and exports it with a script that needs no vitdemo."""
 
 import copy
 import math
@@ -34,15 +34,16 @@ TEMPLATE = Path(__file__).with_name(f"{SCRIPT}.j2")
 
 
 def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy_loss: float) -> pd.Series:
-    """The row with the most images/s among those fast enough and right enough.
+    """The row with the most images/s among those that are fast enough and accurate enough.
 
     Args:
-        rows: of ``benchmark``, of one model on one machine, with the accuracies measured.
-        latency_budget_ms: fast enough is where nine calls in ten (``p90_ms``) stay within it.
-        largest_accuracy_loss: right enough is a top-1 at most this fraction below eager fp32's on the same images.
+        rows: rows of ``benchmark`` for one model on one machine, with measured accuracies.
+        latency_budget_ms: a row is fast enough if nine of ten calls (``p90_ms``) stay within it.
+        largest_accuracy_loss: a row is accurate enough if its top-1 is at most this fraction below eager fp32's on the
+            same images.
 
     Raises:
-        VitdemoError: where there is none, saying what comes nearest, and for rows of several machines or models.
+        VitdemoError: where there is no such row, with the nearest one, and for rows of several machines or models.
     """
     for name in ("machine", "model"):
         if rows[name].nunique() > 1:
@@ -51,12 +52,12 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
     reference = found.loc[(found["engine"] == EAGER.engine) & (found["precision"] == EAGER.precision), "top1"].dropna()
     if reference.empty:
         raise VitdemoError("which engine: no accuracy was measured; measure a model with its weights on real images")
-    right = found[reference.iloc[0] - found["top1"] <= largest_accuracy_loss + 1e-12]  # of counts, not of rounding
+    right = found[reference.iloc[0] - found["top1"] <= largest_accuracy_loss + 1e-12]  # allows rounding errors
     fast = right[right["p90_ms"] <= latency_budget_ms]
     if fast.empty:
         least = right["p90_ms"].min()
         none = f"none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms"
-        raise VitdemoError(f"which engine: {none}; give more time, or take a larger loss")
+        raise VitdemoError(f"which engine: {none}; allow more time, or a larger loss")
     return fast.loc[fast["images_per_s"].idxmax()]
 
 
@@ -75,25 +76,25 @@ def choose(
     row_budget_s: float = 5.0,
     out: Path | str,
 ) -> tuple[pd.Series, Report, Path]:
-    """From a model and images to the engine to use on this machine: measured, verified, exported with its script.
+    """Measure, choose, verify and export the engine for a model on this machine.
 
-    Every engine and native precision that a script can be written for is measured by ``benchmark``, or those that
-    ``engines`` names; of those fast and right enough the one with the most images/s that passes ``verify`` is taken.
+    ``benchmark`` measures every engine and native precision for which a script can be written, or those in ``engines``.
+    Among those that are fast and accurate enough, the one with the most images/s that passes ``verify`` is chosen.
 
     Args:
-        name: of the model, as in ``load_model``.
-        data: labelled images. Without ``calibration`` a quarter of them, at most 256, is for finding int8's ranges and
-            is not scored.
-        latency_ms: fast enough is where nine calls in ten stay within it.
-        largest_loss: right enough is a top-1 at most this fraction below eager fp32's.
+        name: the model, as in ``load_model``.
+        data: labelled images. Without ``calibration``, a quarter of them, at most 256, is used to find the ranges of
+            int8 and is not scored.
+        latency_ms: an engine is fast enough if nine of ten calls stay within it.
+        largest_loss: an engine is accurate enough if its top-1 is at most this fraction below eager fp32's.
         engines, weights, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
-        out: a new folder: ``sweeps/`` with all rows, and ``choice/`` with the engine and ``classify.py``.
+        out: a new folder for ``sweeps/`` with all rows, and ``choice/`` with the engine and ``classify.py``.
 
     Returns:
-        The row of the engine, its report, and the path of the script.
+        The row of the engine, its report from ``verify``, and the path of the script.
 
     Raises:
-        VitdemoError: for bad input, and where none is fast and right enough.
+        VitdemoError: for bad input, and where no engine is fast and accurate enough.
     """
     model = load_model(name, weights)
     data, out = match_classes(model.info, data, class_map), claim_folder(out)
@@ -116,26 +117,26 @@ def choose(
 
 
 def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | None = None) -> Path:
-    """Write ``classify.py`` and what it needs into the new folder ``out``; the path of the script.
+    """Write ``classify.py`` and its files into the new folder ``out``; return the path of the script.
 
-    It takes paths of images and prints the likeliest classes of each; it needs numpy, Pillow and the engine's runtime,
-    and no vitdemo. The script is written last: a folder that has it is whole.
+    The script takes paths of images and prints the likeliest classes of each. It needs numpy, Pillow and the engine's
+    runtime, but not vitdemo. It is written last, so that a folder with the script is complete.
 
     Args:
-        engine: made by ``convert`` for the CPU, of a square input.
-        out: a folder that is empty or not there yet.
-        class_names: by class index; by default the wnids.
+        engine: an engine from ``convert`` for the CPU, with square input.
+        out: an empty folder, or one that does not exist yet.
+        class_names: the names by class index; by default the wnids.
 
     Raises:
-        VitdemoError: for any other engine, one whose artifact is gone from the cache, or one that has no ``script``.
+        VitdemoError: for any other engine, an engine without ``script``, and an artifact that is gone from the cache.
     """
     preprocessing, recipe = engine.info.preprocessing, engine.recipe
     _, height, width = preprocessing.input_size
     if recipe is None or engine.device != "cpu" or height != width:
-        raise VitdemoError(f"{engine.info.tag}: a script is written of what convert made for the CPU, of square images")
+        raise VitdemoError(f"{engine.info.tag}: a script needs an engine from convert, on the CPU, with square images")
     if not engine.script:
         known = ", ".join(name for name, cls in find_engines().items() if cls.script)
-        raise VitdemoError(f"{engine.name}: no script is written for it; there are {known}")
+        raise VitdemoError(f"{engine.name}: it has no script; these have one: {known}")
     out = claim_folder(out)
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
         for file in _model_files(engine, Path(part)):
@@ -148,10 +149,10 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
 
 
 def _model_files(engine: Engine, folder: Path) -> list[Path]:
-    """What the runtime reads, put into ``folder``."""
+    """Write the files that the runtime reads into ``folder``; return their paths."""
     if isinstance(engine, CompiledEngine):
         artifact = artifacts_root() / engine.recipe.folder_name
-        for file in artifact.glob("model.*"):  # and not what only verify reads
+        for file in artifact.glob("model.*"):  # without the files that only verify reads
             shutil.copy2(file, folder)
         if not any(folder.iterdir()):
             raise VitdemoError(f"{artifact}: is gone from the cache; convert the model again")

@@ -1,4 +1,4 @@
-"""The files of sweeps: one CSV each, its machine's record beside it; read back, and joined by column name."""
+"""The files of sweeps: writes one CSV per sweep with a record of its machine, reads them, and joins them by column."""
 
 import json
 import re
@@ -18,21 +18,21 @@ from vitdemo.machine import cores, machine_record
 from vitdemo.paths import remove_leftovers, replacing, user_path
 
 PATTERN = "perf_*.csv"
-# Without these a row says nothing.
+# The columns without which a row is useless.
 NEEDED = "model engine precision device_batch_size batch status images_per_s machine commit".split()
-HASHES = ("commit", "artifact")  # of digits alone, or with an e among them, they would read as numbers
+HASHES = ("commit", "artifact")  # read as text, because a hash of digits, perhaps with an e, looks like a number
 
 
 @dataclass
 class Sweep:
-    """One sweep's file, written anew after every batch size. settings: what it was asked for."""
+    """The file of one sweep, rewritten after every batch size. settings: the arguments of the sweep."""
 
     path: Path
     settings: dict
     rows: pd.DataFrame
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Put ``rows`` among the others, and write the file."""
+        """Add ``rows`` in their order, and write the file."""
         both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
         table = pd.concat(both, ignore_index=True)
         order = {pair: place for place, pair in enumerate(self.settings["pairs"])}
@@ -45,11 +45,11 @@ class Sweep:
 
 @contextmanager
 def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
-    """A new file ``perf_<model>_<setting>_<time>.csv``.
+    """Open a new file ``perf_<model>_<setting>_<time>.csv``.
 
     Args:
-        out: its folder, made where it is not there.
-        settings: of the sweep, for its record ``….json``, which also says whether the sweep was finished.
+        out: the folder, which is created if needed.
+        settings: the settings of the sweep for its record ``….json``, which also says whether the sweep was finished.
     """
     settings = json.loads(json.dumps(settings))
     with named_errors(out):
@@ -71,34 +71,34 @@ def _name(settings: dict) -> str:
 
 
 def read_perf(path: Path) -> pd.DataFrame:
-    """The rows of one sweep's file.
+    """Read the rows of one sweep's file.
 
     Raises:
-        VitdemoError: naming it, where it is none, or where rows have more values than the header.
+        VitdemoError: for a file that is not a sweep's, or whose rows have more values than the header has names.
     """
     with named_errors(path):
         try:
             table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str"))
-        except ValueError:  # pandas' own errors are of this type, and that of bytes that are no text
+        except ValueError:  # the type of pandas' errors, and of errors in decoding text
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
     if missing := [name for name in NEEDED if name not in table]:
         raise VitdemoError(f"{path}: not a table of vitdemo's, the column {missing[0]!r} is missing; take it out")
-    if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first values for the rows' names
-        raise VitdemoError(f"{path}: its rows have more values than its header has names; mend it, or take it out")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first values for the names of the rows
+        raise VitdemoError(f"{path}: its rows have more values than its header has names; correct it, or take it out")
     return table
 
 
 def merge(places: Iterable[Path | str]) -> pd.DataFrame:
-    """The rows of several sweeps, joined by column name.
+    """Join the rows of several sweeps by column name.
 
-    What one file has and another lacks is empty there; each row keeps its machine and its commit, and gets the name of
-    its ``file``.
+    A column that a file lacks is empty in its rows. Each row keeps its machine and its commit, and gets a column
+    ``file`` with the name of its file.
 
     Args:
-        places: folders, of which every ``perf_*.csv`` is read, and files.
+        places: files, and folders in which every ``perf_*.csv`` is read.
 
     Raises:
-        VitdemoError: where there are none, or where a file is not a sweep's.
+        VitdemoError: where there are no such files, or a file is not a sweep's.
     """
     files: dict[Path, None] = {}
     for place in map(user_path, places):
@@ -112,7 +112,7 @@ def merge(places: Iterable[Path | str]) -> pd.DataFrame:
     joined = pd.concat([table.astype(object) for table in tables], ignore_index=True)
     ours = [name for name in COLUMNS if name in joined]
     joined = joined[[*ours, *(name for name in joined if name not in ours)]].infer_objects()
-    for name in {"first_run_s", "compile_s"} & set(joined):  # numbers, beside the word "warm"
+    for name in {"first_run_s", "compile_s"} & set(joined):  # numbers, and the word "warm"
         numbers = pd.to_numeric(joined[name], errors="coerce")
         joined[name] = numbers.astype(object).where(numbers.notna(), joined[name]).infer_objects()
     return joined

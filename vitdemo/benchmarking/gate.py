@@ -1,6 +1,7 @@
-"""A gate for CI: whether an engine has lost speed since a baseline was measured, by its ratio to eager.
+"""A gate for CI: checks whether an engine's speed relative to eager has dropped since a baseline was measured.
 
-A ratio, because the two sides of it slow down together on a busy machine. Of another machine it is another ratio.
+The ratio to eager is compared, because on a busy machine both sides slow down together. Another machine has other
+ratios.
 """
 
 from collections.abc import Sequence
@@ -16,22 +17,22 @@ from vitdemo.models.model import ModelInfo
 RATIO = "speedup_over_eager_fp32"
 SAME = ["model", "weights", "engine", "precision", "replicas", "device_batch_size"]
 WORSE_BY = 0.2
-FINE, WORSE, STALE, GONE = "fine", "worse", "better: measure the baseline anew", "not measured any more"
+FINE, WORSE, STALE, GONE = "fine", "worse", "better: measure the baseline again", "not measured any more"
 
 
 def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_BY) -> pd.DataFrame:
-    """Each ratio to eager fp32 beside its baseline's, and a ``verdict``.
+    """Each ratio to eager fp32 next to the baseline's, with a ``verdict``.
 
-    WORSE: below ``(1 - worse_by)`` of the baseline's. STALE: above ``1 / (1 - worse_by)`` of it. GONE: the baseline
-    has a ratio and these rows have none. ``change``: ratio / baseline - 1.
+    WORSE: below ``(1 - worse_by)`` of the baseline's ratio. STALE: above ``1 / (1 - worse_by)`` of it. GONE: the
+    baseline has a ratio and these rows have none. ``change``: ratio / baseline - 1.
 
     Args:
-        rows: of a sweep just measured.
-        baseline: of an earlier one, see ``check_baseline``.
+        rows: the rows of the sweep that was just measured.
+        baseline: the rows of an earlier sweep, see ``check_baseline``.
         worse_by: a fraction, see ``check_share``.
 
     Raises:
-        VitdemoError: where no row of the baseline is of the same model, engine, precision and batch.
+        VitdemoError: where the baseline has no row with the same model, engine, precision and batch.
     """
     before = _ratios(baseline).dropna(subset=RATIO).merge(rows[SAME].drop_duplicates(), on=SAME)
     both = before.merge(_ratios(rows), on=SAME, how="left", suffixes=("_baseline", ""))
@@ -46,10 +47,10 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
 
 
 def check_baseline(baseline: pd.DataFrame) -> None:
-    """Whether rows can be held against this table.
+    """Check that rows can be compared with this baseline.
 
     Raises:
-        VitdemoError: where a column is missing, or the rows are of several machines.
+        VitdemoError: where a column is missing, or the rows are from several machines.
     """
     if missing := [name for name in (*SAME, RATIO, "status", "machine") if name not in baseline]:
         raise VitdemoError(f"against: the baseline has no column {missing[0]!r}; measure it with `vitdemo benchmark`")
@@ -60,17 +61,17 @@ def check_baseline(baseline: pd.DataFrame) -> None:
 def check_overlap(
     baseline: pd.DataFrame, models: list[ModelInfo], pairs: list[Pair], sizes: Sequence[int], replicas: int | None
 ) -> None:
-    """Whether the baseline has anything of what is going to be measured.
+    """Check that the baseline has at least one of the rows that will be measured.
 
     Args:
         baseline: see ``check_baseline``.
-        models: what they say of themselves.
-        pairs: of engine and precision.
-        sizes: of the batches, images at once.
-        replicas: how many share each batch; None is no replicas.
+        models: the infos of the models.
+        pairs: the pairs of engine and precision.
+        sizes: the batch sizes.
+        replicas: the number of replicas that share each batch; None is no replicas.
 
     Raises:
-        VitdemoError: where it has nothing.
+        VitdemoError: where the baseline has none of them.
     """
     known = [(info.tag, info.weights) for info in models]
     asked = [(*model, *pair, replicas or 1, size) for model, pair, size in product(known, pairs, sizes)]
@@ -80,7 +81,7 @@ def check_overlap(
 
 
 def check_share(worse_by: float) -> None:
-    """Whether ``worse_by`` is a share, the loss of speed that is still fine.
+    """Check ``worse_by``, the fraction of speed that may be lost.
 
     Raises:
         VitdemoError: where it is not between 0 and 1.
@@ -90,7 +91,7 @@ def check_share(worse_by: float) -> None:
 
 
 def passes(compared: pd.DataFrame) -> bool:
-    """Whether nothing became worse or was lost; a stale baseline passes."""
+    """Whether no ratio became worse and none is missing; a stale baseline passes."""
     return not compared["verdict"].isin([WORSE, GONE]).any()
 
 

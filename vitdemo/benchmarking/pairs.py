@@ -1,4 +1,4 @@
-"""Which engines in which precisions are measured."""
+"""Chooses the pairs of engine and precision that are measured."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from vitdemo.engines.contract import Engine, find_engines
 from vitdemo.errors import VitdemoError
 
-NULL_ENGINE = "null"  # measures the harness, and is no engine to compare
+NULL_ENGINE = "null"  # it measures the harness, and is not compared with other engines
 
 
 class Pair(NamedTuple):
@@ -23,15 +23,15 @@ EAGER = Pair("eager", "fp32")  # the reference
 
 
 def choose_pairs(engines: Sequence[str] | str | None) -> list[Pair]:
-    """The pairs that ``engines`` names, each once, and before them eager in fp32 and in each precision it shares.
+    """The pairs that ``engines`` names, each once, after eager in fp32 and in each of their precisions that it has.
 
     Args:
-        engines: names such as "openvino:int8", in a list or with commas. One without a precision, and every engine for
-            None, stands for its precisions that are native here: an emulated one is taken where it is named, and then
-            without eager's emulated one beside it.
+        engines: names such as "openvino:int8", in a list or with commas. A name without a precision stands for the
+            engine's native precisions here, and None stands for those of every engine. An emulated precision is
+            measured only if it is named, and then without eager in the same precision if eager emulates it too.
 
     Raises:
-        VitdemoError: for an unknown engine or precision, naming those there are.
+        VitdemoError: for an unknown engine or precision, with a list of the known ones.
     """
     known = {name: cls for name, cls in find_engines().items() if name != NULL_ENGINE}
     every = [name for name, cls in known.items() if _native(cls)]
@@ -57,7 +57,7 @@ def _pairs_of(name: str, known: dict[str, type[Engine]]) -> list[Pair]:
 
 
 def _native(engine: type[Engine]) -> tuple[str, ...]:
-    """Its native precisions; all of them where its runtime cannot be asked, as its rows will say what is missing."""
+    """An engine's native precisions; all of them if its runtime does not start, so that its rows give the reason."""
     try:
         return engine.native()
     except VitdemoError:

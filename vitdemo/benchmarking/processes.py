@@ -1,4 +1,4 @@
-"""The processes that are measured (``Worker``), and replicas seen as one of them (``ReplicaBench``)."""
+"""The processes that are measured (``Worker``), and replicas with the same interface (``ReplicaBench``)."""
 
 import atexit
 import os
@@ -16,24 +16,23 @@ from vitdemo.engines.contract import Engine
 from vitdemo.errors import reason_of
 from vitdemo.inference.replicas import Replicas
 
-CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")  # elsewhere a fork is not safe
+CONTEXT = get_context("forkserver" if sys.platform == "linux" else "spawn")  # on other systems a fork is not safe
 CONTEXT.set_forkserver_preload(["vitdemo.benchmarking.preload"])
-ENDED = {-signal.SIGKILL: "killed, as it is where memory runs out: measure it without the others"}
-ENDED |= {255: "with the one that starts the others"}
+ENDED = {-signal.SIGKILL: "killed, perhaps because memory ran out: measure it without the others"}
+ENDED |= {255: "together with the process that starts the others"}
 
 
 class Worker:
-    """A process with one bench, stopped by the system except while an answer is waited for. Raises Failed where it does
-    not come up.
+    """A process with one bench, suspended except while it answers a request. Raises Failed where it does not start.
 
-    No thread of an idle runtime spins meanwhile. Where a process does not end with its starter (anywhere but on Linux)
-    it is left running: a stopped one would stay for ever.
+    Suspending it keeps the threads of an idle runtime from using cores. On other systems than Linux a process does not
+    end with its starter, and is not suspended, because it would then remain for ever.
     """
 
     def __init__(self):
         self._pipe, end = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=serve, args=(end, dict(os.environ)), daemon=True)
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # a script is not run again
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")  # do not run a script again
         try:
             self._process.start()
         except (EOFError, OSError) as error:
@@ -41,20 +40,20 @@ class Worker:
         finally:
             sys.modules["__main__"] = main
             end.close()
-        atexit.register(self._process.kill)  # a stopped one would not hear that multiprocessing asks it to end
+        atexit.register(self._process.kill)  # a suspended process would not react when multiprocessing ends it
         self._control = psutil.Process(self._process.pid) if sys.platform == "linux" else None
 
     def ask(self, name: str, *arguments):
-        """What the bench's method ``name`` answers; the first ask makes the bench. Raises Failed."""
+        """Call the bench's method ``name`` and return its result; the first call makes the bench. Raises Failed."""
         try:
             if self._control:
                 self._control.resume()
-            self._pipe.send_bytes(pickle.dumps((name, *arguments)))  # multiprocessing's own would share tensors' memory
+            self._pipe.send_bytes(pickle.dumps((name, *arguments)))  # multiprocessing would share tensors' memory
             answer = pickle.loads(self._pipe.recv_bytes())
             if self._control:
                 self._control.suspend()
         except (EOFError, OSError, psutil.NoSuchProcess):
-            self._process.join(1)  # it ends by itself, and says why
+            self._process.join(1)  # so that its exit code says why it ended
             self.end()
             code = self._process.exitcode
             raise Failed(f"its process ended ({ENDED.get(code, f'exit code {code}')})") from None
@@ -63,15 +62,18 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
 
 class ReplicaBench(EngineBench):
-    """An engine in replicas, in the synchronous schedule: one step is a batch of ``device_batch_size`` on each of them,
-    begun together and over when the last one is done. Answers and logits are those of the engine without replicas."""
+    """An engine in replicas with the synchronous schedule.
+
+    One step is one batch of ``device_batch_size`` per replica; all begin together, and the step ends with the last one.
+    Predictions and logits are those of the engine without replicas.
+    """
 
     def __init__(self, engine: Engine, data: Dataset, count: int, share: float):
         super().__init__(engine)
@@ -84,7 +86,7 @@ class ReplicaBench(EngineBench):
         return self._replicas.step(len(self._pixels[0]))
 
     def peak_memory_bytes(self) -> None:
-        """Not measured."""
+        """None, because it is not measured with replicas."""
 
     def ask(self, name: str, *arguments):
         """As ``Worker.ask``."""

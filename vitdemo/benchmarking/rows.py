@@ -1,4 +1,4 @@
-"""From the seconds of calls to the rows of a sweep's table: rates, latencies, speedups with their intervals."""
+"""Makes the rows of a sweep's table from the seconds of calls: rates, latencies, speedups with their intervals."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from vitdemo.stats import median_interval, percentiles_ms
 OK, WARM = "ok", "warm"
 MFU_CONVENTION = "FLOPs = 2 x MACs, of the roof measured here"
 
-# What they say is told at ``benchmark``.
+# The columns are described at ``benchmark``.
 COLUMNS = """model weights engine precision parameters flops_per_image input_bytes precision_ran device threads streams
 replicas device_batch_size batch status turns build_s load_s first_run_s second_run_s compile_s warm_up_s calls p50_ms
 p90_ms p99_ms mean_ms std_ms images_per_s speedup_over_eager_fp32 speedup_over_eager_fp32_low
@@ -28,19 +28,19 @@ machine commit""".split()
 
 @dataclass
 class Measured:
-    """A pair at one batch size.
+    """The measurements of a pair at one batch size.
 
     Attributes:
         pair: engine and precision.
-        device_batch_size: images that a replica gets at once.
-        facts: of its engine.
-        replicas: how many share each batch.
-        status: "" while nothing went wrong.
-        first_run_s: None where the process had run before.
-        second_run_s: the call after.
-        warm_up_s: of the calls before the timed ones.
-        rounds: seconds of each call, one list per round, empty where it sat out.
-        roof: FLOP/s that plain products reached, one number per round, NaN where none were tried.
+        device_batch_size: images per batch of one replica.
+        facts: the facts about its engine.
+        replicas: the number of replicas that share each batch.
+        status: "", or what went wrong.
+        first_run_s: loading and the first call; None where the process had run before.
+        second_run_s: the second call.
+        warm_up_s: the calls before the timed ones.
+        rounds: the seconds of each call, one list per round, empty for a round in which the pair did not run.
+        roof: the FLOP/s of plain matrix products, one number per round, NaN where they were not measured.
         peak_memory_bytes: None where it was not measured.
     """
 
@@ -62,33 +62,33 @@ class Measured:
 
     @property
     def calls(self) -> list[float]:
-        """Seconds of every timed call."""
+        """The seconds of every timed call."""
         return [second for calls in self.rounds for second in calls]
 
     @property
     def rate(self) -> float:
-        """Images/s, all over all."""
+        """Images/s: all images over the seconds of all calls."""
         return self.batch * len(self.calls) / sum(self.calls)
 
     @property
     def rates(self) -> np.ndarray:
-        """Images/s of each round, NaN where it sat out."""
+        """Images/s of each round, NaN for a round in which the pair did not run."""
         return np.array([self.batch * len(calls) / sum(calls) if calls else np.nan for calls in self.rounds])
 
     @property
     def ran_as_asked(self) -> bool:
-        """Whether most of the work was done in the precision that was asked for."""
+        """Whether most of the work was done in the requested precision."""
         return self.facts.get("precision_ran", {}).get(self.pair.precision, 0) >= 0.5
 
 
 def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns: str) -> pd.DataFrame:
-    """The rows of one batch size, COLUMNS each.
+    """The rows of one batch size, with the columns COLUMNS.
 
     Args:
-        found: one per pair, which took turns.
-        info: the model's.
-        before: the sweep's rows so far, among which a pair that ran alone finds its eager.
-        turns: as at ``benchmark``.
+        found: one per pair; the pairs were measured interleaved.
+        info: the model's info.
+        before: the sweep's earlier rows, in which a pair that ran alone finds the rate of eager.
+        turns: the value of the column ``turns``, see ``benchmark``.
     """
     good = {measured.pair: measured for measured in found if not measured.status}
     rows = []
@@ -176,7 +176,7 @@ def _of_roof(measured: Measured, flops_per_image: int) -> dict:
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
-    """The median of the rounds in which both were measured, its interval, and how many rounds these are."""
+    """The median of the rounds in which both were measured, its interval, and the number of these rounds."""
     values = values[np.isfinite(values)]
     found = zip((name, f"{name}_low", f"{name}_high"), median_interval(values), strict=True) if len(values) else ()
     return dict(found) | {f"{name}_pairs": len(values)}

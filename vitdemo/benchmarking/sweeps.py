@@ -1,4 +1,4 @@
-"""benchmark: models x engines x precisions x batch sizes on random pixels, by turns, one row for each."""
+"""``benchmark``: times models x engines x precisions x batch sizes on random pixels, interleaved, one row for each."""
 
 import sys
 from collections import Counter
@@ -29,19 +29,22 @@ from vitdemo.models.model import Model, load_model
 from vitdemo.paths import MODELS, SHAPES20, data_path, user_path
 from vitdemo.stats import spread
 
-# One model's sweep: one process per pair of engine and precision, all taking turns, in rounds.
+# One model's sweep: one process per pair of engine and precision. The processes run interleaved, in rounds.
 
 
 ROUNDS, TURN_S = 9, 0.75
-WARM_UP = 0.25  # of the timed seconds, at most
-PATIENCE_S = 10.0  # a single call up to this long may be the machine's hiccup, and another one is made
-PROCESS_BYTES = 1 << 29  # of a worker before it has a model, beside what it shares
+WARM_UP = 0.25  # the largest fraction of the timed seconds
+PATIENCE_S = 10.0  # a single call up to this long may be slow by chance, so another one is made
+PROCESS_BYTES = 1 << 29  # memory of a worker without a model, not counting memory that it shares
 
 
 @dataclass
 class Candidate:
-    """A pair and its bench, None while there is none. facts: of its engine. ended: why it takes no further part, ""
-    while it does."""
+    """A pair that is measured, with its bench.
+
+    bench: None while it has not started or after it ended. facts: the facts about its engine. ended: the reason why it
+    is no longer measured, or "".
+    """
 
     pair: Pair
     recipe: Recipe
@@ -51,7 +54,7 @@ class Candidate:
     ended: str = ""
 
     def end(self, why: str = "") -> None:
-        """Give back what it holds; ``why`` goes into the rows to come."""
+        """End the bench; ``why`` is the status of the candidate's further rows."""
         self.ended = self.ended or why
         if self.bench:
             self.bench.end()
@@ -59,7 +62,7 @@ class Candidate:
 
 
 class SweepRun:
-    """One model's sweep, as its settings say."""
+    """The sweep of one model, by its settings."""
 
     def __init__(self, model: Model, sweep: Sweep, data: Dataset | None):
         self._model, self._sweep, self._data, self._settings = model, sweep, data, sweep.settings
@@ -70,7 +73,7 @@ class SweepRun:
         self._device = resolve_device(self._settings["device"], EagerEngine)
         self._of_engines = {name: self._settings[name] for name in ("calibration", "device")}
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
-        self._reference: dict = {}  # eager fp32's answers and logits, which the others' are held against
+        self._reference: dict = {}  # the predictions and logits of eager fp32, for comparison with the others'
 
     def do(self, pairs: list[Pair]) -> None:
         """Measure all pairs at all batch sizes."""
@@ -82,13 +85,13 @@ class SweepRun:
                 if pair == EAGER:
                     raise
                 self._add([Measured(pair, size, {}, status=f"skipped: {error}") for size in self._sizes], "")
-        for recipe in recipes.values():  # before the others are there: a build takes memory
+        for recipe in recipes.values():  # before the processes start, because a build takes memory
             if issubclass(recipe.cls, CompiledEngine) and not (artifacts_root() / recipe.folder_name).exists():
-                with suppress(VitdemoError):  # its row will say why
+                with suppress(VitdemoError):  # the pair's row will give the reason
                     recipe.engine(cores()).close()
         weights = sum(tensor.nbytes for tensor in self._model.module.state_dict().values())
-        each = PROCESS_BYTES + 3 * weights  # the file's, the runtime's own layout, and room to make it
-        room = max(int(free_memory_bytes() // each) - 1, 1)  # without the roof's
+        each = PROCESS_BYTES + 3 * weights  # the file, the runtime's own copy, and memory to make that
+        room = max(int(free_memory_bytes() // each) - 1, 1)  # one less, for the roof's process
         order = sorted(recipes, key=lambda pair: pair.engine != EAGER.engine)  # the reference first
         together = order if self._replicas else order[:room]
         self._measure_group({pair: recipes[pair] for pair in together}, "together")
@@ -114,7 +117,7 @@ class SweepRun:
             raise VitdemoError(f"benchmark: {failure}") from None
 
     def _measure(self, candidates: list[Candidate], roof: Worker, size: int, bar: tqdm) -> list[Measured]:
-        """One batch size: what each candidate's calls took, and the roof in each round."""
+        """Measure one batch size: the calls of each candidate, and the roof in each round."""
         taking = [(candidate, self._begin(candidate, size, 1 / len(candidates))) for candidate in candidates]
         with suppress(Failed):
             for precision in sorted({each.pair.precision for each in candidates if self._has_roof(each)}):
@@ -127,11 +130,11 @@ class SweepRun:
         return [measured for _, measured in taking]
 
     def _has_roof(self, candidate: Candidate) -> bool:
-        """Whether it computes where the roof is measured."""
+        """Whether the candidate computes on the device on which the roof is measured."""
         return candidate.facts.get("device") == self._device
 
     def _take_turns(self, taking: list[tuple[Candidate, Measured]], roof: Worker, bar: tqdm) -> None:
-        """ROUNDS of turns. The roof in a precision takes as much time as a row may, at most, and one turn at least."""
+        """Run ROUNDS rounds of turns. The roof in a precision gets at least one turn, and at most the time of a row."""
         spent: Counter[str] = Counter()
         for number in range(ROUNDS):
             if all(candidate.ended for candidate, _ in taking):
@@ -153,7 +156,7 @@ class SweepRun:
                 measured.roof.append(rates.get(precision) or np.nan)
 
     def _begin(self, candidate: Candidate, size: int, share: float) -> Measured:
-        """Load the engine if it is not yet, make the first two calls, and warm up."""
+        """Load the engine if needed, make the first two calls, and warm up."""
         measured = Measured(candidate.pair, size, candidate.facts, self._replicas or 1, status=candidate.ended)
         if candidate.ended:
             return measured
@@ -175,7 +178,7 @@ class SweepRun:
         return measured
 
     def _load(self, candidate: Candidate, share: float) -> None:
-        """Get the engine ready at the candidate's bench. Raises Failed."""
+        """Load the engine into the candidate's bench. Raises Failed."""
         recipe = candidate.recipe
         try:
             if self._replicas:
@@ -186,7 +189,7 @@ class SweepRun:
             else:
                 try:
                     candidate.bench.ask("engine", recipe.ticket(), cores())
-                except Failed:  # it is not built yet, or cannot be used: here it is, and says so
+                except Failed:  # not built yet or unusable: build it in this process, which reports errors
                     recipe.engine(cores()).close()
                     candidate.bench.ask("engine", recipe.ticket(), cores())
         except VitdemoError as error:
@@ -196,7 +199,7 @@ class SweepRun:
 
     @contextmanager
     def _failing(self, candidate: Candidate, measured: Measured) -> Iterator[None]:
-        """What Failed is raised for becomes the row's status, and the candidate takes no further part."""
+        """Turn Failed inside the block into the row's status, and measure the candidate no further."""
         try:
             yield
         except Failed as failure:
@@ -205,7 +208,7 @@ class SweepRun:
             tqdm.write(f"{candidate.pair} batch {measured.device_batch_size} {measured.status}", file=sys.stderr)
 
     def _inspect(self, candidates: list[Candidate]) -> None:
-        """Whether the answers are right, after the first batch size, as the first call of a candidate is to be cold."""
+        """Check the results of each candidate, after the first batch size, so that its first timed call was cold."""
         for candidate in candidates:
             if candidate.facts and "precision_ran" not in candidate.facts and not candidate.ended:
                 try:
@@ -215,7 +218,7 @@ class SweepRun:
                     candidate.facts["unchecked"] = str(failure)
 
     def _check(self, candidate: Candidate) -> None:
-        """precision_ran; on real images top-1 and agreement; on random pixels the logits beside eager fp32's."""
+        """Read ``precision_ran``; measure top-1 and agreement on images, and the logits' error on random pixels."""
         facts = candidate.facts
         facts["precision_ran"] = candidate.bench.ask("precision_ran")
         logits, answers = candidate.bench.ask("logits"), None
@@ -225,14 +228,14 @@ class SweepRun:
             facts.update(found)
         if candidate.pair == EAGER:
             self._reference = {"logits": logits, "answers": answers}
-        if not self._reference:  # it was too slow, or failed
+        if not self._reference:  # eager fp32 was too slow, or failed
             return
         if answers is not None:
-            read = np.maximum(answers, self._reference["answers"]) >= 0  # both fail to read the same files
+            read = np.maximum(answers, self._reference["answers"]) >= 0  # without images that neither could read
             if read.any():
                 facts["agreement"] = float(np.equal(answers, self._reference["answers"])[read].mean())
         reference = self._reference["logits"].double()
-        if reference.shape == logits.shape:  # of a pair alone the first batch size may be another
+        if reference.shape == logits.shape:  # a pair that runs alone may have begun with another batch size
             facts["relative_l2"] = float((logits.double() - reference).norm() / reference.norm())
 
     def _add(self, found: list[Measured], turns: str) -> None:
@@ -259,65 +262,72 @@ def benchmark(
 ) -> pd.DataFrame:
     """Measure every model in every engine and batch size.
 
-    Each pair of engine and precision lives in a process of its own. All take turns, in ROUNDS rounds: a turn is
-    TURN_S seconds of calls, one at least. A pair whose calls have taken ``row_budget_s`` sits out the rest of the
-    rounds; where one call takes longer, the row and those of larger batches are skipped, and say so. Every engine stays
-    loaded while the others take their turns; those that do not all fit into memory are measured afterwards, one at a
-    time, and their rows say ``turns`` = alone. What fails is a row that says why.
+    Each pair of engine and precision runs in its own process. The processes are measured interleaved, in ROUNDS rounds;
+    a turn is TURN_S seconds of calls, and at least one call. A pair whose calls have taken ``row_budget_s`` does not
+    run in the remaining rounds. If a single call takes longer than that, its row and those of larger batches are
+    skipped, with the reason. Every engine stays loaded while the others are measured. Engines that do not fit into
+    memory together are measured afterwards, one at a time, and their rows have ``turns`` = alone. A failure becomes a
+    row with its reason.
 
-    What was measured before a sweep is stopped stays in its file; ``merge`` joins it with a sweep of the batch sizes
-    that are missing.
+    The rows that were measured before a sweep is stopped stay in its file; ``merge`` joins it with a sweep of the
+    missing batch sizes.
 
     Args:
         models: names, files or folders, as in ``load_model``.
-        engines: such as "openvino:int8" or "openvino" (its precisions that are native here), or a list of these with
-            commas; None is every engine. Eager in fp32, and in each of these precisions that it has natively, is always
-            measured beside them.
-        device_batch_sizes: images at once, each from 1 up.
+        engines: such as "openvino:int8" or "openvino" (in its native precisions here), or several of these with commas
+            or in a list; None is every engine. Eager is always measured too, in fp32 and in each of these precisions
+            that it has natively.
+        device_batch_sizes: the batch sizes, each at least 1.
         weights: "pretrained", "random" or a file, as in ``load_model``.
-        device: "cpu", "cuda", or "auto" (CUDA where there is one), as in ``convert``.
-        replicas: how many processes share each batch (``device_batch_size`` each), by Ray; None is no replicas.
-        row_budget_s: seconds that the calls of one row may take.
-        data: images for the accuracy; None is the bundled ones for vit_shapes20, and no accuracy for others.
-        class_map: which output is which class, where names do not say it; see ``match_classes``.
-        images: how many of ``data``, evenly spread over it.
+        device: "cpu", "cuda", or "auto", as in ``convert``.
+        replicas: the number of processes that share each batch (``device_batch_size`` each), by Ray; None is no
+            replicas.
+        row_budget_s: the seconds that the calls of one row may take.
+        data: images for the accuracy; None is the bundled images for vit_shapes20, and no accuracy for other models.
+        class_map: the output of each class, where the names do not match; see ``match_classes``.
+        images: the number of images, evenly spread over ``data``.
         calibration: images for int8, as in ``convert``.
-        out: the folder of ``perf_<model>_<setting>_<time>.csv``, one file per model, its machine's record beside it.
+        out: the folder for ``perf_<model>_<setting>_<time>.csv``, one file per model, and records of the machine.
 
     Returns:
         One row per model, engine, precision and batch size, which is also in ``out``:
 
-    - ``model``, ``weights``: the full tag; pretrained, random, or the file. ``engine``, ``precision``: as asked for.
-    - ``parameters``: numbers that the model has learnt. ``flops_per_image``: 2 x the multiply-accumulates of one image.
-      ``input_bytes``: of one image's pixels.
+    - ``model``, ``weights``: the full tag; pretrained, random, or the file. ``engine``, ``precision``: as requested.
+    - ``parameters``: the number of the model's parameters. ``flops_per_image``: 2 x the multiply-accumulates of one
+      image. ``input_bytes``: the size of one image's pixels.
     - ``precision_ran``: the share of multiply-accumulates in each precision, read back from the runtime.
-    - ``device``: cpu or cuda. ``threads``: CPU threads of a call (of one replica's). ``streams``: calls side by side,
-      1 here, as single calls are timed, where ``evaluate`` may take more. ``replicas``: how many share each batch.
-      ``device_batch_size``: images that a replica gets at once. ``batch``: device_batch_size x replicas.
-    - ``status``: ok; skipped or failed, and why. ``turns``: together (by turns with the others), or alone (after them).
-    - ``build_s``: making the artifact, when it was made. ``load_s``: making it ready: reading the artifact, casting
-      eager's weights, or starting the replicas.
-    - ``first_run_s``: load_s and the first call; "warm" where this process had run before. ``second_run_s``: the call
-      after. ``compile_s``: first_run_s - second_run_s. ``warm_up_s``: of the calls before the timed ones.
-    - ``calls``: timed calls; the first one after waking is not, where calls are short. ``p50_ms``, ``p90_ms``,
-      ``p99_ms``, ``mean_ms``, ``std_ms``: latency of a call: percentiles, mean, standard deviation.
+    - ``device``: cpu or cuda. ``threads``: CPU threads per call (of one replica). ``streams``: simultaneous calls,
+      always 1 here, because single calls are timed; ``evaluate`` may use more. ``replicas``: the number of replicas
+      that share each batch. ``device_batch_size``: images per batch of one replica. ``batch``: device_batch_size x
+      replicas.
+    - ``status``: ok; or skipped or failed, with the reason. ``turns``: together (interleaved with the others), or alone
+      (after them).
+    - ``build_s``: the seconds to make the artifact, now or earlier. ``load_s``: the seconds to make the engine ready:
+      reading the artifact, casting eager's weights, or starting the replicas.
+    - ``first_run_s``: load_s plus the first call; "warm" where this process had run before. ``second_run_s``: the
+      second call. ``compile_s``: first_run_s - second_run_s. ``warm_up_s``: the seconds of the calls before the timed
+      ones.
+    - ``calls``: the number of timed calls; where calls are short, the first one of each turn is not timed. ``p50_ms``,
+      ``p90_ms``, ``p99_ms``, ``mean_ms``, ``std_ms``: the latency of a call: percentiles, mean, standard deviation.
     - ``images_per_s``: all images of the timed calls over all their seconds.
     - ``speedup_over_eager_fp32``: the rate over eager fp32's, the median of the rounds; mixed precision unless
-      ``precision`` is fp32. ``…_low``, ``…_high``: the interval that holds the true median with 95 %, of six rounds or
-      more. ``…_pairs``: rounds that it is the median of.
+      ``precision`` is fp32. ``…_low``, ``…_high``: the 95 % interval of the median, where there are at least six
+      rounds. ``…_pairs``: the number of rounds.
     - ``speedup_equal_precision``, with the same three: the rate over eager's in the same precision, where both ran
-      natively in it, on one device.
-    - ``tflops``: images_per_s x flops_per_image / 10^12. ``roof_tflops``: what plain matrix products in this precision
-      reached in the same rounds, their median. ``of_roof``, ``of_roof_low``, ``of_roof_high``: the rate over the
-      roof's, the median of the rounds; none where another precision, or an emulated one, ran. ``mfu``: the rate of all
-      calls over roof_tflops. ``mfu_convention``: how operations are counted, and what the peak is.
-    - ``peak_memory_bytes``: the largest resident size of the pair's process, so far, since the engine was ready.
-    - ``accuracy``: top-1 and agreement for people, or why there is none. ``top1``: a fraction. ``images``: that top1
-      and agreement are of. ``calibrated_on_scored``: how many of these int8's ranges were found on.
-    - ``agreement``: the share of images with eager fp32's answer. ``relative_l2``: the distance of the logits from
-      eager fp32's, over their size, on random pixels.
-    - ``artifact``: hash of everything that shaped the engine. ``measured``: when, UTC. ``machine``. ``commit``: of
-      vitdemo's source.
+      natively in it, on the same device.
+    - ``tflops``: images_per_s x flops_per_image / 10^12. ``roof_tflops``: the roof, which is the throughput of plain
+      matrix products in this precision in the same rounds (median). ``of_roof``, ``of_roof_low``, ``of_roof_high``: the
+      rate over the roof, the median of the rounds and its interval; empty where another precision, or an emulated one,
+      ran. ``mfu``: the rate of all calls over roof_tflops. ``mfu_convention``: how operations are counted, and what the
+      peak is.
+    - ``peak_memory_bytes``: the largest resident size of the pair's process so far, since the engine was ready.
+    - ``accuracy``: top-1 and agreement for people, or why they are missing. ``top1``: a fraction. ``images``: the
+      number of images for top1 and agreement. ``calibrated_on_scored``: how many of them were used to find the ranges
+      of int8.
+    - ``agreement``: the share of images with eager fp32's top-1 class. ``relative_l2``: the relative L2 error of the
+      logits against eager fp32's, on random pixels.
+    - ``artifact``: the hash of everything on which the engine depends. ``measured``: the time, UTC. ``machine``.
+      ``commit``: the commit of vitdemo's source.
 
     Raises:
         VitdemoError: for bad input, before anything is measured.
@@ -333,7 +343,7 @@ def benchmark(
         raise VitdemoError(f"row_budget_s {row_budget_s!r}: must be more than 0 seconds")
     if replicas:
         check_ray(None)
-    loaded = [load_model(name, weights) for name in names]  # before anything is measured: a mistyped name says so now
+    loaded = [load_model(name, weights) for name in names]  # before the first measurement, to report mistyped names
     scored = [scored_data(model, data, class_map, images) for model in loaded]
     tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
@@ -350,10 +360,10 @@ def benchmark(
 def scored_data(
     model: Model, data: Dataset | Path | str | None, class_map: Path | str | None = None, images: int = 1000
 ) -> Dataset | None:
-    """The images that ``model`` is scored on; None where nothing could be said with them."""
+    """The images on which ``model`` is scored; None where there are none, or with random weights."""
     if model.info.weights == "random":
         if data:
-            raise VitdemoError(f"data {data}: random weights are right by chance alone; leave it out, or give weights")
+            raise VitdemoError(f"data {data}: random weights are right only by chance; leave it out, or give weights")
         return None
     bundled = data_path(SHAPES20) if model.info.tag in MODELS else None
     found = data or bundled
@@ -362,5 +372,5 @@ def scored_data(
     if not found:
         return None
     found = match_classes(model.info, found, class_map)
-    # Evenly spread: in a folder per class the first ones would be of the first classes.
+    # Evenly spread, because with one folder per class the first images would all be of the first classes.
     return found.take(spread(len(found), images)) if images < len(found) else found

@@ -15,17 +15,17 @@ from vitdemo.paths import data_path, replacing
 SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
 SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
 RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)")
-# Columns by which a row finds the eager row to compare with; `file` is there after merge only.
+# Columns by which a row finds the eager row to compare with; `file` exists only after merge.
 SAME_RUN = ["model", "weights", "replicas", "device_batch_size", "machine", "file"]
 
 
 def ttmetal_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as tt-metal's performance files have them, in seconds and images/s.
+    """The rows in the layout of tt-metal's performance files, in seconds and images/s.
 
-    The CPU columns, the model in plain PyTorch there, are eager fp32 at the same batch.
+    The CPU columns, which are the model in plain PyTorch there, are eager fp32 at the same batch size.
 
     Args:
-        rows: of ``benchmark`` or ``merge``.
+        rows: rows of ``benchmark`` or ``merge``.
 
     Raises:
         VitdemoError: where no row holds a measurement.
@@ -50,12 +50,13 @@ def ttmetal_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def aitemplate_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as AITemplate's and FX2AIT's tables have them, in ms and images/s: eager (PT) beside the engine.
+    """The rows in the layout of AITemplate's and FX2AIT's tables, in ms and images/s: eager (PT) next to the engine.
 
-    Eager is in the engine's precision where it has that, else in fp32: then the speedup is a mixed one, and says so.
+    Eager is in the engine's precision where it was measured in that; otherwise it is in fp32, and the speedup is
+    labelled mixed.
 
     Args:
-        rows: of ``benchmark`` or ``merge``.
+        rows: rows of ``benchmark`` or ``merge``.
 
     Raises:
         VitdemoError: where no row holds a measurement.
@@ -83,10 +84,10 @@ LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a sweep that fit on a screen; of what was skipped or failed, why.
+    """The columns of a sweep that fit on a screen, and for skipped or failed rows the reason.
 
     Args:
-        rows: of ``benchmark`` or ``merge``.
+        rows: rows of ``benchmark`` or ``merge``.
     """
     names = ["model", "engine", "precision", "batch", "p50_ms", "p90_ms", "calls", "images_per_s"]
     names += ["speedup_equal_precision", "speedup_over_eager_fp32", "speedup_over_eager_fp32_pairs", "of_roof"]
@@ -99,33 +100,33 @@ def laid_out(rows: pd.DataFrame, layout: str) -> pd.DataFrame:
     """``rows`` in another project's layout.
 
     Args:
-        rows: of ``benchmark`` or ``merge``.
-        layout: one of LAYOUTS, by its name.
+        rows: rows of ``benchmark`` or ``merge``.
+        layout: the name of one of LAYOUTS.
 
     Raises:
-        VitdemoError: for a layout that there is not, and for rows that lack a column of it.
+        VitdemoError: for an unknown layout, and for rows that lack one of its columns.
     """
     if layout not in LAYOUTS:
         raise VitdemoError(f"layout {layout!r}: there are {', '.join(LAYOUTS)}")
     try:
         return LAYOUTS[layout](rows)
     except KeyError as missing:
-        raise VitdemoError(f"layout {layout!r}: these rows have no column {missing}; measure them anew") from None
+        raise VitdemoError(f"layout {layout!r}: these rows have no column {missing}; measure them again") from None
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write ``table`` as CSV, Markdown or a styled page.
 
     Args:
-        table: of any columns.
-        path: its ending says as what: .csv, .md or .html.
+        table: a table with any columns.
+        path: the file, whose suffix gives the format: .csv, .md or .html.
 
     Raises:
-        VitdemoError: for another ending.
+        VitdemoError: for another suffix.
     """
     writers = {".csv": lambda: table.to_csv(index=False), ".md": lambda: markdown(table), ".html": lambda: page(table)}
     if path.suffix not in writers:
-        raise VitdemoError(f"{path}: give it an ending, one of {', '.join(writers)}")
+        raise VitdemoError(f"{path}: give it one of the suffixes {', '.join(writers)}")
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -133,19 +134,19 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """As a table of Markdown, numbers with four significant digits."""
+    """The table in Markdown, with numbers of four significant digits."""
     return table.map(_digits).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def styled(table: pd.DataFrame) -> Styler:
-    """As a pandas Styler: four significant digits, a bar behind each rate, half transparent for dark pages."""
+    """The table as a pandas Styler: four significant digits, and a bar behind each rate, transparent for dark pages."""
     rates = [name for name in RATES if name in table]
     style = table.style.format(lambda value: escape(_digits(value)), escape=None).hide(axis="index")
     return style.bar(subset=rates, color="#4A90C480", vmin=0) if rates and len(table) else style
 
 
 def page(table: pd.DataFrame) -> str:
-    """As a web page of its own."""
+    """The table as a complete web page."""
     return styled(table).to_html(doctype_html=True)
 
 
@@ -158,14 +159,14 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _eager_beside(rows: pd.DataFrame, precision: pd.Series | str) -> pd.DataFrame:
-    """For each row that of eager in the given precision, of the same run; NaN where there is none."""
+    """For each row, the row of eager in the given precision in the same run; NaN where there is none."""
     same = [name for name in SAME_RUN if name in rows]
     eager = rows[rows["engine"] == EAGER.engine].drop_duplicates([*same, "precision"])
     return rows[same].assign(precision=precision).merge(eager, on=[*same, "precision"], how="left")
 
 
 def _digits(value: object) -> str:
-    """Four significant digits of a number, nothing for none."""
+    """A number with four significant digits; "" for a missing value."""
     if value is None or value != value:
         return ""
     if not isinstance(value, float):
@@ -176,25 +177,28 @@ def _digits(value: object) -> str:
 TABLE = "published/performance.csv"
 TEXT = ["source", "system", "hardware", "model", "precision", "note"]
 COUNTS = ["devices", "batch"]
-COMPARED = ["source", "hardware", "model", "batch"]  # the sides of one comparison have these in common
+COMPARED = ["source", "hardware", "model", "batch"]  # columns that are equal for all sides of one comparison
 
 
 def published_performance() -> pd.DataFrame:
-    """The published performance of ViTs and a ResNet-18, one row per side of a comparison; NaN: nothing is printed.
+    """The published performance of ViTs and a ResNet-18, one row per side of a comparison; NaN for missing values.
 
-    From ``data/published/performance.csv``; ``data/README.md`` names the documents and says what was changed.
+    The table is ``data/published/performance.csv``; ``data/README.md`` lists the documents and the changes to them.
 
-    - ``source``, ``system``: the document; what computed. ``baseline``: whether the others are held against this row.
-    - ``hardware``, ``devices``, ``model``, ``precision``: how many devices shared a batch; models by timm's names.
+    - ``source``, ``system``: the document, and the software. ``baseline``: whether the other rows are compared with
+      this one.
+    - ``hardware``, ``devices``, ``model``, ``precision``: devices is the number of devices that shared a batch; models
+      have timm's names.
     - ``batch``: images in the whole batch, over all devices.
-    - ``latency_ms``, ``images_per_s``: of one batch; of inference alone (FlagPerf's p_val_core or p_infer_core).
+    - ``latency_ms``: of one batch. ``images_per_s``: of inference alone (FlagPerf's p_val_core or p_infer_core).
     - ``images_per_s_whole``: of the whole loop, with loading and scoring (FlagPerf's p_val_whole or p_infer_whole).
-    - ``first_run_s``, ``second_run_s``, ``compile_s``, ``e2e_s``: seconds; e2e is the whole job, validation included.
+    - ``first_run_s``, ``second_run_s``, ``compile_s``, ``e2e_s``: seconds; e2e is the whole job, including validation.
     - ``speedup``: over the baseline, where the document prints it.
-    - ``mfu_percent``: of the device's peak, a multiply-accumulate counted as one operation: half of the usual number.
-    - ``top1_percent``: on ILSVRC2012 val. ``memory_gib``, ``memory_total_gib``: the device's, used and there.
+    - ``mfu_percent``: of the device's peak, with a multiply-accumulate counted as one operation, which gives half of
+      the usual number.
+    - ``top1_percent``: on ILSVRC2012 val. ``memory_gib``, ``memory_total_gib``: the device's used and total memory.
     """
-    # A number is whatever is neither text nor a count.
+    # Every column that is neither text nor a count holds numbers.
     dtypes = defaultdict(lambda: "float64", dict.fromkeys(TEXT, "str") | dict.fromkeys(COUNTS, "Int64"))
     table = pd.read_csv(data_path(TABLE), dtype=dtypes)
     return table.assign(baseline=table["baseline"].notna(), **table[TEXT].fillna(""))

@@ -1,4 +1,4 @@
-"""Samples to batches of uint8 crops, decoded ahead by threads."""
+"""Turns samples into batches of uint8 crops, which threads decode ahead of time."""
 
 import time
 from collections import deque
@@ -18,15 +18,15 @@ class Batch:
     """Consecutive samples, decoded.
 
     Attributes:
-        start: the first one's index in the data set.
-        files, class_ids, labels: of each sample, as in ``Sample``.
+        start: the first sample's index in the data set.
+        files, class_ids, labels: one value per sample, as in ``Sample``.
         pixels: uint8[B, 3, H, W]; zeros where an image cannot be read.
-        errors: of each sample, why it cannot be read; "" where it can.
-        fallbacks: how many images of the fast path the reference path had to decode.
-        rotated: how many have an EXIF orientation other than upright, which is ignored.
-        began, ended: seconds since 1970, from the first image's first byte to the last one's last pixel.
-        decode_cpu_s: CPU seconds of all of them.
-        recycle: to be called once nobody needs the pixels any more: gives their memory to a batch to come.
+        errors: why each sample cannot be read; "" where it can.
+        fallbacks: the number of images that the reference path had to decode instead of the fast path.
+        rotated: the number of images with an EXIF orientation other than upright, which is ignored.
+        began, ended: seconds since 1970, when reading the first image began and decoding the last one ended.
+        decode_cpu_s: the CPU seconds of reading and decoding all samples.
+        recycle: call it when the pixels are no longer needed; a later batch reuses their memory.
     """
 
     start: int
@@ -46,7 +46,7 @@ class Batch:
 def _load_into(
     pixels: torch.Tensor, data: Sequence[Sample], index: int, preprocessing: Preprocessing, input_path: str
 ) -> tuple[str, str, int, str, bool, bool, float, float, float]:
-    """Decode one sample to its place in a batch; what a ``Batch`` says of it, from file to decode_cpu_s."""
+    """Decode one sample into its place in a batch; return its values of ``Batch``, from file to decode_cpu_s."""
     began, cpu, error, fell_back, rotated = time.time(), time.thread_time(), "", False, False
     try:
         sample = data[index]
@@ -74,23 +74,24 @@ def prefetched_batches(
     ahead: int = 2,
     pinned: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of ``data`` over ``indices``, in order, the last one as small as what is left.
+    """Yield batches of ``data`` over ``indices``, in order; the last batch has the images that are left.
 
-    One thread per core decodes: the decoders work outside Python's lock. Closing the iterator stops the threads.
+    One thread per core decodes, because the decoders release Python's lock. Closing the iterator stops the threads.
 
     Args:
         data: the samples.
-        indices: which of them, without a step.
-        preprocessing: the crop that the model's weights expect.
-        device_batch_size: images in a batch.
-        input_path: "reference" is ``reference_crop`` for every image, "fast" is ``fast_crop`` where that can.
-        ahead: batches that wait at the most, so that memory does not grow with the data set.
-        pinned: decode into memory that a GPU reads by itself.
+        indices: the indices of the samples, without a step.
+        preprocessing: the model's own preprocessing.
+        device_batch_size: images per batch.
+        input_path: "reference" uses ``reference_crop`` for every image, "fast" uses ``fast_crop`` where it can.
+        ahead: the largest number of waiting batches, which limits the memory.
+        pinned: decode into pinned memory, which a GPU reads directly.
 
     Yields:
         Batches; an image that cannot be read is a row of zeros with its error.
     """
-    # Each decodes on one core: torch would resize on all of them, beside the other threads' and the engine's.
+    # One core per thread: otherwise torch would resize on all cores, in competition with the other threads and the
+    # engine.
     pool = ThreadPoolExecutor(cores(), "decode", torch.set_num_threads, (1,))
     waiting, buffers = deque(), []
 

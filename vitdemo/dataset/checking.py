@@ -1,9 +1,9 @@
-"""The verb ``check_images``: every file of a data set decoded strictly, and a report of what is in them.
+"""The verb ``check_images``: decodes every file of a data set strictly, and reports damage and other facts.
 
-libjpeg recovers from damage: it fills what is missing with grey, says so in a warning, and goes on. PIL drops those
-warnings and torchvision sends them to stderr without a file name, so most damage passes both unseen: of 200 photographs
-with 4 KiB zeroed they refused 5. TurboJPEG hands each warning to its caller (``strict`` in simplejpeg) and complained
-of 196, so it is the decoder of the check.
+libjpeg recovers from damage: it fills missing parts with grey, gives a warning, and continues. PIL drops these
+warnings, and torchvision prints them to stderr without a file name, so most damage goes unnoticed in both: of 200
+photographs with 4 KiB zeroed they refused 5. TurboJPEG passes each warning to its caller (``strict`` in simplejpeg)
+and warned about 196, so the check decodes with TurboJPEG.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ IMAGES, SUMMARY = "images.csv", "images.json"
 FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "class_id", "bytes", *FACTS, "sha256"]
 
-UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # in TurboJPEG's message
-CHUNK = 16  # images per task: one alone takes hardly longer than to hand it to a thread
-SHOWN = 10  # damaged files that a report's text names
+UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # part of TurboJPEG's message
+CHUNK = 16  # images per task; decoding a single image takes hardly longer than passing it to a thread
+SHOWN = 10  # damaged files named in a report's text
 
 
 @dataclass
 class ImageReport:
-    """What ``check_images`` found.
+    """The report of ``check_images``.
 
     Attributes:
-        rows: one row per image in ascending file name, the columns of images.csv, as described at ``check_images``.
-        summary: images.json, described there too.
+        rows: one row per image in ascending order of file names, with the columns of images.csv (see ``check_images``).
+        summary: the content of images.json (see ``check_images``).
         class_names: each class's synonyms in one string, by label.
         out: the folder of both files, or None.
     """
@@ -80,30 +80,32 @@ def check_images(
 ) -> ImageReport:
     """Read, hash and strictly decode each image once.
 
-    One thread per core decodes, outside Python's lock. It computes all coefficients of an image, but its pixels at an
-    eighth of the size only: no step after the coefficients can fail. Each holds one image, which takes 0.9 GB at the
-    very worst beside its file of 256 MiB at the most.
+    One thread per core decodes, without Python's lock. It computes all coefficients of an image, but only an eighth of
+    its pixels per side, because no step after the coefficients can fail. Each thread holds one image, which takes at
+    most 0.9 GB in addition to its file of at most 256 MiB.
 
-    A check that is interrupted writes nothing: a report is of one pass over the files.
+    An interrupted check writes nothing, so a report always covers one complete pass over the files.
 
-    What no decoder can find: pixels that changed into other valid ones, as five of six single flipped bits do in a
-    photograph; and, where only PIL can decode (CMYK with subsampled C, M and Y; other formats), what PIL is silent on.
-    For that there are the archive's MD5 and the ``sha256`` of the set: over the lines of ``sha256sum``, a base name
-    each, in ascending order of names, so that it is the same for a tar and for what was extracted from it. By hand:
+    No decoder can find pixels that damage has changed into other valid ones, as five of six flipped bits do in a
+    photograph. Where only PIL can decode (CMYK with subsampled C, M and Y; other formats), damage that PIL ignores goes
+    unnoticed too. The archive's MD5 and the ``sha256`` of the set find all of this. The latter is computed over the
+    lines of ``sha256sum`` with base names, in ascending order of names, so that it is the same for a tar and for the
+    files extracted from it. By hand:
 
         find val -iname '*.jp*g' -exec sha256sum {} + | sed 's|  .*/|  |' | LC_ALL=C sort -k2 | sha256sum
 
     Args:
         data: the images.
-        out: a folder for the report, or None. images.csv: one row per image, with file, label, class_id, bytes; width
-            and height in pixels, mode and exif as in ``image_facts``; error (no image comes out: PIL, with which
-            ``evaluate`` reads, cannot decode the file, the disk does not give it, or it is enormous and was not
-            decoded); warning (an image comes out that may be wrong: libjpeg warned of damage that it went over, or the
-            file is of another format than its name says); sha256. images.json: its summary, with counts of modes, EXIF
-            states, errors and warnings, the damaged per class; min, median, max of width, height, bytes; sha256 of the
-            set; rate and machine. An earlier report there is replaced.
-        limit: check the first so many only.
-        progress: show a bar.
+        out: a folder for the report, or None. An earlier report there is replaced.
+            images.csv has one row per image, with file, label, class_id, bytes; width and height in pixels, mode and
+            exif as in ``image_facts``; error (there is no image, because PIL, with which ``evaluate`` reads, cannot
+            decode the file, or the file cannot be read, or the image is enormous and was not decoded); warning (there
+            is an image, but it may be wrong, because libjpeg warned of damage, or the file has another format than its
+            name says); sha256.
+            images.json is the summary: the numbers of modes, EXIF states, errors and warnings; damaged images per
+            class; min, median and max of width, height and bytes; sha256 of the set; rate and machine.
+        limit: check only this many images, from the first.
+        progress: show a progress bar.
 
     Returns:
         The report, with one row per image.
@@ -134,7 +136,7 @@ def check_images(
 
 
 def _checked(data: Dataset, images: int) -> Iterator[list[tuple]]:
-    """The rows of the first ``images`` samples in their order, a chunk at a time. Closing it stops the threads."""
+    """Yield the rows of the first ``images`` samples in order, in chunks. Closing the iterator stops the threads."""
     chunks = (range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK))
     pool = ThreadPoolExecutor(cores(), thread_name_prefix="check")
     try:
@@ -148,23 +150,23 @@ def _row(data: Dataset, index: int) -> tuple:
     what = (data.files[index], label, data.classes[label], data.sizes[index])
     try:
         jpeg = data[index].image
-    except VitdemoError as error:  # a file that the disk does not give is damage too
+    except VitdemoError as error:  # a file that cannot be read from the disk counts as damaged
         return *what, 0, 0, UNREADABLE, "", str(error), "", ""
     return *what, *examine_jpeg(jpeg), hashlib.sha256(jpeg).hexdigest()
 
 
 def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
-    """Width, height, mode, EXIF state, error and warning of one file, as ``check_images`` reports them."""
+    """The width, height, mode, EXIF state, error and warning of one file, as in ``check_images``."""
     header = read_header(jpeg)
     error = header.error or refusal(header.width, header.height, jpeg)
     if error:
         return *header[:4], error, ""
     warning = ""
-    import simplejpeg  # here, as nothing else of the package needs it
+    import simplejpeg  # imported here, because only this check needs it
 
     try:
-        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest there is
-    except ValueError as complaint:  # TurboJPEG's errors and warnings alike
+        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1)  # at 1/8, the smallest scale
+    except ValueError as complaint:  # raised for TurboJPEG's errors and warnings alike
         warning = str(complaint)
         try:
             with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
@@ -173,7 +175,7 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
             error = one_line(damage)
         if header.format not in ("JPEG", "MPO"):
             warning = f"{header.format}, not JPEG"
-        # TurboJPEG cannot decode CMYK with subsampled C, M and Y, which others write; otherwise no sound file is so
+        # TurboJPEG cannot decode CMYK with subsampled C, M and Y, as in some sound files of other encoders
         elif header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in warning:
             warning = ""
     return *header[:4], error, "" if error else warning
@@ -207,7 +209,7 @@ def _summarise(table: pd.DataFrame, data: Dataset, wall_s: float) -> dict:
 
 
 def _spread(values: pd.Series) -> dict:
-    """Smallest, median and largest; an empty dict for no values."""
+    """The smallest, median and largest value; an empty dict for no values."""
     if values.empty:
         return {}
     return {"min": int(values.min()), "median": float(values.median()), "max": int(values.max())}

@@ -1,4 +1,4 @@
-"""A labelled data set, and ``open_data``, the one door to it from whatever people have."""
+"""``Dataset``, a labelled data set, and ``open_data``, which opens every supported format as one."""
 
 import errno
 import glob
@@ -20,26 +20,27 @@ from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import user_path
 
-# An image that is gone since it was indexed, or a process that has no more files or memory: no row of an evaluation.
+# These errors mean that a file was removed after indexing, or that the process has no file handles or memory left. They
+# end the run, instead of being counted as an unreadable image.
 NOT_THE_FILES_FAULT = {errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
 
 
 class Dataset:
-    """Samples in ascending file, whatever they lie in. ``open_data`` makes it.
+    """Samples in ascending order of ``file``, from any source. ``open_data`` creates it.
 
-    Threads may read from one object at once; it can be pickled to a process that sees the same path.
+    Several threads may read from one object at once. It can be pickled to a process that sees the same path.
 
     Attributes:
-        path: the tar, the folder or the parquet files' folder.
+        path: the tar, the folder, or the folder or file of parquet data.
         source: "tar", "folder" or "parquet".
-        classes: the ids of the classes: wnids, words or numbers, as text in ascending order.
-        class_names: of each class what people call it.
-        files, sizes, labels: of each sample the path in the set; bytes, -1 where nobody knows; the index into
-            ``classes``, -1 where nobody said.
-        offsets: of each sample in the tar in bytes, or the row in parquet files; 0 in a folder.
-        decided: how it was told which output of a model each label is; "" for a data set by itself.
+        classes: the ids of the classes (wnids, words or numbers) as text, in ascending order.
+        class_names: the readable name of each class.
+        files, sizes, labels: for each sample, its path in the data set; its size in bytes, -1 where it is unknown; the
+            index of its class in ``classes``, -1 where it is unknown.
+        offsets: for each sample, its offset in the tar in bytes, or its row in parquet files; 0 in a folder.
+        decided: how the labels were matched with a model's outputs; "" before they are.
     """
 
     def __init__(self, index: Index, opened: tuple = ()):
@@ -57,7 +58,7 @@ class Dataset:
         self._ids, self._own = self.classes, self.labels
 
     def take(self, indices: Sequence[int]) -> "Dataset":
-        """Some of the samples, in ascending order, as a data set of their own."""
+        """The samples at ``indices``, which are ascending, as a data set."""
         other = object.__new__(type(self))
         other.__dict__ |= {name: value for name, value in self.__getstate__().items() if name != "fingerprint"}
         for name in ("files", "sizes", "labels", "offsets", "_own"):
@@ -69,12 +70,12 @@ class Dataset:
     def relabelled(
         self, classes: Sequence[str], class_names: Sequence[str], outputs: Mapping[int, int], decided: str
     ) -> "Dataset":
-        """The same samples with a model's classes; each ``class_id`` stays what the data set calls it.
+        """The same samples with a model's classes; each ``class_id`` stays the data set's own.
 
         Args:
-            classes, class_names: the model's, by output.
-            outputs: label here -> output.
-            decided: how that was told.
+            classes, class_names: the ids and names of the model's classes, by output.
+            outputs: label of this data set -> output.
+            decided: how the outputs were found.
         """
         other = object.__new__(type(self))
         other.__dict__ |= self.__getstate__()
@@ -84,13 +85,13 @@ class Dataset:
 
     @cached_property
     def present(self) -> list[int] | None:
-        """The labels that there are images of, ascending; None where these are all."""
+        """The labels that have images, ascending; None where all labels have."""
         found = sorted(set(self.labels) - {-1})
         return found if len(found) < len(self.classes) else None
 
     @cached_property
     def _tar(self) -> int:
-        """The open tar; a process to which the data set was pickled opens its own."""
+        """The file descriptor of the open tar. A process to which the data set was pickled opens its own."""
         with named_errors(self.path):
             descriptor = os.open(self._file, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
@@ -114,12 +115,12 @@ class Dataset:
         sample = Sample(file, b"", self._ids[own] if own >= 0 else "", self.labels[i])
         tar = self._tar if self._file else None
         try:
-            with named_errors(self.path):  # pread: no file position that threads could share
+            with named_errors(self.path):  # pread needs no file position, which threads would share
                 if tar is not None:
                     image = os.pread(tar, size, self.offsets[i])
                 elif self._parquet:
                     image, size = self._parquet.image_bytes(self.offsets[i]), -1
-                else:  # ILSVRC2012's own go by their base names, see index_by_folder
+                else:  # ILSVRC2012's images are named by their base names, see index_by_folder
                     folder = sample.class_id if self._in_folders and "/" not in file else ""
                     image = (self.path / folder / file).read_bytes()
         except VitdemoError as error:
@@ -132,7 +133,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over name, size and label of every sample: equal for a tar and for what was extracted from it."""
+        """The sha256 over name, size and label of all samples: equal for a tar and for the files extracted from it."""
         digest = hashlib.sha256()
         for row in zip(self.files, self.sizes, self._own, strict=True):
             digest.update("{}\t{}\t{}\n".format(*row).encode("utf-8", "surrogateescape"))
@@ -142,21 +143,21 @@ class Dataset:
 
     @property
     def address(self) -> tuple:
-        """What ``open_again`` needs to open it in another process, on this machine or another one."""
+        """The argument with which ``open_again`` opens this data set in another process, here or on another machine."""
         return self.opened, self.taken, self.fingerprint, (self.classes, self.class_names, self.labels, self.decided)
 
 
 def open_again(address: tuple) -> Dataset:
-    """The data set of an ``address``, from the same path where this process is.
+    """Open the data set of an ``address`` from the same path on this process's machine.
 
     Raises:
-        VitdemoError: where there is none, or one of other images.
+        VitdemoError: where there is no data set, or one with other images.
     """
     (path, split, table), taken, fingerprint, matched = address
     data = open_data(path, split=split, labels=table, progress=False)
     data = data if taken is None or len(data) <= max(taken) else data.take(taken)
     if data.fingerprint != fingerprint:
-        raise VitdemoError(f"{path}: holds other images than on the machine that asks; copy it again")
+        raise VitdemoError(f"{path}: holds other images here than on the first machine; copy it again")
     data.classes, data.class_names, data.labels, data.decided = matched
     return data
 
@@ -164,26 +165,26 @@ def open_again(address: tuple) -> Dataset:
 def open_data(
     path: Path | str, *, split: str = "val", labels: Path | str | None = None, progress: bool = True
 ) -> Dataset:
-    """A labelled data set from whatever people have. What is read of it and what is left out is said on stderr.
+    """Open a labelled data set. Which files are read and which are left out is printed to stderr.
 
     ``path`` is one of
-    - one folder per class, of any names, at ``path`` or in its ``val/``, ``validation/`` or ``test/`` (``train/``):
-      the first that is there; or a tar or tar.gz of this,
-    - images, in such a folder or tar, with a table of their labels: ``labels``, or ``metadata.csv``,
-      ``metadata.jsonl``, Tiny-ImageNet's ``val_annotations.txt``, Kaggle's ``LOC_val_solution.csv`` up to four folders
-      above; or with the wnid at the end of each name; or ILSVRC2012's validation images with its devkit beside,
-    - parquet files of the Hugging Face hub, or a folder with them or with ``data/*.parquet``,
-    - ILSVRC2012's own archives ``<name>_img_val.tar`` (with ``<name>_devkit*.tar.gz`` beside) and
-      ``<name>_img_train.tar``, or a folder with them, or what ``vitdemo extract`` wrote.
+    - a folder with one folder per class, with any names, or with such folders in its ``val/``, ``validation/`` or
+      ``test/`` (``train/`` for that split; the first that exists is read); or a tar or tar.gz of this;
+    - a folder or tar of images whose labels are in a table (``labels``, or ``metadata.csv``, ``metadata.jsonl``,
+      Tiny-ImageNet's ``val_annotations.txt``, or Kaggle's ``LOC_val_solution.csv`` at most four folders above), are the
+      wnids at the ends of the file names, or are in ILSVRC2012's devkit next to its validation images;
+    - parquet files of the Hugging Face hub, or a folder with them or with ``data/*.parquet``;
+    - ILSVRC2012's archives ``<name>_img_val.tar`` (with ``<name>_devkit*.tar.gz`` next to it) and
+      ``<name>_img_train.tar``, or a folder with them, or the folder that ``vitdemo extract`` wrote.
 
     Args:
-        path: where the set lies.
+        path: the file or folder.
         split: "val" or "train".
         labels: a table of labels, see ``index_by_table``.
-        progress: show bars, and say what is read and left out.
+        progress: show progress bars, and print what is read and left out.
 
     Raises:
-        VitdemoError: when there is no data set, or an unfinished or damaged one.
+        VitdemoError: when there is no data set, or it is unfinished or damaged.
     """
     if split not in trees.FOLDERS:
         raise VitdemoError(f"split: {split!r} is not one of {', '.join(trees.FOLDERS)}")
@@ -203,24 +204,24 @@ def open_data(
     return data
 
 
-ImageNetVal = open_data  # as it is called where the data are ImageNet's
+ImageNetVal = open_data  # the name that the notebooks use for ImageNet data
 
 
 def _local(path: Path | str) -> Path:
     if "://" in str(path):
-        raise VitdemoError(f"{path}: is an address; download what is there, and give the file or folder")
+        raise VitdemoError(f"{path}: is a URL; download what is there, and give the file or folder")
     return user_path(path).absolute()
 
 
 def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple[Index, Path | None]:
-    """The index of what is at ``path``, and the folder that was read, None for archives."""
+    """The index of the data set at ``path``, and the folder that was read, None for archives."""
     tree = None if path.is_file() else trees.find_tree(path, split)
     if tree is None and not _is_any_tar(path):
         if path.suffix in TABLES:
             raise VitdemoError(f"{path}: is a table; give the folder of the images, and this as the labels (--labels)")
         tar = None if parquet_files(path, split) else trees.split_tar(path, split)
         if tar and labels:
-            raise VitdemoError(f"{tar}: has its labels by its form; leave out {labels}")
+            raise VitdemoError(f"{tar}: its format gives the labels; leave out {labels}")
         if tar:
             return index_val_tar(tar) if split == "val" else index_train_tar(tar, progress), None
     if files := parquet_files(path, split) or (tree and tree != path and parquet_files(tree, split)):
@@ -238,7 +239,7 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
 
 
 def _is_any_tar(path: Path) -> bool:
-    """Whether it is a tar of images as people pack them, and none of ILSVRC2012's."""
+    """Whether ``path`` is a tar other than ILSVRC2012's."""
     own = path.name.endswith(("_img_val.tar", "_img_train.tar"))
     return path.is_file() and path.name.endswith(TAR_SUFFIXES) and not own
 
@@ -252,17 +253,18 @@ def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     index = index_by_folder(listing) or index_by_name(listing) or index_by_devkit(listing)
     if index is None:
         flat = f"{next(iter(listing.images))} and the other images lie flat in it, and nothing says their classes"
-        cure = "give a table with a row per image, file and label (--labels FILE), or put the devkit beside them"
+        cure = "give a table with one row per image, file and label (--labels FILE), or put the devkit next to them"
         raise VitdemoError(f"{listing.path}: {flat}; {cure}; `vitdemo predict` needs no labels")
     return index
 
 
 def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Dataset:
-    """Images without labels: files, folders, tars, parquet files, and patterns such as ``photos/*.jpg``.
+    """Open images without labels as a data set.
 
     Args:
-        paths: of them. A sample goes by its path below the folder that all share, or by that in a tar.
-        progress: show bars, and say what is left out.
+        paths: files, folders, tars, parquet files, and patterns such as ``photos/*.jpg``. A sample is named by its path
+            relative to the common parent folder, or by its path in the tar.
+        progress: show progress bars, and print what is left out.
 
     Raises:
         VitdemoError: for a path without any image.
@@ -287,19 +289,19 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
 
 
 def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | dict[str, Item]:
-    """The images at ``path``: an index where they lie in an archive, else each by its absolute path."""
+    """The images at ``path``: an Index where they are in an archive, and otherwise an Item for each absolute path."""
     archive = path.is_file() and path.name.endswith(TAR_SUFFIXES)
     files = [] if archive else parquet_files(path, "val")
     if archive or files:
         if not given_alone:
-            raise VitdemoError(f"{path}: an archive is read alone; give no other images beside it")
+            raise VitdemoError(f"{path}: an archive is read alone; give no other images with it")
         if files:
             return index_parquet(path, files)
         listing = list_tar(path, plain_tar(path, progress))
         return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
     if path.is_file():
         if path.suffix.lower() not in image_suffixes():
-            raise VitdemoError(f"{path}: is no image of a format that is read here; convert it to JPEG or PNG")
+            raise VitdemoError(f"{path}: is not an image in a format that can be read here; convert it to JPEG or PNG")
         return {str(path): Item("", "", path.stat().st_size)}
     listing = list_folder(path)
     if progress and (notes := listing.notes()):

@@ -1,4 +1,4 @@
-"""From an image's bytes to what its header says, and to the uint8 crop that a model sees."""
+"""Reads an image's header, and decodes its bytes to the uint8 crop that a model sees."""
 
 import io
 import math
@@ -20,28 +20,30 @@ from vitdemo.dataset.samples import Sample, formats
 from vitdemo.errors import VitdemoError
 
 CROP_MODES = ("center", "squash")
-CENTER_FLOOR = "center_floor"  # transformers' way to cut the centre out, nobody's choice: it comes with its processors
+CENTER_FLOOR = "center_floor"  # the centre crop of transformers, set only by its processors, never by the user
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
-FAST_INTERPOLATIONS = ("bicubic", "bilinear")  # which torch does on bytes as PIL does
+FAST_INTERPOLATIONS = ("bicubic", "bilinear")  # for these torch resizes uint8 images as PIL does
 INPUT_PATHS = ("fast", "reference")
 
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", module="PIL")  # EXIF is ignored here
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is enormous is refused in words
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # enormous images are refused with a message
 
 UNREADABLE = "unreadable"
-EXIF_WITHIN = 1 << 16  # bytes from the start, where cameras' JPEGs have it
+EXIF_WITHIN = 1 << 16  # bytes from the start of the file, in which cameras write EXIF
 
-ENORMOUS = 89_478_485  # pixels: above this PIL warns of a decompression bomb; the coefficients alone take 0.5 GB
-ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans: seconds of decoding
+ENORMOUS = 89_478_485  # pixels; above this PIL warns of a decompression bomb, and the coefficients alone take 0.5 GB
+ENORMOUS_WORK = 40 * ENORMOUS  # pixels times scans, which take seconds to decode
 SOI, SOS = b"\xff\xd8", b"\xff\xda"  # the first bytes of a JPEG, and of each of its scans
 
-# PIL reports broken EXIF only as a Python warning, and catching warnings is not thread-safe: one thread at a time.
+# PIL reports broken EXIF only as a Python warning. Catching warnings is not thread-safe, so a lock is needed.
 PIL_ALONE = threading.Lock()
 
 
 class Header(NamedTuple):
-    """What a file says of its image: size in pixels, PIL's mode, EXIF state (see ``image_facts``), PIL's format; or
-    the error, where it is no image."""
+    """The facts in an image file's header: size in pixels, PIL's mode, EXIF state (see ``image_facts``), PIL's format.
+
+    Where the file is not an image, ``error`` is the reason.
+    """
 
     width: int = 0
     height: int = 0
@@ -52,15 +54,15 @@ class Header(NamedTuple):
 
 
 def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFrame:
-    """What the files' headers say of the images, without decoding them.
+    """The facts in the headers of the image files, read without decoding the images.
 
     Args:
         data: the samples.
-        limit: look at the first so many only.
+        limit: read only this many, from the first.
 
     Returns:
-        One row per image: file; width, height in pixels; mode, PIL's or "unreadable"; bytes; exif: "" for none,
-        "rotated" for an orientation other than upright, "broken" where it cannot be read, "present" otherwise.
+        One row per image: file; width and height in pixels; mode (PIL's, or "unreadable"); bytes; exif ("" for no
+        EXIF, "rotated" for an orientation other than upright, "broken" if it cannot be read, "present" otherwise).
     """
     rows = []
     for sample in islice(data, limit):
@@ -71,16 +73,16 @@ def image_facts(data: Sequence[Sample], limit: int | None = None) -> pd.DataFram
 
 
 def read_header(jpeg: bytes) -> Header:
-    """The header as PIL reads it, without decoding; broken EXIF is no error."""
+    """Read the header with PIL, without decoding the image; broken EXIF is not an error."""
     try:
         with PIL_ALONE, warnings.catch_warnings(action="ignore"), open_image(jpeg) as image:
             return Header(*image.size, image.mode, _exif_state(image), image.format)
-    except Exception as error:  # PIL raises a dozen types, and each means: this is no image
+    except Exception as error:  # PIL raises a dozen types, and each means that this is not an image
         return Header(error=one_line(error))
 
 
 def open_image(jpeg: bytes) -> Image.Image:
-    """PIL's image of the bytes. Raises what PIL raises."""
+    """Open the bytes with PIL. Raises PIL's exceptions."""
     return Image.open(io.BytesIO(jpeg), formats=formats())
 
 
@@ -90,8 +92,8 @@ def _exif_state(image: Image.Image) -> str:
         warnings.simplefilter("always")
         try:
             if block is not None:
-                Image.Exif().load(block)  # anew: opening may have read it already, and it warns once
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # XMP's, where EXIF has none
+                Image.Exif().load(block)  # read again, because PIL warns once, perhaps already when it opened the file
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # from XMP where EXIF has none
         except Exception:  # as in read_header
             return "broken"
     if warned:
@@ -100,12 +102,12 @@ def _exif_state(image: Image.Image) -> str:
 
 
 def is_rotated(image: bytes) -> bool:
-    """Whether a file says that its picture is to be turned or mirrored. Few have the EXIF for which PIL is asked."""
+    """Whether the EXIF orientation rotates or mirrors the image. PIL is asked only about files that have EXIF."""
     return b"Exif" in image[:EXIF_WITHIN] and read_header(image).exif == "rotated"
 
 
 def upright(image: bytes) -> bytes:
-    """A picture turned and mirrored as its EXIF says, as PNG; the same bytes where they say nothing."""
+    """The image rotated and mirrored by its EXIF orientation, as PNG; the same bytes where it has none."""
     if not is_rotated(image):
         return image
     with open_image(image) as picture:
@@ -115,16 +117,16 @@ def upright(image: bytes) -> bytes:
 
 
 def one_line(error: Exception) -> str:
-    """A decoder's reason in one line, the same in every run: without the address of the buffer that PIL read from."""
+    """A decoder's reason in one line, without the buffer's memory address, so that it is the same in every run."""
     reason = " ".join(str(error).split("<_io")[0].split()) or "no reason given"
     return f"{type(error).__name__}: {reason}"
 
 
 def refusal(width: int, height: int, jpeg: bytes) -> str:
-    """Why an image must not be decoded, "" when it may: a few bytes can ask for gigabytes or minutes.
+    """Why an image must not be decoded, or "" if it may: a file of a few bytes can take gigabytes or minutes.
 
-    Each scan of a progressive JPEG goes over the whole image, and one that changes nothing takes 11 bytes. To count
-    them takes time, so it is done where there may be many.
+    Each scan of a progressive JPEG goes over the whole image, and a scan that changes nothing takes only 11 bytes.
+    Counting the scans takes time, so they are counted only where there may be too many.
     """
     pixels, scans = width * height, 1
     if pixels * len(jpeg) > 11 * ENORMOUS_WORK and jpeg.startswith(SOI):
@@ -134,24 +136,24 @@ def refusal(width: int, height: int, jpeg: bytes) -> str:
 
 
 class UnreadableImage(Exception):
-    """One image that cannot be decoded; the message is the decoder's reason."""
+    """An image that cannot be decoded; the message is the decoder's reason."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a model's weights expect of an image, in timm's names (``timm.data.resolve_model_data_config``).
+    """The preprocessing with which a model was trained, in timm's names (``timm.data.resolve_model_data_config``).
 
     Args:
         input_size: (3, H, W) in pixels.
-        crop_pct: input side over resized side.
+        crop_pct: input side divided by resized side.
         crop_mode: "center" resizes the shorter side and cuts the centre out; "squash" resizes to H/crop_pct x
-            W/crop_pct whatever the aspect ratio (Hugging Face's way for ViT, with crop_pct 1); "center_floor" is
-            "center" where half a pixel rounds down, as in transformers, and not to even, as in torchvision.
-        interpolation: one of PIL's, in lower case: "bicubic", "bilinear", "nearest", "lanczos", "box", "hamming".
-        mean, std: per channel, of values in 0..1.
+            W/crop_pct and ignores the aspect ratio (as Hugging Face does for ViT, with crop_pct 1); "center_floor" is
+            "center" with half a pixel rounded down, as in transformers, and not to even, as in torchvision.
+        interpolation: PIL's name in lower case: "bicubic", "bilinear", "nearest", "lanczos", "box" or "hamming".
+        mean, std: one value per channel, for pixel values in 0..1.
 
     Raises:
-        VitdemoError: for an input_size of other than three channels, and an unknown crop_mode or interpolation.
+        VitdemoError: for an input_size without three channels, and for an unknown crop_mode or interpolation.
     """
 
     input_size: tuple[int, int, int]
@@ -173,7 +175,7 @@ class Preprocessing:
 
 @lru_cache(maxsize=8)
 def _timm_transform(preprocessing: Preprocessing):
-    # With use_prefetcher timm ends in uint8 and leaves mean and std to the device, which is our contract too.
+    # With use_prefetcher timm's transform returns uint8 and leaves mean and std to the device. Engines expect the same.
     options = asdict(preprocessing) | {"crop_mode": preprocessing.crop_mode.removesuffix("_floor")}
     transform = create_transform(**options, is_training=False, use_prefetcher=True)
     if preprocessing.crop_mode == CENTER_FLOOR:
@@ -182,7 +184,7 @@ def _timm_transform(preprocessing: Preprocessing):
 
 
 def _center_floor(pixels: Image.Image | torch.Tensor, sides: Sequence[int]) -> Image.Image | torch.Tensor:
-    """The centre of an image that is at least ``sides``, height and width, large."""
+    """Cut out the centre of an image, of the height and width ``sides``; the image must be at least as large."""
     _, height, width = get_dimensions(pixels)
     return crop(pixels, (height - sides[0]) // 2, (width - sides[1]) // 2, *sides)
 
@@ -191,14 +193,14 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """Decode with PIL and apply timm's evaluation transform; EXIF orientation is ignored, as in timm.
 
     Args:
-        jpeg: the file's bytes, of one of ``formats``.
-        preprocessing: the crop that the model's weights expect.
+        jpeg: the file's bytes, in one of ``formats``.
+        preprocessing: the model's own preprocessing.
 
     Returns:
         uint8[3, H, W], RGB.
 
     Raises:
-        UnreadableImage: with the decoder's reason, for an enormous image too.
+        UnreadableImage: with the decoder's reason; also for an enormous image.
     """
     try:
         with open_image(jpeg) as image:
@@ -207,29 +209,29 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders raise a dozen types, and each means: this file cannot be read
+    except Exception as error:  # decoders raise a dozen types, and each means that this file cannot be read
         raise UnreadableImage(one_line(error)) from error
 
 
 def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
-    """``reference_crop`` of a sound JPEG at several times its rate.
+    """The crop of ``reference_crop`` for a sound JPEG, several times as fast.
 
-    TurboJPEG decodes to the very pixels that PIL does, and torch resizes them as the bytes they are, which rounds
-    here and there to the next level.
+    TurboJPEG decodes to exactly the same pixels as PIL. Torch then resizes them in uint8, so that a few values are
+    rounded to the neighbouring grey level.
 
     Args:
         jpeg: the file's bytes.
-        preprocessing: the crop that the model's weights expect.
+        preprocessing: the model's own preprocessing.
 
     Returns:
-        uint8[3, H, W], or None for what is left to the reference: what is no JPEG in grey or colour, what the decoder
-        has a word to say about, what is enormous, a center crop that is not square, and rare interpolations.
+        uint8[3, H, W], or None where the reference path must decode: for files other than grey or colour JPEGs, where
+        the decoder warns, for enormous images, centre crops that are not square, and rare interpolations.
     """
     squash, sides = preprocessing.crop_mode == "squash", list(preprocessing.input_size[1:])
     if not squash and sides[0] != sides[1] or preprocessing.interpolation not in FAST_INTERPOLATIONS:
         return None
     try:
-        import simplejpeg  # here, as without it the reference path is left
+        import simplejpeg  # imported here, because without it the reference path still works
 
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
         if colours not in ("Gray", "YCbCr", "RGB") or _crop_refusal(width, height, jpeg, preprocessing):
@@ -244,12 +246,15 @@ def fast_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor | None:
 
 
 def _resized_sides(preprocessing: Preprocessing) -> list[int]:
-    """Height and width that an image is resized to, or, unless squashed, is to cover."""
+    """The height and width to which "squash" resizes an image, and which the resized image covers otherwise."""
     return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
 
 
 def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
-    """Why an image must not be decoded or resized, "" when it may: in its ratio, a line becomes an enormous image."""
+    """Why an image must not be decoded or resized, or "" if it may.
+
+    Resizing keeps the aspect ratio, so that an image of one pixel's height becomes enormous.
+    """
     to_height, to_width = _resized_sides(preprocessing)
     if preprocessing.crop_mode != "squash":
         scale = max(to_height / height, to_width / width)
@@ -260,18 +265,18 @@ def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preproces
 
 
 def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
-    """``reference_crop``, uint8[3, H, W], of a picture from anywhere, perhaps from somebody who means harm.
+    """The ``reference_crop``, uint8[3, H, W], of an image from an untrusted source.
 
     Args:
-        name: the file's, for errors.
-        content: its bytes; formats that PIL hands to other programs are not opened.
-        preprocessing: the crop that the model's weights expect.
+        name: the file's name, for errors.
+        content: the file's bytes; formats that PIL passes on to other programs are not opened.
+        preprocessing: the model's own preprocessing.
 
     Raises:
-        VitdemoError: for what is no picture, is damaged, or would take gigabytes or minutes to decode.
+        VitdemoError: for a file that is not an image, is damaged, or would take gigabytes or minutes to decode.
     """
     try:
         return reference_crop(content, preprocessing)
     except UnreadableImage as reason:
-        cure = "give a sound one of ordinary size"
+        cure = "give an undamaged one of ordinary size"
         raise VitdemoError(f"{name!r} is no picture that can be read ({reason}); {cure}") from None

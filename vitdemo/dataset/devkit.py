@@ -15,22 +15,25 @@ from vitdemo.dataset.tars import ARCHIVE_MD5, walk_tar
 from vitdemo.dataset.trees import WNID, Synset
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 
-DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far below, a gzip bomb far above
+DEVKIT_LIMIT = 64 << 20  # bytes unpacked; the real devkit is far smaller, a gzip bomb far larger
 FILE_LIMIT = 8 << 20  # bytes of a file in it; 1,860 synsets come to about 1.3 MB, 50,000 truths to 0.2
 DEVKITS = "*devkit*.tar.gz"
 META_MAT, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
 class Devkit(NamedTuple):
-    """``synsets``: the leaves, lexicographic by wnid, so that a synset's position is its label;
-    ``ground_truth``: one ILSVRC2012_ID per image, in ascending file name."""
+    """The contents of a devkit.
+
+    ``synsets``: the leaf synsets in ascending order of wnid, so that a synset's position is its label.
+    ``ground_truth``: one ILSVRC2012_ID per image, in ascending order of file names.
+    """
 
     synsets: list[Synset]
     ground_truth: list[int]
 
     @property
     def class_names(self) -> dict[str, str]:
-        """Wnid -> synonyms as one string, in the order of the labels."""
+        """The names of the classes: wnid -> synonyms as one string, in the order of the labels."""
         return {synset.wnid: synset.words for synset in self.synsets}
 
     @property
@@ -41,19 +44,19 @@ class Devkit(NamedTuple):
 
 
 def read_devkit(path: Path | str) -> Devkit:
-    """Read a devkit ``.tar.gz`` without unpacking it to disk, or one that was unpacked.
+    """Read a devkit: a ``.tar.gz``, which is not unpacked to disk, or an unpacked folder.
 
-    Format: ``data/meta.mat``, a MAT-file with the struct array ``synsets``, of which the leaves (num_children 0) are
-    the classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, one ID per line [the devkit's readme.txt].
+    Format: ``data/meta.mat``, a MAT-file with the struct array ``synsets``, whose leaves (num_children 0) are the
+    classes, and ``data/ILSVRC2012_validation_ground_truth.txt``, with one ID per line [the devkit's readme.txt].
 
     Args:
-        path: the devkit, a file or a folder; its MD5 is not looked at.
+        path: the devkit, a file or a folder; its MD5 is not checked.
 
     Returns:
         The classes, and the ID of every validation image.
 
     Raises:
-        VitdemoError: for a file of another form, and for classes that cannot be names of folders.
+        VitdemoError: for a file in another format, and for classes that cannot be folder names.
     """
     path = Path(path)
     parsed, files = [], _files_in(path)
@@ -64,7 +67,7 @@ def read_devkit(path: Path | str) -> Devkit:
             raise VitdemoError(f"{path}: {name!r} is larger than {FILE_LIMIT >> 20} MiB; refused")
         try:
             parsed.append(parse(files[name]))
-        except Exception as error:  # of a file that is no MAT-file scipy raises a dozen types
+        except Exception as error:  # scipy raises a dozen types for a file that is not a MAT-file
             raise VitdemoError(f"{path}: {name} cannot be read ({reason_of(error)}); get the devkit again") from None
     devkit = Devkit(*parsed)
     if unknown := set(devkit.ground_truth) - {synset.id for synset in devkit.synsets}:
@@ -73,7 +76,7 @@ def read_devkit(path: Path | str) -> Devkit:
 
 
 def _files_in(path: Path) -> dict[str, bytes]:
-    """What a devkit holds, by the last two steps of the names."""
+    """The files of a devkit: the last two steps of each path -> the content."""
     with named_errors(path):
         if path.is_dir():
             return {name: (path / name).read_bytes() for name in (META_MAT, GROUND_TRUTH) if (path / name).is_file()}
@@ -100,11 +103,11 @@ def _parse_synsets(meta_mat: bytes) -> list[Synset]:
     return sorted(synsets, key=lambda synset: synset.wnid)
 
 
-# ---- the devkit beside a tar, or in a folder
+# ---- the devkit next to a tar, or in a folder
 
 
 def devkit_of(place: Path) -> Path:
-    """The devkit of a tar of images, or of a folder, as ``find_devkit`` finds it.
+    """The devkit that ``find_devkit`` finds for a tar of images or a folder.
 
     Raises:
         VitdemoError: when there is none, or more than one to choose from.
@@ -117,12 +120,13 @@ def devkit_of(place: Path) -> Path:
 
 
 def find_devkit(place: Path) -> Path | None:
-    """The devkit beside a tar of images, named like it, or any in a folder; None where there is none.
+    """The devkit next to a tar of images, with a matching name, or any devkit in a folder; None where there is none.
 
-    Of several the one whose MD5 is known is taken; without any, one that was unpacked.
+    Among several devkits the one whose MD5 is known is taken. A folder without a devkit archive may hold an unpacked
+    one.
 
     Raises:
-        VitdemoError: for several of which none, or more than one, is known.
+        VitdemoError: for several devkits, unless the MD5 of exactly one is known.
     """
     folder, pattern = _where_devkits_lie(place)
     with named_errors(folder):
@@ -136,7 +140,7 @@ def find_devkit(place: Path) -> Path | None:
 
 
 def _where_devkits_lie(place: Path) -> tuple[Path, str]:
-    """``<name>_devkit*.tar.gz`` beside ``<name>_img_val.tar``, any devkit in a folder: the folder, and the pattern."""
+    """The folder and the name pattern: ``<name>_devkit*.tar.gz`` next to ``<name>_img_val.tar``, or any in a folder."""
     if place.is_dir():
         return place, DEVKITS
     return place.parent, re.sub(r"img_(val|train)\.tar$", "", place.name) + DEVKITS[1:]

@@ -1,4 +1,4 @@
-"""The verb ``extract``: from verified archives to ``val/<wnid>/`` or ``train/<wnid>/``, whole or not at all."""
+"""The verb ``extract``: extracts verified archives to ``val/<wnid>/`` or ``train/<wnid>/``, whole or not at all."""
 
 import json
 import os
@@ -18,32 +18,32 @@ from vitdemo.dataset.trees import CLASSES, CLASSES_COLUMNS, RECORDS, read_classe
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import PART, remove_leftovers, replacing, user_path
 
-LOCK = ".lock"  # after the name of a split
-BUFFER = 1 << 18  # bytes read at once of many small members
+LOCK = ".lock"  # appended to the name of a split
+BUFFER = 1 << 18  # bytes read at once, which hold many small members
 
 
 def extract(
     archives: Path | str, out: Path | str, *, split: str = "val", unverified: bool = False, progress: bool = True
 ) -> Dataset:
-    """Extract the tar of a split to ``out/<split>/<wnid>/<file>``; both splits may go to one ``out``.
+    """Extract the tar of a split to ``out/<split>/<wnid>/<file>``; both splits may go to the same ``out``.
 
-    The name ``<split>/`` appears last and says that all is there; until then the files are in ``<split>.part/``. Run
-    again, it finishes what was interrupted, and repairs or confirms what was finished. The archives are only read.
+    The files are written to ``<split>.part/``, which is renamed to ``<split>/`` when all are there. A second call
+    finishes an interrupted extraction, and repairs or confirms a finished one. The archives are only read.
 
     Args:
-        archives: the folder of the tar, or the tar itself; its devkit lies beside it, and a train tar may have none.
-        out: a new folder, or that of an earlier extraction. It also gets ``classes.csv`` (label, wnid, ilsvrc_id, name)
-            and ``extraction.json`` or ``extraction_train.json`` (what was extracted, fingerprint).
+        archives: the folder of the tar, or the tar itself. The devkit lies next to it; a train tar may have none.
+        out: a new folder, or the folder of an earlier extraction. It also receives ``classes.csv`` (label, wnid,
+            ilsvrc_id, name) and ``extraction.json`` or ``extraction_train.json`` (a record, with the fingerprint).
         split: "val" or "train".
-        unverified: let archives pass whose MD5 is unknown or another. MD5s are checked before anything is read.
-        progress: show bars, and a line at the end.
+        unverified: accept archives whose MD5 is unknown or does not match. MD5s are checked before anything is read.
+        progress: show progress bars, and print a line at the end.
 
     Returns:
         The extracted data set.
 
     Raises:
         VitdemoError: for archives that are missing, damaged or unverified, for an ``out`` that holds anything else, and
-            for a disk too small.
+            for a disk that is too small.
     """
     if split not in RECORDS:
         raise VitdemoError(f"split: {split!r} is not one of {', '.join(RECORDS)}")
@@ -52,7 +52,7 @@ def extract(
     if devkit:
         _verify(devkit, unverified, progress)
     digest = _verify(tar, unverified, progress)
-    source = open_data(tar, split=split, progress=progress)  # reads what is in them
+    source = open_data(tar, split=split, progress=progress)  # indexes the verified archives
     record = {"images": len(source), "classes": len(source.classes), "archive": tar.name, "md5": digest}
     out = user_path(out).absolute()
     with named_errors(out):
@@ -61,7 +61,7 @@ def extract(
     samples = zip(source.files, source.offsets, source.sizes, source.labels, strict=True)
     targets = {f"{source.classes[label]}/{file}": Member(file, offset, size) for file, offset, size, label in samples}
     written = extract_members(tar, targets, out / split, progress=progress)
-    extracted = open_data(out, split=split)  # which holds number, names, sizes and labels against the record
+    extracted = open_data(out, split=split)  # compares number, names, sizes and labels with the record
     if progress:
         verified = f"archives {'' if ARCHIVE_MD5.get(tar.name) == digest else 'not '}verified by MD5, files by size"
         counts = f"{len(source):,} images of {len(source.classes):,} classes"
@@ -70,12 +70,12 @@ def extract(
 
 
 def check_folder(out: Path | str, split: str) -> Path:
-    """Where the report of ``check_images`` on an extracted split belongs."""
+    """The folder for the report of ``check_images`` on an extracted split."""
     return user_path(out) / f"check_{split}"
 
 
 def _verify(path: Path, unverified: bool, progress: bool) -> str:
-    """The file's MD5, when it is the known one or need not be."""
+    """The file's MD5. Raises VitdemoError where it is unknown or does not match, unless ``unverified``."""
     known, cure = ARCHIVE_MD5.get(path.name), "--unverified takes it as is"
     if not (known or unverified):
         raise VitdemoError(f"{path}: no MD5 is known for this name, so it cannot be verified; {cure}")
@@ -88,22 +88,22 @@ def _verify(path: Path, unverified: bool, progress: bool) -> str:
 
 
 def _claim(out: Path, split: str, source: Dataset, record: dict) -> None:
-    """Make ``out`` the place of this extraction; VitdemoError when it holds anything but this or another split."""
+    """Prepare ``out`` for this extraction. Raises VitdemoError when it holds anything but this or the other split."""
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, CLASSES, *RECORDS.values())
-    names = {entry.name for entry in entries(out) if not fnmatch(entry.name, DEVKITS)}  # which a diagnosis looks for
+    names = {entry.name for entry in entries(out) if not fnmatch(entry.name, DEVKITS)}  # a diagnosis may need a devkit
     folders = {name for each in RECORDS for name in (each, each + PART, each + LOCK, check_folder(out, each).name)}
     if foreign := names - {CLASSES, *folders, *RECORDS.values()}:
         raise VitdemoError(f"{out / min(foreign)}: not of this extraction; give an empty or new folder")
     records = {each: read_record(out, each) for each in RECORDS}
     unrecorded = any(records[each] is None and names & {each, each + PART} for each in RECORDS)
-    before = records[split] or record  # of these archives, whatever the tar is called now
+    before = records[split] or record  # compared by content, as the tar may have been renamed
     same = all(before.get(name) == record[name] for name in ("md5", "fingerprint"))
     if unrecorded or (names and not any(records.values())) or not same:
         raise VitdemoError(f"{out}: holds something other than an extraction of these archives; give a new folder")
     others = [other for other in RECORDS if other != split and records[other]]
     if others and CLASSES in names and [synset.wnid for synset in read_classes(out / CLASSES)] != source.classes:
-        cure = "give a new folder, or put the same devkit beside both tars"
+        cure = "give a new folder, or put the same devkit next to both tars"
         raise VitdemoError(f"{out / CLASSES}: {others[0]}/ has other classes than {source.path.name}; {cure}")
     if not records[split]:
         with replacing(out / RECORDS[split]) as file:
@@ -111,45 +111,45 @@ def _claim(out: Path, split: str, source: Dataset, record: dict) -> None:
 
 
 def _write_classes(out: Path, source: Dataset, devkit: Path | None) -> None:
-    if (out / CLASSES).exists() and not devkit:  # the other split's, which may know the IDs
+    if (out / CLASSES).exists() and not devkit:  # the other split wrote it, perhaps with IDs from a devkit
         return
     ids = {synset.wnid: synset.id for synset in read_devkit(devkit).synsets} if devkit else {}
     columns = range(len(source.classes)), source.classes, [ids.get(wnid) for wnid in source.classes], source.class_names
     table = pd.DataFrame(dict(zip(CLASSES_COLUMNS, columns, strict=True)), dtype=object)
     path, content = out / CLASSES, table.to_csv(index=False, lineterminator="\r\n").encode()
-    if not path.exists() or path.read_bytes() != content:  # what is finished may lie on a read-only disk
+    if not path.exists() or path.read_bytes() != content:  # a finished extraction may lie on a read-only disk
         with replacing(path, "wb") as file:
             file.write(content)
 
 
-# ---- members of a tar to a folder: whole or not at all, and finished when it was interrupted
+# ---- from members of a tar to a folder, whole or not at all; an interrupted extraction can be finished
 
 
 def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | str, *, progress: bool = True) -> int:
-    """Write members of a tar to a folder that exists whole or not at all, for one rename in all.
+    """Write members of a tar to a folder, which exists whole or not at all.
 
-    All is written into ``<folder>.part``, which takes its name when every file is there in its right size. A run that
-    was interrupted is finished by the next one, which keeps the files of the right size and writes the others again;
-    so is a ``folder`` that has lost files since. ``<folder>.lock`` keeps other extractions out meanwhile.
+    The files are written to ``<folder>.part``, which is renamed once all have their right sizes. The next call finishes
+    an interrupted one, or a ``folder`` that has lost files: it keeps the files of the right size and writes the others.
+    Meanwhile ``<folder>.lock`` keeps other extractions out.
 
     Args:
-        tar: only read.
-        targets: which members go to which places in the folder, a place being ``"<subfolder>/<file>"``.
-        folder: to be written, or finished.
-        progress: show a bar.
+        tar: the tar, which is only read.
+        targets: ``"<subfolder>/<file>"`` in the folder -> the member to write there.
+        folder: the folder to write or to finish.
+        progress: show a progress bar.
 
     Returns:
-        How many files were written.
+        The number of files written.
 
     Raises:
-        VitdemoError: and leaves everything as it is, when the folder holds anything but the targets, when the disk has
-            too little room, and while another process extracts to the folder.
+        VitdemoError: when the folder holds anything but the targets, when the disk has too little room, and while
+            another process extracts to the folder. Nothing is changed then.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + PART)
     with named_errors(folder):
         if folder.exists() and not partial.exists() and not _missing(folder, targets):
-            return 0  # without a lock, as what is finished may lie on a read-only disk
+            return 0  # without a lock, because a finished extraction may lie on a read-only disk
         try:
             with FileLock(f"{folder}{LOCK}", blocking=False) as lock:
                 try:
@@ -162,12 +162,12 @@ def extract_members(tar: Path | str, targets: dict[str, Member], folder: Path | 
 
 def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: Path, progress: bool) -> int:
     if folder.exists() and partial.exists():
-        raise VitdemoError(f"{partial}: lies beside {folder.name}/, which is finished; move one of them away")
+        raise VitdemoError(f"{partial}: lies next to {folder.name}/, which is finished; move one of them away")
     begun = next((path for path in (folder, partial) if path.exists()), None)
     missing = _missing(begun, targets) if begun else targets
     if begun == folder and not missing:  # another process has just finished it
         return 0
-    needed = sum(-(-member.size // 4096) * 4096 for member in missing.values())  # whole blocks, as disks give them
+    needed = sum(-(-member.size // 4096) * 4096 for member in missing.values())  # disks allocate whole blocks
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         sizes = f"needs {needed / 1e9:.3f} GB, has {free / 1e9:.3f} GB free"
@@ -181,12 +181,12 @@ def _finish(tar: Path | str, targets: dict[str, Member], folder: Path, partial: 
 
 
 def entries(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, but for what macOS adds: the Finder's file, and on foreign disks one beside each other's."""
+    """The entries of a folder, without the files that macOS adds: ``.DS_Store``, and ``._*`` on foreign disks."""
     return [entry for entry in os.scandir(folder) if entry.name != ".DS_Store" and not entry.name.startswith("._")]
 
 
 def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
-    """The targets that are not in the folder in their right size. Raises VitdemoError for anything foreign in it."""
+    """The targets that are missing or have the wrong size. Raises VitdemoError for any other file in the folder."""
     missing, subfolders = dict(targets), {target.partition("/")[0] for target in targets}
     cure = "not of this archive; move it away, or extract to another folder"
     for subfolder in entries(folder):
@@ -203,7 +203,7 @@ def _missing(folder: Path, targets: dict[str, Member]) -> dict[str, Member]:
 
 
 def _write(tar: Path | str, members: dict[str, Member], folder: Path, progress: bool) -> None:
-    """Write members to ``folder/<target>``, in the order in which they lie in the tar."""
+    """Write members to ``folder/<target>``, in their order in the tar."""
     for subfolder in {target.partition("/")[0] for target in members}:
         (folder / subfolder).mkdir(exist_ok=True)
     in_order = sorted(members.items(), key=lambda item: item[1].offset)

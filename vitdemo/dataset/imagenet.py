@@ -1,4 +1,4 @@
-"""ILSVRC2012's own archives, or others of that form, read where they lie; its folders' file names."""
+"""Indexes ILSVRC2012's archives, or others in that format, without unpacking; and its images in a flat folder."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ from vitdemo.errors import VitdemoError
 
 
 def index_val_tar(path: Path) -> Index:
-    """A tar of ``ILSVRC2012_val_00000001.JPEG`` …, whose labels are in the devkit beside it.
+    """Index a tar of ``ILSVRC2012_val_00000001.JPEG`` …, whose labels are in the devkit next to it.
 
     Raises:
-        VitdemoError: for a missing devkit, and for a tar whose images are not those that the devkit has labels for.
+        VitdemoError: for a missing devkit, and for a tar whose images do not match the devkit's labels.
     """
     members = sorted(index_tar(path))
     devkit = devkit_of(path)
@@ -30,9 +30,9 @@ def index_val_tar(path: Path) -> Index:
 
 
 def index_by_devkit(listing: Listing) -> Index | None:
-    """Validation images that lie flat in a folder, whose labels are in the devkit there or in the folder above.
+    """Index validation images that lie flat in a folder; their labels are in the devkit there or in the parent folder.
 
-    Raises VitdemoError for a devkit of another number of images; gives None where there is none.
+    Returns None where there is no devkit. Raises VitdemoError for a devkit with another number of images.
     """
     places = [listing.path, listing.path.parent] if not listing.tar else []
     found = next((devkit for place in places if (devkit := find_devkit(place))), None)
@@ -44,13 +44,13 @@ def index_by_devkit(listing: Listing) -> Index | None:
 
 
 def _labelled(path: Path, images: dict[str, tuple[int, int]], devkit: Path, why: str) -> tuple[dict, list[Item]]:
-    """The classes of a devkit, and the images, in ascending order, each with its class by the ground truth.
+    """The classes of a devkit, and the images in ascending order, each with its class from the ground truth.
 
     Args:
-        path: of the images, for errors.
-        images: size and offset of each, by its name.
-        devkit: its file or folder.
-        why: the number of images has to be that of the ground truth.
+        path: the path of the images, for errors.
+        images: the size and offset of each image, by its name.
+        devkit: the devkit's file or folder.
+        why: the reason, for errors, why the number of images must be that of the ground truth.
     """
     said = read_devkit(devkit)
     if len(images) != len(said.ground_truth):
@@ -61,13 +61,13 @@ def _labelled(path: Path, images: dict[str, tuple[int, int]], devkit: Path, why:
 
 
 def index_train_tar(path: Path, progress: bool) -> Index:
-    """A tar of tars ``<wnid>.tar`` with files ``<wnid>_<number>.JPEG``, read where they lie.
+    """Index a tar of tars ``<wnid>.tar`` with files ``<wnid>_<number>.JPEG``, which are read in place.
 
-    A devkit beside it lists the classes; without one they are ImageNet's 1,000 if the wnids are among them, else the
-    wnids there are.
+    A devkit next to it lists the classes. Without a devkit, the classes are all 1,000 of ImageNet if they include all
+    the tar's wnids, and otherwise the tar's wnids.
 
     Raises:
-        VitdemoError: for another tar, and for a class that the devkit lacks.
+        VitdemoError: for another kind of tar, and for a class that the devkit lacks.
     """
     tars = {tar.name.removesuffix(".tar"): tar for tar in sorted(index_tar(path))}
     devkit_path = find_devkit(path)

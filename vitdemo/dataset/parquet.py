@@ -1,4 +1,4 @@
-"""Parquet files of the Hugging Face hub: images as bytes in a column, labels in another; never read whole."""
+"""Parquet files of the Hugging Face hub (a column of image bytes, a column of labels), read one row group at a time."""
 
 import json
 import threading
@@ -13,15 +13,16 @@ from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, reason_of
 
 SUFFIX = ".parquet"
-FOLDER = "data"  # in a repository of the hub
+FOLDER = "data"  # the folder of the parquet files in a repository of the hub
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
-KEPT = 2  # row groups in memory: one that is read, and the next
+KEPT = 2  # row groups in memory: the current one and the next
 
 
 def parquet_files(path: Path, split: str) -> list[Path]:
-    """The parquet files of a split at, in, or in ``data/`` of ``path``: those named like it, else all.
+    """The parquet files of a split: ``path`` itself, or those in ``path`` or in its ``data/``.
 
-    Raises VitdemoError where all are of other splits.
+    The files whose names begin with the split's name are taken; where there are none, all files are. Raises
+    VitdemoError where all files belong to other splits.
     """
     if path.is_file():
         return [path] if path.suffix == SUFFIX else []
@@ -38,19 +39,20 @@ def parquet_files(path: Path, split: str) -> list[Path]:
 
 
 def index_parquet(path: Path, files: list[Path]) -> Index:
-    """The rows of parquet files as a data set.
+    """Index the rows of parquet files as a data set.
 
-    The images' column is a struct of ``bytes`` and ``path`` or bytes themselves; the labels' column goes by its name,
-    or is the only one left of whole numbers or text. The names of the classes are in the schema's ``huggingface``
-    metadata [huggingface/datasets, ``Features`` and ``ClassLabel``]. An image goes by its path where every row has one
-    of its own, else by its file and row.
+    The image column holds bytes, or structs of ``bytes`` and ``path``. The label column is found by its name, or is the
+    only other column of whole numbers or text. The names of the classes are in the schema's ``huggingface`` metadata
+    [huggingface/datasets, ``Features`` and ``ClassLabel``]. An image is named by its path if every row has a different
+    one, and otherwise by its file and row.
 
     Args:
-        path: what the user gave.
+        path: the user's path.
         files: the parquet files, in the order of their rows.
 
     Raises:
-        VitdemoError: for files without such columns, of other columns than the first, or cut off, and without pyarrow.
+        VitdemoError: for files that lack such columns, have other columns than the first file, or are truncated, and
+            where pyarrow is not installed.
     """
     rows = Rows(files)
     labels, paths = rows.columns()
@@ -73,7 +75,7 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
 
 
 class Rows:
-    """The rows of several parquet files, read by row group; threads may share it, and it can be pickled."""
+    """The rows of several parquet files, read one row group at a time. Threads may share it, and it can be pickled."""
 
     def __init__(self, files: Sequence[Path | str]):
         try:
@@ -84,8 +86,8 @@ class Rows:
         for file in self.files:
             try:
                 self._handles.append(parquet.ParquetFile(file))
-            except Exception as error:  # pyarrow's own, and the system's
-                raise VitdemoError(f"{file}: no whole parquet file ({reason_of(error)}); get it again") from None
+            except Exception as error:  # pyarrow's exceptions and OSError
+                raise VitdemoError(f"{file}: not a complete parquet file ({reason_of(error)}); get it again") from None
         first = self._handles[0].schema_arrow
         for file, handle in zip(self.files, self._handles, strict=True):
             if handle.schema_arrow.names != first.names:
@@ -104,7 +106,7 @@ class Rows:
         return Rows, (self.files,)
 
     def _columns_of(self, schema: Any) -> tuple[str, str | None]:
-        """The column of the images, and that of the labels, None where there is none."""
+        """The names of the image column and of the label column, or None where there is no label column."""
         from pyarrow import types
 
         def holds_images(kind: Any) -> bool:
@@ -125,7 +127,7 @@ class Rows:
         return images[0], labels[0] if labels and (len(labels) == 1 or labels[0] in LABEL_COLUMNS) else None
 
     def class_names(self) -> list[str]:
-        """Of each label, from the schema's metadata; [] where they say nothing of it."""
+        """The class name of each label, from the schema's metadata; [] where the metadata lacks them."""
         try:
             described = json.loads(self._handles[0].schema_arrow.metadata[b"huggingface"])
             return list(described["info"]["features"][self.label]["names"])
@@ -133,7 +135,7 @@ class Rows:
             return []
 
     def columns(self) -> tuple[list, list]:
-        """The label and the path of every row, None where there is none."""
+        """The labels and the paths of all rows, with None where a row has none."""
         labels, paths = [], []
         for file, handle in zip(self.files, self._handles, strict=True):
             inside = f"{self.image}.path" if "path" in handle.schema.names else None
@@ -147,7 +149,7 @@ class Rows:
         return labels, [path and str(path).rpartition("/")[2] for path in paths]
 
     def image_bytes(self, row: int) -> bytes:
-        """The image in a row. Raises VitdemoError where the file does not give it."""
+        """The image in a row. Raises VitdemoError where it cannot be read."""
         place = bisect_right(self._groups, row, key=lambda group: group[0]) - 1
         first, number, group = self._groups[place]
         with self._lock:

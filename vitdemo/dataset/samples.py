@@ -1,4 +1,4 @@
-"""What an image of a data set is; the images in a folder or in a tar by their paths, and what else lies there."""
+"""``Sample``, one image of a data set; listings of the images and the other files in a folder or a tar."""
 
 import os
 from collections import Counter
@@ -18,8 +18,8 @@ from vitdemo.paths import is_system
 class Sample(NamedTuple):
     """One image.
 
-    file: its path within the data set, unique there. image: the encoded bytes. class_id: what the data set calls its
-    class, "" where nobody said. label: the class's index in the data set's ``classes``, -1 where nobody said.
+    file: its path within the data set, unique there. image: the encoded bytes. class_id: the data set's own name for
+    its class, "" where it is unknown. label: the class's index in the data set's ``classes``, -1 where it is unknown.
     """
 
     file: str
@@ -29,7 +29,10 @@ class Sample(NamedTuple):
 
 
 class UnreadableFile(VitdemoError):
-    """One image's file that the disk does not give, where the others may be sound; ``sample`` is it without bytes."""
+    """One image file that cannot be read from the disk, while the others may be sound.
+
+    ``sample`` is its Sample, without bytes.
+    """
 
     def __init__(self, reason: str, sample: Sample | None = None):
         super().__init__(reason)
@@ -37,7 +40,7 @@ class UnreadableFile(VitdemoError):
 
 
 class Item(NamedTuple):
-    """Where an image lies: its name in the data set, its class, its size in bytes, its place in bytes or as a row."""
+    """The position of an image: its name in the data set, its class, its size in bytes, its offset or its row."""
 
     file: str
     class_id: str
@@ -49,9 +52,10 @@ class Item(NamedTuple):
 class Index:
     """A data set without its images' bytes.
 
-    path: the tar, the folder, or what holds the parquet files. tar: the plain tar that is read, if any. classes: id ->
-    name, in the order of the labels. items: the images, ascending. notes: what a user should hear of it.
-    in_folders: whether a file without "/" lies in the folder of its class's id. parquet: gives the images of rows.
+    path: the tar, the folder, or the folder or file of parquet data. tar: the uncompressed tar that is read, if any.
+    classes: id -> name, in the order of the labels. items: the images, ascending. notes: remarks for the user.
+    in_folders: whether a file without "/" lies in a folder named by its class's id. parquet: the ``Rows`` with the
+    images, if any.
     """
 
     path: Path
@@ -63,18 +67,18 @@ class Index:
     parquet: Any = None
 
 
-# PIL knows more, and starts Ghostscript for one of them. Which of these it reads depends on how it was built.
+# PIL knows more formats, and starts Ghostscript for one of them. Which of these it can read depends on its build.
 FORMATS = "JPEG MPO PNG GIF BMP DIB WEBP TIFF AVIF PPM JPEG2000 TGA ICO PCX SGI QOI".split()
-# Suffixes of photographs that PIL does not read, or not everywhere: told, not passed over like other files.
+# Suffixes of photographs that PIL cannot read, or not in every build: they are reported, unlike other files.
 UNREAD = ".avif .heic .heif .hif .jxl .jp2 .svg .psd .dng .cr2 .cr3 .nef .arw .raf .raw".split()
 
 
 class Listing(NamedTuple):
-    """What lies in ``path``, a folder or a tar, by path within it with "/": (size in bytes, offset in the tar).
+    """The files in ``path``, a folder or a tar: path within it, with "/" -> (size in bytes, offset in the tar).
 
-    tar: what is read for it, unpacked where ``path`` is compressed; None for a folder. images: in ascending order.
-    others: files that are no images. unread: images of a format that PIL does not read here. folders: the topmost
-    folders, those without images too.
+    tar: the tar that is read, decompressed where ``path`` is compressed; None for a folder. images: in ascending
+    order. others: files that are not images. unread: images in a format that PIL cannot read here. folders: the
+    topmost folders, including those without images.
     """
 
     path: Path
@@ -85,7 +89,7 @@ class Listing(NamedTuple):
     folders: set[str]
 
     def within(self, prefix: str) -> "Listing":
-        """What lies in one of its folders, as a listing of its own; ``prefix`` ends with "/"."""
+        """The listing of one of its folders; ``prefix`` ends with "/"."""
 
         def cut(names: Iterable[str]) -> dict[str, str]:
             return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
@@ -104,7 +108,7 @@ class Listing(NamedTuple):
             return file.read(size)
 
     def notes(self) -> list[str]:
-        """What of it is left out, for people."""
+        """The remarks for the user about files that are left out."""
         told = []
         if self.others:
             told.append(f"{counted(len(self.others), 'file')} that {'is' if len(self.others) == 1 else 'are'} no image")
@@ -115,7 +119,7 @@ class Listing(NamedTuple):
 
 
 def counted(number: int, what: str) -> str:
-    """ "1 file", "1,200 files", "2 classes"."""
+    """The number and the noun, in the plural where needed: "1 file", "1,200 files", "2 classes"."""
     return f"{number:,} {what}{('es' if what.endswith('s') else 's') if number != 1 else ''}"
 
 
@@ -126,22 +130,22 @@ def suffix_of(name: str) -> str:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that PIL reads here."""
+    """The names in FORMATS that PIL can read here."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of the formats that are read here."""
+    """The suffixes of the formats that can be read here."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()) | {".jfif"}
 
 
 def list_folder(path: Path) -> Listing:
-    """The files below a folder; what systems leave is passed over, and so is a link back to a folder above.
+    """List the files below a folder, without files that systems add, and without following links to parent folders.
 
     Raises:
-        VitdemoError: for a folder that cannot be read, and for a name that no table can hold.
+        VitdemoError: for a folder that cannot be read, and for a file name that cannot be written to a table.
     """
     found: list[tuple[str, int, int]] = []
     folders, seen = set(), set()
@@ -168,11 +172,11 @@ def list_folder(path: Path) -> Listing:
 
 
 def list_tar(path: Path, tar: Path) -> Listing:
-    """The files in a plain tar.
+    """List the files in an uncompressed tar.
 
     Args:
-        path: what the user gave, for messages.
-        tar: what is read for it, see ``plain_tar``.
+        path: the user's path, for messages.
+        tar: the tar that is read, see ``plain_tar``.
     """
     found = [(member.name, member.size, member.offset) for member in index_tar(tar, paths=True)]
     return _sorted(path, tar, found, {name.partition("/")[0] for name, *_ in found if "/" in name})
@@ -186,7 +190,7 @@ def _sorted(path: Path, tar: Path | None, found: list[tuple[str, int, int]], fol
             listing.unread.append(name)
         elif suffix not in image_suffixes():
             listing.others[name] = tuple(place)
-        elif not name.isprintable():  # as a surrogate is not either, where the name is not UTF-8
+        elif not name.isprintable():  # a name that is not UTF-8 has surrogates, which are not printable either
             raise VitdemoError(f"{path}: the file name {name!r} cannot be written to a table; rename it")
         else:
             listing.images[name] = tuple(place)

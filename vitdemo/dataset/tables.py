@@ -1,4 +1,4 @@
-"""Labels from a table: of one's own, or the known ones of Kaggle, Tiny-ImageNet and Hugging Face's imagefolder."""
+"""Labels from a table: the user's own, or the known tables of Kaggle, Tiny-ImageNet and Hugging Face's imagefolder."""
 
 import io
 import os
@@ -11,29 +11,29 @@ from vitdemo.dataset.samples import Index, Item, Listing, counted, image_suffixe
 from vitdemo.dataset.trees import WNID, known_classes
 from vitdemo.errors import VitdemoError, named_errors
 
-TINY_IMAGENET = "val_annotations.txt"  # file, wnid and a box of four numbers, without a header
-KNOWN = ("metadata.csv", "metadata.jsonl", TINY_IMAGENET)  # that lie among the images or above them
-KAGGLE = "LOC_{split}_solution.csv"  # ImageId without suffix; PredictionString, which begins with the wnid
-KAGGLE_ABOVE = 4  # folders between it and the images, at the most
+TINY_IMAGENET = "val_annotations.txt"  # columns: file, wnid, and a box of four numbers; no header
+KNOWN = ("metadata.csv", "metadata.jsonl", TINY_IMAGENET)  # tables that lie among the images or in a parent folder
+KAGGLE = "LOC_{split}_solution.csv"  # columns: ImageId without suffix; PredictionString, which begins with the wnid
+KAGGLE_ABOVE = 4  # the largest number of folders between this table and the images
 LABEL_COLUMNS = "label labels class class_id class_name classname wnid synset category target y".split()
 LABEL_COLUMNS += ["predictionstring"]
-LOOKED_AT = 200  # rows by which the column of files is told
+LOOKED_AT = 200  # the number of rows from which the column of files is found
 
 
 def index_by_table(listing: Listing, table: Path | str) -> Index:
-    """The images that a table names, each with its label there.
+    """Index the images that a table names, each with its label from the table.
 
-    The column of files is the one whose values are files of the listing: by their paths in it, or in the table's
-    folder, or with the listing's own folders before them; with or without a suffix. The column of labels is the one
-    with a usual name for it (``label``, ``class``, ``wnid`` …), or the only one left.
+    The column of files is the one whose values are files of the listing. A value may be a path relative to the listing
+    or to the table's folder, or may begin with the listing's own folders, and its suffix may be missing. The column of
+    labels is the one with a usual name (``label``, ``class``, ``wnid`` …), or the only other column.
 
     Args:
         listing: the images.
-        table: a .csv, .tsv, .txt or .jsonl: a file, or the name of one in the listing.
+        table: a .csv, .tsv, .txt or .jsonl: the path of a file, or the name of a file in the listing.
 
     Raises:
-        VitdemoError: for a table that cannot be read or understood, a row whose file is not there or whose label is
-            empty, and two labels for one image.
+        VitdemoError: for a table that cannot be read or understood, a row with a missing file or an empty label, and
+            two labels for one image.
     """
     if table in listing.others:
         where, rows = f"{listing.path}: {table}", read_table(listing.content(str(table)), str(table))
@@ -46,7 +46,7 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
     names = _Names(listing, prefix)
     rows, files = _with_files(rows, names, listing, where)
     labels = rows[_label_column(rows, files, where)].str.strip()
-    if str(files).lower() == "imageid":  # Kaggle's: a wnid, then a box of four numbers, again and again
+    if str(files).lower() == "imageid":  # Kaggle's labels repeat a wnid and a box of four numbers
         labels = labels.str.split().str[0].fillna("")
     label_of: dict[str, str] = {}
     for line, value, label in zip(rows.index, rows[files], labels, strict=True):
@@ -70,29 +70,29 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
 
 
 def known_table(listing: Listing, split: str) -> Path | str | None:
-    """The table that comes with the images, by its name: in the listing, or Kaggle's above it; None without one."""
+    """The table with a known name that comes with the images: in the listing or, for Kaggle, above it; else None."""
     for name in KNOWN:
         inside = sorted((other for other in listing.others if other.split("/")[-1] == name), key=len)
         if inside and inside[0].count("/") <= 1:
             first = listing.content(inside[0]).partition(b"\n")[0].decode("utf-8", "replace").lower()
             if name == TINY_IMAGENET or not set(re.findall(r"\w+", first)).isdisjoint(LABEL_COLUMNS):
-                return inside[0]  # others may hold captions alone
+                return inside[0]  # a table without a label column may hold only captions
     places = list(listing.path.absolute().parents)[:KAGGLE_ABOVE] if not listing.tar else []
     tables = (place / KAGGLE.format(split=split) for place in [listing.path, *places])
     return next((table for table in tables if table.is_file()), None)
 
 
 def read_table(content: bytes, name: str) -> pd.DataFrame:
-    """The cells of a table as text; its columns by the first row where that is a header, else by number.
+    """Read the cells of a table as text; the columns of JSON lines have their names, all others have numbers.
 
     The index is the number of the row in the file, from 1.
 
     Args:
         content: the bytes of the file.
-        name: the file's, whose suffix says the format: .jsonl, else text with commas, semicolons or tabs.
+        name: the file's name, whose suffix gives the format: .jsonl, or else text with commas, semicolons or tabs.
 
     Raises:
-        VitdemoError: for what cannot be read as such.
+        VitdemoError: for a file that cannot be read as a table.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -103,7 +103,7 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
             table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     except UnicodeDecodeError:
         raise VitdemoError(f"{name}: is not text in UTF-8; save the table again as CSV in UTF-8") from None
-    except ValueError as error:  # pandas' own are ValueErrors
+    except ValueError as error:  # the exceptions of pandas are ValueErrors
         reason = f"cannot be read as a table ({' '.join(str(error).split())})"
         raise VitdemoError(f"{name}: {reason}; give one row per image, file and label") from None
     return table.set_axis(range(1, len(table) + 1))
@@ -114,23 +114,23 @@ def _text(value: object) -> str:
 
 
 class _Names:
-    """Finds the image that a table's cell means."""
+    """Finds the image that a cell of a table names."""
 
     def __init__(self, listing: Listing, prefix: str):
         self.images, self.prefix = listing.images, prefix
         self.above = listing.path.absolute().parts
-        self.short: dict[str, str | None] = {}  # base name or path without suffix -> path; None for several
+        self.short: dict[str, str | None] = {}  # base name, or path without suffix -> path; None for several images
         for name in listing.images:
             base = name.rpartition("/")[2]
             for short in {base, base.rpartition(".")[0], name.rpartition(".")[0]} - {name}:
                 self.short[short] = name if self.short.get(short, name) == name else None
 
     def find(self, value: str) -> str | None:
-        """The path in the listing, None where there is none, or where several images could be meant."""
+        """The image's path in the listing; None where there is no such image, or several could be meant."""
         value = re.sub(r"^(\./)+", "", value.strip().replace("\\", "/"))
         tried = [f"{self.prefix}/{value}", value] if self.prefix else [value]
         steps = value.split("/")
-        # The listing's own folders may stand before: of this machine, or only the last of them of another one.
+        # The value may begin with the listing's own folders, here or on another machine where only the last is equal.
         tried += ["/".join(steps[k:]) for k in range(len(steps) - 1, 0, -1) if steps[k - 1] == self.above[-1]]
         for path in tried:
             if path in self.images:
@@ -139,7 +139,7 @@ class _Names:
 
 
 def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str) -> tuple[pd.DataFrame, object]:
-    """The rows without their header, and the column of files."""
+    """The rows without a header, and the name or number of the column of files."""
     if rows.empty:
         raise VitdemoError(f"{where}: holds no rows; give one row per image, with its file and its label")
 

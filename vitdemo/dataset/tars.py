@@ -1,4 +1,4 @@
-"""Reads tar archives without trusting them: where each image lies, and checksums."""
+"""Reads tar archives without trusting them: the position of each image, and checksums."""
 
 import gzip
 import hashlib
@@ -15,18 +15,18 @@ from tqdm.auto import tqdm
 from vitdemo.errors import VitdemoError, named_errors, reason_of
 from vitdemo.paths import cache_root, is_system, replacing
 
-PADDING_LIMIT = 1 << 20  # bytes of zeros at the end of a tar; tar's default is 10 KiB at the most
-IMAGE_LIMIT = 1 << 28  # bytes of an image, which is read whole; far above any of ImageNet's
+PADDING_LIMIT = 1 << 20  # bytes of zeros at the end of a tar; tar writes at most 10 KiB by default
+IMAGE_LIMIT = 1 << 28  # bytes of an image file, which is read whole; far above the largest of ImageNet
 
-TARS = "tars"  # in the cache
+TARS = "tars"  # the folder in the cache
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 ARCHIVE_MD5 = {
-    # ImageNet's own [pytorch/vision torchvision/datasets/imagenet.py]
+    # ImageNet's archives [pytorch/vision torchvision/datasets/imagenet.py]
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
-    # the bundled ones, printed by `python -m data.shapes20.make.draw`
+    # the bundled archives, as printed by `python -m data.shapes20.make.draw`
     "shapes20_img_val.tar": "507739f1fc65b1a6fbeed3b998700df7",
     "shapes20_devkit.tar.gz": "138ba62ea185073dde2c13e19dacd442",
     "shapes20_calib.tar": "8bd55139a36e3827a412955a3e3ac07c",
@@ -34,7 +34,7 @@ ARCHIVE_MD5 = {
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its base name, and where its data lies, in bytes."""
+    """A regular file in a tar: its base name, and the offset and size of its data in bytes."""
 
     name: str
     offset: int
@@ -42,18 +42,18 @@ class Member(NamedTuple):
 
 
 def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar as ``tarfile`` reads them, and check that its end is an end.
+    """Yield the members of a tar as ``tarfile`` reads them, and check that the tar ends where it should.
 
-    ``tarfile`` takes a damaged header for the end of the archive and says nothing.
+    The check is needed because ``tarfile`` silently takes a damaged header for the end of the archive.
 
     Args:
-        file: what holds the tar, open for reading.
-        start: where in the file the tar begins, in bytes.
+        file: the file that holds the tar, open for reading.
+        start: the offset in bytes at which the tar begins in the file.
         size: the tar's length in bytes.
         where: the tar's name, for messages.
 
     Raises:
-        VitdemoError: for a tar that is damaged or does not reach its end, and for sparse files.
+        VitdemoError: for a tar that is damaged or truncated, and for sparse files.
     """
     end, last = start + size, ""
     file.seek(start)
@@ -62,34 +62,34 @@ def walk_tar(file: BinaryIO, start: int, size: int, where: Path | str) -> Iterat
         while member := tar.next():
             last, lacking = f"after {member.name!r}", member.offset_data + member.size - end
             padded = member.offset_data - (-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            # an extended header may give another size; one below zero would lead back to what was read
+            # an extended header may give another size; a negative one would lead back to members already read
             if member.size < 0 or member.issparse() or (member.isreg() and tar.offset != padded):
                 raise VitdemoError(f"{where}: member {member.name!r} is not a plain file; refused")
             if tar.offset > end - tarfile.BLOCKSIZE:
                 what = f"within {member.name!r}: {lacking} bytes are" if lacking > 0 else f"{last}: its end is"
                 raise VitdemoError(f"{where}: truncated {what} missing; get the archive again")
             yield member
-            tar.members.clear()  # a kilobyte for each that was read
+            tar.members.clear()  # tarfile keeps a kilobyte per member
         file.seek(tar.offset)
         rest = file.read(min(end - tar.offset, PADDING_LIMIT + 1))
         if rest.strip(b"\0"):  # a header wiped by damage looks like the end, but data follow it
             raise tarfile.ReadError("what follows is neither a member nor the archive's end")
     except (OSError, VitdemoError):
         raise
-    except Exception as error:  # tarfile's own, and of a damaged extended header a dozen types
+    except Exception as error:  # tarfile's own types, and a dozen others for a damaged extended header
         what = f"damaged {last}" if last else "not a tar archive"
         raise VitdemoError(f"{where}: {what} ({reason_of(error)}); get it again, or check the name") from None
     if len(rest) > PADDING_LIMIT:
-        why = "as of a download that has its place on the disk but not its end; get the archive again"
+        why = "as in an incomplete download; get the archive again"
         raise VitdemoError(f"{where}: truncated {last or 'at its start'}: {end - tar.offset} bytes follow, {why}")
 
 
 def plain_tar(path: Path, progress: bool = True) -> Path:
-    """A tar that can be read at any place: itself, or what a ``.tar.gz`` holds, unpacked into the cache once.
+    """A tar that can be read at any offset: ``path`` itself, or a ``.tar.gz`` decompressed into the cache once.
 
     Args:
         path: the tar.
-        progress: show a bar while it is unpacked.
+        progress: show a bar while it is decompressed.
 
     Raises:
         VitdemoError: for a damaged archive, and where the cache cannot be written.
@@ -101,7 +101,7 @@ def plain_tar(path: Path, progress: bool = True) -> Path:
     name = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
     plain = cache_root() / TARS / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.tar"
     if not plain.exists():
-        with named_errors(plain, "; VITDEMO_CACHE names another folder for what is unpacked"):
+        with named_errors(plain, "; VITDEMO_CACHE names another folder for decompressed archives"):
             plain.parent.mkdir(parents=True, exist_ok=True)
             with replacing(plain, "wb") as to, open(path, "rb") as file:
                 bar = dict(total=status.st_size, desc=f"unpack {path.name} into the cache", disable=not progress)
@@ -114,18 +114,18 @@ def plain_tar(path: Path, progress: bool = True) -> Path:
 
 
 def index_tar(path: Path | str, within: Member | None = None, *, paths: bool = False) -> list[Member]:
-    """The regular files of a plain tar, in the tar's order; folders, and what systems add, are passed over.
+    """The regular files of an uncompressed tar, in the tar's order, without folders and files that systems add.
 
     Args:
         path: the tar.
-        within: a member that is a tar itself, whose files are listed instead, with their offsets in the file
-            ``path``: a tar in a tar is read where it lies.
-        paths: name the files by their paths in the tar, which has folders; else by their base names.
+        within: a member that is itself a tar. Its files are listed instead, with their offsets in the file ``path``,
+            so that a tar in a tar is read in place.
+        paths: name the files by their paths in the tar; otherwise by their base names.
 
     Raises:
-        VitdemoError: naming the file and the member, for a file that cannot be read, is compressed or is no tar, that
-            is damaged, truncated or empty, and for what a data set never needs and an attack may use: links, devices
-            and sparse files, absolute and ``..`` paths, and two members of one name.
+        VitdemoError: naming the file and the member, for a file that cannot be read, is compressed or is not a tar,
+            for a tar that is damaged, truncated or empty, and for members that a data set never needs but an attack
+            may use: links, devices, sparse files, absolute and ``..`` paths, and two members with the same name.
     """
     path = Path(path)
     where = f"{path}: {within.name!r}" if within else str(path)
@@ -140,7 +140,7 @@ def index_tar(path: Path | str, within: Member | None = None, *, paths: bool = F
         for member in walk_tar(file, start, size, where):
             if member.name.startswith("/") or ".." in member.name.split("/"):
                 raise VitdemoError(f"{where}: member {member.name!r} would lie outside its folder; refused")
-            if member.isdir() or member.name.endswith("/"):  # a folder in the oldest format
+            if member.isdir() or member.name.endswith("/"):  # the oldest format marks a folder by this "/" alone
                 continue
             steps = [step for step in member.name.split("/") if step not in ("", ".")]
             if any(map(is_system, steps)):
@@ -157,11 +157,11 @@ def index_tar(path: Path | str, within: Member | None = None, *, paths: bool = F
 
 
 def md5(path: Path | str, progress: bool = True) -> str:
-    """The MD5 of a file, read once.
+    """The MD5 of a file, which is read once.
 
     Args:
         path: the file.
-        progress: show a bar, in bytes.
+        progress: show a progress bar in bytes.
 
     Returns:
         32 hex digits.

@@ -1,4 +1,4 @@
-"""Labels by where an image lies or what it is called; where a split lies, and what ``extract`` wrote beside it."""
+"""Labels from folder names or file names; finds a split's folder, and the files that ``extract`` wrote next to it."""
 
 import csv
 import itertools
@@ -15,16 +15,16 @@ from vitdemo.paths import PART
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.ASCII)
 WNID = re.compile(r"n\d{8}", re.ASCII)
 
-# Of a split's folders the first that is there is read; the first of all is ours and torchvision's.
+# The first folder of a split that exists is read; the first name is ours and torchvision's.
 FOLDERS = {"val": ("val", "validation", "test"), "train": ("train",)}
-KAGGLE = "ILSVRC/Data/CLS-LOC"  # where ImageNet from Kaggle has its folders
+KAGGLE = "ILSVRC/Data/CLS-LOC"  # the parent of the splits' folders in ImageNet from Kaggle
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}
 CLASSES, CLASSES_COLUMNS = "classes.csv", ["label", "wnid", "ilsvrc_id", "name"]
 AGAIN = "run the same vitdemo extract again"
 
 
 class Synset(NamedTuple):
-    """A class: ILSVRC2012_ID (from 1; 0 where nobody says it), wnid, and its synonyms as one string."""
+    """A class: its ILSVRC2012_ID (from 1; 0 where it is unknown), its wnid, and its synonyms as one string."""
 
     id: int
     wnid: str
@@ -32,8 +32,8 @@ class Synset(NamedTuple):
 
 
 def expected(split: str) -> str:
-    """What a path to a split may be, for messages."""
-    archive = f"<name>_img_{split}.tar{' with its devkit beside it' if split == 'val' else ''}"
+    """The forms that a path to a split may have, for messages."""
+    archive = f"<name>_img_{split}.tar{' with its devkit next to it' if split == 'val' else ''}"
     return (
         f"expected {split}/ with one folder per class, images with a table of their labels, parquet files, or {archive}"
     )
@@ -43,11 +43,11 @@ def split_tar(path: Path, split: str = "val") -> Path:
     """The tar of a split.
 
     Args:
-        path: the tar itself, or a folder that holds one of the split.
+        path: the tar itself, or a folder that holds one such tar.
         split: "val" or "train".
 
     Raises:
-        VitdemoError: for a file of another name, and for a folder with none or several.
+        VitdemoError: for a file with another name, and for a folder with no such tar or several.
     """
     with named_errors(path):
         found = [path] if path.is_file() else sorted(path.iterdir())
@@ -56,13 +56,13 @@ def split_tar(path: Path, split: str = "val") -> Path:
         raise VitdemoError(f"{path}: no data set; {expected(split)}")
     if len(tars) > 1:
         raise VitdemoError(
-            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name the one"
+            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name one of them"
         )
     return tars[0]
 
 
 def find_tree(path: Path, split: str) -> Path | None:
-    """The folder of the split's images in or at ``path``; None when ``path`` is a folder of archives."""
+    """The folder with the split's images, ``path`` or below it; None when ``path`` is a folder of archives."""
     if path.name.endswith(PART) or (path / (split + PART)).exists():
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     for folder in (*FOLDERS[split], f"{KAGGLE}/{split}"):
@@ -74,9 +74,9 @@ def find_tree(path: Path, split: str) -> Path | None:
 
 
 def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
-    """Names of the classes by wnid, lexicographic: those of ``classes.csv`` beside ``folder``, else of what is known.
+    """The names of the classes by wnid, in ascending order: from ``classes.csv`` next to ``folder``, or known names.
 
-    Raises VitdemoError for a ``classes.csv`` without one of the wnids.
+    Raises VitdemoError for a ``classes.csv`` that lacks one of the wnids.
     """
     path = folder.parent / CLASSES
     if not path.exists():
@@ -88,8 +88,8 @@ def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
 
 
 def known_classes(wnids: list[str]) -> dict[str, str]:
-    """Names of the classes by wnid: of ImageNet's 1,000 if all wnids are among them, else the wnids there are."""
-    from timm.data import ImageNetInfo  # seconds to import, and few sets need it
+    """The names of the classes by wnid: of all 1,000 of ImageNet if they include all ``wnids``, else of ``wnids``."""
+    from timm.data import ImageNetInfo  # imported here: the import takes seconds, and few data sets need it
 
     info = ImageNetInfo("imagenet-1k")
     names = {wnid: info.label_name_to_description(wnid) for wnid in info.label_names()}
@@ -97,10 +97,10 @@ def known_classes(wnids: list[str]) -> dict[str, str]:
 
 
 def read_classes(path: Path) -> list[Synset]:
-    """The classes in a ``classes.csv``, in the order of their labels.
+    """Read the classes in a ``classes.csv``, in the order of their labels.
 
     Format: CSV with a header and one row per class: label (from 0), wnid (ascending), ilsvrc_id (may be missing or
-    empty), name. Raises VitdemoError for others.
+    empty), name. Raises VitdemoError for a file in another format.
     """
     with open(path, encoding="utf-8", newline="") as file, suppress(TypeError, KeyError, ValueError, csv.Error):
         rows = list(csv.DictReader(file))
@@ -113,7 +113,7 @@ def read_classes(path: Path) -> list[Synset]:
 
 
 def read_record(root: Path, split: str) -> dict | None:
-    """What ``extract`` recorded of a split in ``root``, or None."""
+    """The record of a split that ``extract`` wrote to ``root``, or None."""
     path = root / RECORDS[split]
     try:
         return dict(json.loads(path.read_bytes())) if path.exists() else None
@@ -121,14 +121,14 @@ def read_record(root: Path, split: str) -> dict | None:
         raise VitdemoError(f"{path}: not as vitdemo extract wrote it; extract to a new folder") from None
 
 
-WNID_AT_END = re.compile(r"_(n\d{8})\.\w+", re.ASCII)  # as the hub's ImageNet has it
-WRAPPERS = 2  # folders around the data set that an archive may have
+WNID_AT_END = re.compile(r"_(n\d{8})\.\w+", re.ASCII)  # as in the ImageNet of the Hugging Face hub
+WRAPPERS = 2  # the largest number of folders that an archive may have around the data set
 
 
 def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
-    """The part of a listing that is the split, and its path within; all of it where no folder is named like one.
+    """The part of a listing that is the split, and its path; the whole listing where no folder has a split's name.
 
-    Raises VitdemoError where there are folders of other splits alone.
+    Raises VitdemoError where only folders of other splits exist.
     """
     prefix = ""
     for _ in range(WRAPPERS + 1):
@@ -147,13 +147,13 @@ def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
 
 
 def index_by_folder(listing: Listing) -> Index | None:
-    """One folder per class, of any name, at the top of a listing; None where no image lies in a folder.
+    """The index of a listing with one folder per class, with any names; None where no image lies in a folder.
 
-    An image goes by its path, such as ``cat/0.jpg``; ILSVRC2012's own go by their base names, as in its archives. A
-    folder without images is a class too, as checkpoints count it.
+    An image is named by its path, such as ``cat/0.jpg``; ILSVRC2012's images are named by their base names, as in its
+    archives. A folder without images is a class too, because checkpoints count it.
 
     Raises:
-        VitdemoError: for two images of one name, which results could not tell apart.
+        VitdemoError: for two images with the same name, which results could not tell apart.
     """
     ids = sorted({name.partition("/")[0] for name in listing.images if "/" in name})
     if not ids:
@@ -184,7 +184,7 @@ def index_by_folder(listing: Listing) -> Index | None:
 
 
 def index_by_name(listing: Listing) -> Index | None:
-    """Files like ``ILSVRC2012_val_00000293_n01751748.JPEG``, whose class is at the end; None where one is not."""
+    """The index of files like ``ILSVRC2012_val_00000293_n01751748.JPEG``, which end with the class; None for others."""
     ends = {name: WNID_AT_END.search(name) for name in listing.images}
     if not ends or not all(end and end.end() == len(name) for name, end in ends.items()):
         return None

@@ -1,7 +1,7 @@
-"""From a Model to an Engine ready to run; what takes long to build is built once and kept.
+"""``convert``: from a Model to an Engine ready to run. Engines that take long to build are built once and cached.
 
-An artifact is a folder in the cache, named by the hash of everything that shaped it. It is written under another
-name and renamed, so that a folder of the right name is whole. ``card.json`` in it says how it was made.
+An artifact is a folder in the cache, named by the hash of everything that it depends on. It is written under another
+name and then renamed, so that a folder with the right name is complete. Its ``card.json`` records how it was made.
 """
 
 import atexit
@@ -41,15 +41,16 @@ from vitdemo.paths import PART, cache_root
 from vitdemo.precisions import ABSENT, EMULATED
 
 UNKNOWN = "unknown"
-OF_TORCH = set(vars(nn.Module())) - {"training"}  # what every module holds: parameters, hooks …
+OF_TORCH = set(vars(nn.Module())) - {"training"}  # attributes of every module: parameters, hooks …
 
 
 def architecture_sha256(module: nn.Module) -> str | None:
-    """sha256 of what ``module`` computes with its weights, which are hashed apart.
+    """The sha256 of the architecture of ``module``, without its weights, which are hashed separately.
 
-    That is its repr, the source of its classes, and the values that its parts hold: a LayerNorm's eps and the kind of a
-    GELU are in no state dict. None where nobody can tell: a class or a function that was typed into a notebook has
-    other code under the same name tomorrow, and one made by another function may hold values of that one.
+    It covers the module's repr, the source code of its classes, and the values in its parts, because a LayerNorm's eps
+    or the kind of a GELU is not in the state dict. None where the architecture cannot be determined: a class or a
+    function defined in a notebook may have other code under the same name tomorrow, and one that another function
+    created may hold values of that function.
     """
     classes = {cls for part in module.modules() for cls in type(part).__mro__} - {nn.Module, object}
     told = [repr(module), *map(_source, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)))]
@@ -59,21 +60,21 @@ def architecture_sha256(module: nn.Module) -> str | None:
 
 
 def _source(thing: object) -> str | None:
-    """Where a class, a function or a module is from, and its source; None where that is not all of it."""
+    """The name and source code of a class, function or module; None where these do not determine what it does."""
     name = getattr(thing, "__qualname__", thing.__name__)
     made = getattr(thing, "__closure__", None) or inspect.isclass(thing) and "<locals>" in name
     if made or getattr(thing, "__module__", "") == "__main__":
         return None
     try:
         return f"{name}\n{inspect.getsource(thing)}"
-    except TypeError:  # of C: it is torch's or Python's, whose versions are in the key
+    except TypeError:  # written in C, so it belongs to torch or Python, whose versions are in the key
         return name
     except OSError:
         return None
 
 
 def _values(value: object) -> Iterator[str | None]:
-    """What a value adds to what is computed, the same in every process."""
+    """Yield strings that identify a value, the same in every process; None where it cannot be identified."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):
             yield from (str(key), *_values(value[key]))
@@ -92,7 +93,7 @@ def _values(value: object) -> Iterator[str | None]:
         )
 
 
-# Where artifacts are kept, a folder each; what is there, and how to clear it.
+# The folder of the artifacts; listing and clearing it.
 
 
 CARD = "card.json"
@@ -106,10 +107,10 @@ def artifacts_root() -> Path:
 
 
 def cached_artifacts() -> pd.DataFrame:
-    """What is in the cache, one row per artifact: model, weights, engine, precision, bytes, build_s, built, key."""
+    """The content of the cache, one row per artifact: model, weights, engine, precision, bytes, build_s, built, key."""
     rows = []
     for path in sorted(artifacts_root().glob(f"*/{CARD}")):
-        if path.parent.name.endswith(PART):  # being built
+        if path.parent.name.endswith(PART):  # still being built
             continue
         try:
             card = json.loads(path.read_text(encoding="utf-8"))
@@ -123,13 +124,13 @@ def cached_artifacts() -> pd.DataFrame:
 
 
 def clear_cache() -> int:
-    """Remove every artifact but one that is being built just now, or is in use, and what tars were unpacked to.
+    """Remove the decompressed tars and all artifacts, except those that are being built or are in use.
 
     Returns:
-        The bytes that became free.
+        The number of bytes freed.
     """
     freed = _bytes_below(cache_root() / TARS)
-    shutil.rmtree(cache_root() / TARS, ignore_errors=True)  # who reads from one goes on: its open file stays
+    shutil.rmtree(cache_root() / TARS, ignore_errors=True)  # a process that reads a tar keeps its open file
     with named_errors(artifacts_root(), ELSEWHERE):
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)
@@ -140,23 +141,23 @@ def clear_cache() -> int:
                         continue
                     freed += _bytes_below(folder)
                     shutil.rmtree(folder, ignore_errors=True)
-    return freed  # the lock files stay, as somebody may be waiting for one
+    return freed  # the lock files stay, because a process may be waiting for one
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Whether no engine of any process that lives was loaded from ``folder``, which may yet read other files there.
+    """Yield whether no running process has an engine loaded from ``folder``, which may read further files there.
 
-    Inside, who begins to load from it waits.
+    Within the block, a process that begins to load from the folder has to wait.
     """
     with ExitStack() as stack:
         try:
-            card = stack.enter_context(open(folder / CARD, "r+"))  # NFS locks only what may be written to
+            card = stack.enter_context(open(folder / CARD, "r+"))  # NFS can lock only files opened for writing
             fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
         except BlockingIOError:
             free = False
-        except OSError:  # there is no card, or no locks
+        except OSError:  # there is no card, or the file system has no locks
             free = True
         yield free
 
@@ -165,7 +166,7 @@ def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-BUILD_MEMORY = 6  # times the weights: a little more than the largest build of a ViT-B/16 took
+BUILD_MEMORY = 6  # times the size of the weights; a little more than any build of a ViT-B/16 took
 
 
 def convert(
@@ -178,23 +179,26 @@ def convert(
     threads: int | None = None,
     force: bool = False,
 ) -> Engine:
-    """``model`` in ``engine`` and ``precision``, ready to run: from the cache, or built now and kept there.
+    """Load ``model`` in ``engine`` and ``precision`` from the cache, or build it first and keep it there.
 
-    An emulated precision is said so on stderr.
+    A line on stderr says so if the precision is emulated.
 
     Args:
-        model: what it computes, and with which weights, is looked at anew in each call.
-        engine: its name, one of ``find_engines()``.
+        model: the model; each call reads its architecture and its weights again.
+        engine: the engine's name, one of ``find_engines()``.
         precision: one of the engine's ``precisions``.
         calibration: the images that int8 needs, see ``calibration_for``.
-        device: "cpu", "cuda", or "auto" (CUDA where there is one).
-        threads: CPU threads a call may use, all cores by default.
-        force: build anew.
+        device: "cpu", "cuda", or "auto" (CUDA if there is a GPU and the engine supports it).
+        threads: CPU threads that a call may use; all cores by default.
+        force: build it again even if the cache has it.
+
+    Returns:
+        The engine, ready to run.
 
     Raises:
-        VitdemoError: for an unknown engine, precision or device, listing those there are, for a precision that the
-            runtime does not have on this processor, for a runtime that is not installed, and when calibration images
-            are missing.
+        VitdemoError: for an unknown engine, precision or device, with a list of the known ones; for a precision that
+            the runtime does not have on this processor; for a runtime that is not installed; and when calibration
+            images are missing.
     """
     at_least_1(threads=threads)
     what = recipe_for(model, engine, precision, calibration=calibration, device=device)
@@ -209,7 +213,7 @@ def recipe_for(
     calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
     device: str = "auto",
 ) -> "Recipe":
-    """From what ``convert`` makes the engine; arguments and errors as there."""
+    """The Recipe from which ``convert`` makes the engine, with the same arguments and errors."""
     cls = _engine_class(engine, precision)
     device = resolve_device(device, cls)
     _say_what_is_not_native(cls, precision, device)
@@ -219,10 +223,10 @@ def recipe_for(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an engine is made from, and how the cache knows it.
+    """The inputs from which an engine is made, and the key under which the cache stores it.
 
-    hashes: of the architecture, of the code that builds, and of the calibration images. model, calibration: of which
-    it is built; None in a ``ticket``.
+    hashes: the hashes of the architecture, of the code that builds the engine, and of the calibration images.
+    model, calibration: the model and the images from which the engine is built; None in a ``ticket``.
     """
 
     cls: type[Engine]
@@ -237,8 +241,8 @@ class Recipe:
     def of(
         cls, model: Model, engine: type[Engine], precision: str, device: str, calibration: Calibration | None = None
     ) -> "Recipe":
-        """For ``model`` as it is now."""
-        weights_sha256(model.module)  # reads them anew, as nobody else sees what was written through ``.data``
+        """The recipe for ``model`` in its present state."""
+        weights_sha256(model.module)  # reads the weights again, because torch does not notice writes through ``.data``
         model = Model(model.module, model.info)
         hashes = {
             "architecture": architecture_sha256(model.module) or f"{UNKNOWN} {uuid4()}",
@@ -249,13 +253,13 @@ class Recipe:
 
     @property
     def ingredients(self) -> dict:
-        """Everything that shapes the engine on this machine, as JSON can hold it."""
+        """Everything on which the engine depends on this machine, as a dict for JSON."""
         packages = ("vitdemo", "torch", "torchvision", "timm", "transformers", *self.cls.packages)
         return {
             "engine": self.cls.name,
             "precision": self.precision,
             "device": self.device,
-            "model": asdict(replace(self.info, class_names=None)),  # which shape nothing
+            "model": asdict(replace(self.info, class_names=None)),  # class names do not change the engine
             **self.hashes,
             "versions": {name: installed_version(name) for name in packages},
             "instruction_set": [name for name, has in sorted(torch.cpu.get_capabilities().items()) if has is True],
@@ -264,7 +268,7 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """sha256 of the ingredients, so another one on a machine that needs another artifact."""
+        """The sha256 of the ingredients. It differs on a machine that needs a different artifact."""
         return _sha256(json.dumps(self.ingredients, sort_keys=True).encode())
 
     @property
@@ -273,42 +277,42 @@ class Recipe:
         return f"{name}-{self.cls.name}-{self.precision}-{self.key[:16]}"
 
     def ticket(self) -> "Recipe":
-        """This without the model: what another process needs to get the same engine from a cache."""
+        """This recipe without the model, with which another process gets the same engine from a cache."""
         return replace(self, model=None, calibration=None)
 
     def engine(self, threads: int, force: bool = False) -> Engine:
-        """The engine; from the cache, where it is built first if it is not there or ``force`` is given."""
+        """The engine, from the cache; it is built first if the cache lacks it or ``force`` is given."""
         if issubclass(self.cls, CompiledEngine):
             with named_errors(artifacts_root(), ELSEWHERE):
                 ready = self._cached(threads, force)
         else:
-            card = {"key": self.key, **self.ingredients}  # before the clock starts
+            card = {"key": self.key, **self.ingredients}  # outside the measured time
             with self._named("cannot be made ready"):
                 ready = self._ready(card, threads, self.model)
         ready.recipe = self
         return ready
 
     def open(self, recipe: "Callable[[], Recipe]", threads: int) -> Engine:
-        """A ticket's engine, from this machine's cache; made from ``recipe`` where it has none."""
-        with suppress(Exception):  # on any failure go on, and build
+        """The engine of a ticket from this machine's cache, or made from ``recipe`` where the cache lacks it."""
+        with suppress(Exception):  # after any failure the engine is built below
             return self.load(artifacts_root() / self.folder_name, threads)
         return recipe().engine(threads)
 
     def load(self, folder: Path, threads: int) -> Engine:
-        """The engine that was built into ``folder``. Raises anything when it is damaged or another one."""
-        # In a cache of links the folder that they lead to: runtimes refuse weights that are a link out of their folder.
+        """Load the engine that was built into ``folder``. May raise any exception if it is damaged or another one."""
+        # Where the cache holds links, take the folder to which they lead: runtimes refuse weights outside their folder.
         card = (folder / CARD).resolve()
         folder = card.parent if card.name == CARD else folder
         with open(folder / CARD, encoding="utf-8") as file:
             with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(file, fcntl.LOCK_SH)  # which says that the artifact is in use
+                fcntl.flock(file, fcntl.LOCK_SH)  # marks the artifact as in use
             card = json.load(file)
             if card["key"] != self.key:
                 raise ValueError("its card is that of another artifact")
             if card["files"] != _files(folder):
-                raise ValueError("its files have not the sizes of those that were built")
+                raise ValueError("its files do not have the sizes of those that were built")
             ready = self._ready(card, threads, folder, self.info)
-            weakref.finalize(ready, os.close, os.dup(file.fileno()))  # the same lock, for as long as the engine lives
+            weakref.finalize(ready, os.close, os.dup(file.fileno()))  # keeps the lock for as long as the engine exists
         return ready
 
     def _ready(self, card: dict, threads: int, *source) -> Engine:
@@ -321,19 +325,19 @@ class Recipe:
         folder = artifacts_root() / self.folder_name
         if not force:
             try:
-                return self.load(folder, threads)  # without a lock, as a cache may be read-only
+                return self.load(folder, threads)  # without a lock, because a cache may be read-only
             except VitdemoError:
                 raise
-            except Exception:  # not there, or damaged, as is said below
+            except Exception:  # missing or damaged; damage is reported below
                 pass
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # the system takes it back from a holder that dies
+        with FileLock(f"{folder}.lock"):  # the system releases the lock of a process that dies
             if folder.exists() and not force:
                 try:
                     return self.load(folder, threads)
-                except VitdemoError:  # what this machine lacks a new build would not put right
+                except VitdemoError:  # this machine lacks something, which a new build would lack too
                     raise
-                except Exception as error:  # whatever a runtime says of a damaged file, the cure is the same
+                except Exception as error:  # runtimes raise many types for a damaged file; the remedy is the same
                     print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
             self._build(folder)
             with self._named("it was built, and cannot be loaded"):
@@ -341,7 +345,7 @@ class Recipe:
 
     def _build(self, folder: Path) -> None:
         partial = folder.with_name(folder.name + PART)
-        shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
         self._check_room(folder.parent)
         partial.mkdir()
         print(f"building {self.cls.name} {self.precision} of {self.info.tag}, once", file=sys.stderr)
@@ -356,14 +360,14 @@ class Recipe:
             (partial / CARD).write_text(json.dumps(card, indent=2), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
-            if self.hashes["architecture"].startswith(UNKNOWN):  # nobody will find it again
+            if self.hashes["architecture"].startswith(UNKNOWN):  # no later process can find this artifact
                 atexit.register(shutil.rmtree, folder, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
     @contextmanager
     def _named(self, what: str):
-        """Exporters and runtimes have a hundred types of errors; a VitdemoError of one line for all of them."""
+        """Turn any exception of an exporter or a runtime inside the block into a VitdemoError of one line."""
         try:
             yield
         except (VitdemoError, OSError):
@@ -375,9 +379,12 @@ class Recipe:
             ) from error
 
     def _check_room(self, folder: Path) -> None:
-        """Asked before, as a disk that fills while torch writes ends the process, and memory that runs out too."""
+        """Raise VitdemoError where a build needs more disk or memory than is free.
+
+        Otherwise the process would end without a message, when the disk fills while torch writes, or memory runs out.
+        """
         weights = sum(tensor.nbytes for tensor in self.model.module.state_dict().values())
-        needed = 3 * weights + (16 << 20)  # an exported copy beside the artifact, and what a runtime adds
+        needed = 3 * weights + (16 << 20)  # the artifact, an exported copy, and some more for the runtime
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise VitdemoError(
@@ -399,7 +406,7 @@ def _engine_class(engine: str, precision: str) -> type[Engine]:
     cls = engines[engine]
     if precision not in cls.precisions:
         raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
-    if cls.packages:  # loading needs them too; what only building needs, such as a compiler, build asks for
+    if cls.packages:  # loading needs these too; build itself checks what only building needs, such as a compiler
         cls.check_requirements()
     return cls
 
@@ -410,7 +417,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
-    """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
+    """Print one line to stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
     answers, native = cls.answers(device), _listed(cls.native(device)) or "nothing"
     if precision not in answers:
         raise VitdemoError(f"{cls.name} {precision}: not on the device {device!r}, where it has {_listed(answers)}")
@@ -427,7 +434,7 @@ def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> N
 
 
 def _files(folder: Path) -> dict[str, dict]:
-    """Size in bytes of every file of an artifact, the card left out."""
+    """The size in bytes of every file of an artifact, without the card."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size} for path in paths}
 

@@ -1,4 +1,4 @@
-"""Chooses the images on which ``onnx`` and ``openvino`` find the ranges of int8, by their runtimes' own tools."""
+"""Chooses the calibration images, on which the tools of ``onnx`` and ``openvino`` find the ranges for int8."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,14 +17,15 @@ from vitdemo.models.model import Model
 from vitdemo.paths import CALIBRATIONS, data_path, user_path
 from vitdemo.stats import spread
 
-IMAGES, RANDOM_IMAGES = 256, 32  # more random ones would only repeat the same ranges
+IMAGES, RANDOM_IMAGES = 256, 32  # more random images would only give the same ranges again
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """pixels: uint8[N, 3, H, W]. source: where they came from, for people.
+    """The calibration images of an artifact.
 
-    files: bytes and sha256 of each image file, in order; empty where pixels were given, as nobody knows their files.
+    pixels: uint8[N, 3, H, W]. source: the origin of the images, for people. files: bytes and sha256 of each image file,
+    in order; empty where the caller gave pixels, whose files are unknown.
     """
 
     pixels: torch.Tensor
@@ -33,25 +34,26 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the pixels."""
+        """The sha256 of the pixels."""
         return hashlib.sha256(self.pixels.numpy()).hexdigest()
 
     def to_dict(self) -> dict:
-        """What a card says of it."""
+        """The entry in an artifact's card."""
         found = {"source": self.source, "images": len(self.pixels), "fingerprint": self.fingerprint}
         return found | {"files": [list(file) for file in self.files]}
 
 
 def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
-    """Up to 256 images for ``model``, spread evenly over what is given.
+    """Up to 256 images for ``model``, evenly spread over the given ones.
 
     Args:
-        model: whose crop they get.
-        given: a data set, its path, or that of any images without labels, see ``open_data`` and ``open_images``; or
-            pixels, uint8[N, 3, H, W]. None takes the bundled ones for vit_shapes20, random pixels for random weights.
+        model: the model whose preprocessing is applied.
+        given: a data set, or the path of a data set or of images without labels, see ``open_data`` and ``open_images``;
+            or pixels, uint8[N, 3, H, W]. None takes the bundled images for vit_shapes20, and random pixels for random
+            weights.
 
     Raises:
-        VitdemoError: when there are none, or none that fit.
+        VitdemoError: when there are no images, or none that fit.
     """
     info = model.info
     if given is None:
@@ -77,7 +79,7 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
 
 
 def _images_at(path: Path) -> Dataset:
-    """A data set of either split, or images without labels, which are not needed."""
+    """A data set of either split, or images without labels, because calibration needs no labels."""
     for split in FOLDERS:
         with suppress(VitdemoError):
             return open_data(path, split=split)
@@ -91,7 +93,7 @@ def _from_files(data: Sequence[Sample], source: str, preprocessing: Preprocessin
             image = data[i].image
             crops.append(reference_crop(image, preprocessing))
         except (UnreadableFile, UnreadableImage):
-            continue  # one less to calibrate on; extract and check-images are there to say which
+            continue  # calibrate on one image less; extract with --check-images reports the unreadable ones
         files.append((len(image), hashlib.sha256(image).hexdigest()))
     if not crops:
         raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")

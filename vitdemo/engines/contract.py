@@ -1,4 +1,4 @@
-"""What every engine promises, and the registry that finds the engines."""
+"""The contract that every engine fulfils, and the registry that finds the engines."""
 
 import copy
 import importlib
@@ -23,21 +23,21 @@ from vitdemo.precisions import NATIVE, Call, Shape, no_cuda
 class Engine(ABC):
     """A model ready to run: ``engine(x: uint8[B, 3, H, W]) -> float32[B, C]``, both on the CPU, any B >= 1.
 
-    ``(x / 255 - mean) / std`` happens inside, in float32, before the cast to the engine's precision.
+    The engine itself computes ``(x / 255 - mean) / std`` in float32, before the cast to its precision.
 
-    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and has ``_infer`` and
-    ``precision_ran``. It builds itself in ``__init__(self, model, precision, *, device, threads)``; one whose runtime
-    reads a file is a ``CompiledEngine`` instead. Imports of a runtime go inside these functions, so that a missing one
-    costs only its own engine.
+    A new engine is one file in this folder: a subclass that sets ``name`` and ``precisions`` and implements ``_infer``
+    and ``precision_ran``. It is built in ``__init__(self, model, precision, *, device, threads)``. An engine whose
+    runtime reads files is a ``CompiledEngine`` instead. A runtime is imported inside these functions, so that only its
+    own engine is unavailable where it is not installed.
 
-    name, precision: what was asked for. device: "cpu" or "cuda". threads: CPU threads a call uses. info: the model's.
-    depth: how many submitted batches may be in flight. streams: how many of them are computed side by side; None is
-    one, or as many as ``evaluate`` finds to be quicker; forms: what it found. pipeline: what feeds a GPU, see
-    ``captured``; None where calls run one after the other. packages: the distributions that its
-    runtime comes in. card: what ``convert`` knows of how it was made: ``card["key"]`` is the hash of everything that
-    shaped it. recipe: from which ``convert`` made it, and can make it again. load_s: seconds it took to read the
-    artifact, check it and make it ready to run. has_run: whether it was called yet. script: the lines by which a
-    program without vitdemo makes ``logits`` of pixels (``write_script``).
+    name, precision: as requested. device: "cpu" or "cuda". threads: CPU threads that a call uses. info: the model's.
+    depth: the largest number of submitted batches in flight. streams: the number of batches computed at the same time;
+    None means one, or as many as ``evaluate`` finds to be faster. forms: the result of that trial. pipeline: the
+    Pipeline that feeds a GPU, see ``captured``; None where calls run one after the other. packages: the distributions
+    that contain the runtime. card: a record of how ``convert`` made the engine; ``card["key"]`` is the hash of
+    everything on which it depends. recipe: the Recipe from which ``convert`` made it, and can make it again. load_s:
+    the seconds to read and check the artifact and make it ready to run. has_run: whether it has been called. script:
+    the lines with which a program without vitdemo computes ``logits`` from pixels (``write_script``).
     """
 
     name: ClassVar[str]
@@ -62,25 +62,27 @@ class Engine(ABC):
 
     @classmethod
     def check_requirements(cls) -> None:
-        """Raise VitdemoError, saying what to install, where this machine lacks what building the engine needs."""
+        """Raise VitdemoError with installation advice where a requirement for building the engine is missing."""
         if missing := [name for name in cls.packages if not installed_version(name)]:
             raise VitdemoError(f"{cls.name} engine: needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
     @classmethod
     def runs_on(cls, device: str) -> bool:
-        """Whether the engine computes on ``device``, "cpu" or "cuda", given a machine that has one."""
+        """Whether the engine can compute on ``device``, "cpu" or "cuda", if the machine has one."""
         return device == "cpu"
 
     @classmethod
     def support(cls, device: str) -> dict[str, str]:
-        """How ``device`` computes in each of ``precisions``: "native", "emulated" (it can, slower than in fp32) or
-        "absent" (the runtime computes in another precision), by the runtime's own words, see ``support_of``. One that
-        is for the other device alone is left out."""
+        """How ``device`` computes in each of ``precisions``, as the runtime reports it (see ``support_of``).
+
+        A value is "native", "emulated" (possible, but slower than fp32) or "absent" (the runtime computes in another
+        precision). A precision that exists only on the other device is left out.
+        """
         return dict.fromkeys(cls.precisions, NATIVE)
 
     @classmethod
     def answers(cls, device: str = "auto") -> dict[str, str]:
-        """``support`` for the device that ``convert`` would take. Raises VitdemoError where no runtime starts."""
+        """``support`` for the device that ``convert`` would take. Raises VitdemoError if the runtime does not start."""
         try:
             return cls.support(resolve_device(device, cls))
         except (ImportError, OSError, RuntimeError) as error:
@@ -89,43 +91,45 @@ class Engine(ABC):
 
     @classmethod
     def native(cls, device: str = "auto") -> tuple[str, ...]:
-        """Those of ``precisions`` that are native on ``device``; errors as in ``answers``."""
+        """The native ones of ``precisions`` on ``device``; errors as in ``answers``."""
         return tuple(name for name, support in cls.answers(device).items() if support == NATIVE)
 
     @classmethod
     def product(cls, precision: str, shape: Shape, threads: int) -> Call | None:
-        """A call that multiplies an [m, k] matrix by a [k, n] one, by which precisions and roofs are measured.
+        """A function that multiplies an [m, k] by a [k, n] matrix, for measuring precisions and roofs.
 
         Args:
-            precision: of both matrices.
+            precision: the precision of both matrices.
             shape: m, k, n.
-            threads: CPU threads that it uses.
+            threads: CPU threads that the function uses.
 
         Returns:
-            None where the runtime does not multiply in ``precision`` here, or has no plain products.
+            The function, or None where the runtime cannot multiply in ``precision`` here or has no plain products.
         """
         return None
 
     @abstractmethod
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits, float32[B, C] on the CPU, of a checked uint8[B, 3, H, W]."""
+        """The logits, float32[B, C] on the CPU, of a checked uint8[B, 3, H, W]."""
 
     @property
     @abstractmethod
     def precision_ran(self) -> dict[str, float]:
-        """The share of multiply-accumulates in each precision, as read back from the runtime; a precision that is
-        emulated here is called so, ``bf16 emulated``."""
+        """The share of multiply-accumulates in each precision, as read back from the runtime.
+
+        The name of an emulated precision says so: ``bf16 emulated``.
+        """
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the layers gave on the way to the logits, float32 on the CPU by the names of ``graph.tap_points``.
+        """The outputs of the layers for one batch, float32 on the CPU, by the names of ``graph.tap_points``.
 
-        The last entry, "logits", is of the very run that gave the layers: where looking inside needs a twin of the
-        artifact, it shows how far the twin is from it. Empty for an engine that nobody can look into.
+        The last entry, "logits", comes from the same run as the layers. Where they need a second version of the
+        artifact, it shows how far that version is from the artifact. Empty for an engine whose layers cannot be read.
         """
         return {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
+        """The logits of one batch. Raises VitdemoError when ``x`` is not uint8[B >= 1, 3, H, W] on the CPU."""
         if self.pipeline:
             return self.submit(x).result()
         self._check(x)
@@ -133,7 +137,7 @@ class Engine(ABC):
         return self._infer(x)
 
     def submit(self, x: torch.Tensor) -> "Future[torch.Tensor]":
-        """Start one batch and return at once; ``x`` must stay untouched until the future is done."""
+        """Start one batch and return a future at once; ``x`` must not be changed until the future is done."""
         self._check(x)
         self.has_run = True
         if self.pipeline:
@@ -144,18 +148,18 @@ class Engine(ABC):
         return self._worker.submit(self._infer, x)
 
     def side_by_side(self) -> "Engine":
-        """This engine with one call on each of its threads, at the same time; itself where it has one thread.
+        """This engine with simultaneous calls, one per thread; the engine itself where it has one thread.
 
-        A call takes longer, and many of them together less time. What was loaded is shared as far as the runtime can.
-        Raises EngineFailure where the runtime cannot load what is not shared.
+        Each call then takes longer, but many calls together may take less time. The loaded model is shared as far as
+        the runtime allows. Raises EngineFailure where the runtime cannot load the part that is not shared.
         """
         if self.streams or self.threads == 1:
             return self
         other = copy.copy(self)
         other.threads, other.streams = 1, self.threads
-        other.depth = other.streams + 1  # the next batch lies ready when one is done
+        other.depth = other.streams + 1  # so that the next batch is waiting when one is done
         other.forms, other._worker = {}, None
-        for kept in ("_tapped", "precision_ran"):  # of this one
+        for kept in ("_tapped", "precision_ran"):  # cached values of the original engine
             vars(other).pop(kept, None)
         try:
             other._open_streams()
@@ -163,11 +167,11 @@ class Engine(ABC):
             raise EngineFailure(f"the {self.name} engine has no {other.streams} streams: {reason_of(error)}") from error
         return other
 
-    def _open_streams(self) -> None:  # noqa: B027, as most engines share all they have
-        """Load again what cannot be shared with an engine of another ``threads`` and ``streams``."""
+    def _open_streams(self) -> None:  # noqa: B027, because most engines share everything
+        """Load again the parts that an engine with other ``threads`` and ``streams`` cannot share."""
 
     def close(self) -> None:
-        """Wait for what is in flight and give threads back. The engine may be used again afterwards."""
+        """Wait for batches in flight and stop the threads. The engine may be used again afterwards."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
             self._worker = None
@@ -177,7 +181,7 @@ class Engine(ABC):
     def captured(
         self, compute: Callable[[torch.Tensor], torch.Tensor], device: Cuda, sizes: tuple[int, ...] = SIZES
     ) -> None:
-        """Have ``compute``, from uint8 pixels on ``device`` to float32 logits there, captured and fed by a pipeline."""
+        """Capture ``compute`` (uint8 pixels on ``device`` -> float32 logits there), and feed it by a Pipeline."""
         self.pipeline = Pipeline(device, compute, self.info.preprocessing.input_size, sizes)
         self.depth = SLOTS
 
@@ -202,10 +206,10 @@ class CompiledEngine(Engine):
 
     @abstractmethod
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
-        """Load what ``build`` wrote into ``folder``.
+        """Load the artifact that ``build`` wrote into ``folder``.
 
-        Raises VitdemoError for what this machine lacks; any other exception means that the artifact is damaged, and it
-        is built again.
+        Raises VitdemoError where this machine lacks something. Any other exception means that the artifact is damaged;
+        it is then built again.
         """
         super().__init__(info, precision, device=device, threads=threads)
 
@@ -217,20 +221,20 @@ class CompiledEngine(Engine):
         """Write the artifact of ``model`` into the empty ``folder``; nothing else is kept.
 
         Args:
-            model: is left as it is.
+            model: the model, which is not changed.
             precision: one of ``precisions``.
-            folder: whose files the runtime will read.
+            folder: the folder whose files the runtime will read.
             device: "cpu" or "cuda".
-            calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, else None.
+            calibration: uint8[N, 3, H, W] for the precisions in ``calibrated``, otherwise None.
 
         Raises:
-            VitdemoError: for what the user can put right, such as a missing compiler.
+            VitdemoError: for a problem that the user can solve, such as a missing compiler.
         """
 
 
 @cache
 def find_engines() -> dict[str, type[Engine]]:
-    """Every engine in this folder by name. Imports no runtime, so it works whatever is installed."""
+    """All engines in this folder by name. No runtime is imported, so it works without any of them."""
     package = importlib.import_module("vitdemo.engines")
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
@@ -238,14 +242,14 @@ def find_engines() -> dict[str, type[Engine]]:
 
 
 def resolve_device(device: str, cls: type[Engine]) -> str:
-    """ "cpu" or "cuda" for an engine.
+    """The device on which an engine will compute, "cpu" or "cuda".
 
     Args:
-        device: "auto" takes CUDA where there is one and the engine runs on it.
+        device: "cpu", "cuda", or "auto", which takes CUDA if there is a GPU and the engine supports it.
         cls: the engine.
 
     Raises:
-        VitdemoError: for a device that is unknown, missing, or not the engine's.
+        VitdemoError: for a device that is unknown, missing, or not supported by the engine.
     """
     if device == "auto":
         return "cuda" if cls.runs_on("cuda") and not no_cuda() else "cpu"
@@ -259,9 +263,9 @@ def resolve_device(device: str, cls: type[Engine]) -> str:
 
 
 def precisions_here(device: str = "auto") -> dict[str, dict[str, str]]:
-    """What every engine that is installed, and runs on ``device``, answers of its precisions, by its name.
+    """The ``answers`` of all engines that are installed and run on ``device``, by the engine's name.
 
-    An engine whose runtime does not start is left out: it costs its own part alone.
+    An engine whose runtime does not start is left out, so that the other engines stay usable.
     """
     found = {}
     for name, cls in find_engines().items():

@@ -1,4 +1,4 @@
-"""Torch, operation by operation: the reference that every other engine is held against."""
+"""Plain PyTorch, operation by operation: the reference with which every other engine is compared."""
 
 import copy
 from functools import cached_property
@@ -13,7 +13,7 @@ from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch
 
 
 class EagerEngine(Engine):
-    """timm's module as it is; fp16 and bf16 cast a copy of the weights. On CUDA, which was *not run*, as graphs."""
+    """The unchanged module; fp16 and bf16 cast a copy of its weights. On CUDA (*not run*) it runs as CUDA graphs."""
 
     name = "eager"
     precisions = ("fp32", "fp16", "bf16")
@@ -48,7 +48,7 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
         with torch.inference_mode():
-            # torch chooses the convolution by the order in memory, and AVX2's round otherwise in another one
+            # torch chooses the convolution by the memory format, and with AVX2 another format rounds differently
             return self._module(x.contiguous())
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -67,7 +67,7 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
 
     @cached_property
     def precision_ran(self) -> dict[str, float]:
-        """Read off the operations that torch really ran on one black image, by the dtype of their operands."""
+        """Counted from the operations that torch ran on one black image, by the dtype of their operands."""
         x = torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8, device=self.device)
         self.has_run = True
         with torch.no_grad(), FlopsByPrecision() as counter:

@@ -1,4 +1,4 @@
-"""The graph that every engine runs, uint8 pixels -> normalised floats -> the model -> logits, and views into it."""
+"""The graph that every engine runs (uint8 pixels -> normalised floats -> model -> logits), and its layers' outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from vitdemo.models.model import Model
 class Normalised(nn.Module):
     """uint8[B, 3, H, W] -> float32 logits [B, C]: ``(x / 255 - mean) / std`` in float32, a cast, then the model.
 
-    The normalisation is never folded into the patch embedding's weights by hand: a convolution that pads
-    with zeros would then see zeros where it must see the normalised black of the padding.
+    The normalisation is not folded into the patch embedding's weights. A convolution that pads with zeros pads the
+    normalised values; after folding it would pad the pixels, where zero has another meaning.
 
-    With ``taps``, names of submodules, the answer is a tuple: the logits, then what each of those gave, in float32; it
-    is one where there are none, too.
+    With ``taps``, the names of submodules, the result is a tuple of the logits and then the output of each submodule,
+    in float32. An empty ``taps`` gives a tuple too.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Normalised(nn.Module):
         taken: dict[str, torch.Tensor] = {}
 
         def take(name: str, _, output: torch.Tensor | tuple) -> None:
-            taken[name] = _first(output).clone()  # as a ReLU that works in place would change what was taken
+            taken[name] = _first(output).clone()  # because an in-place ReLU would change the output afterwards
 
         with watched(self.module, self.taps, take):
             logits = self.module(x)
@@ -52,7 +52,7 @@ class Normalised(nn.Module):
 
 @contextmanager
 def watched(module: nn.Module, names: Iterable[str], note: Callable[[str, tuple, object], None]) -> Iterator[None]:
-    """Inside, ``note(name, inputs, output)`` is called whenever one of the submodules called ``names`` has run."""
+    """Within the block, call ``note(name, inputs, output)`` whenever one of the submodules ``names`` has run."""
     hooks = [
         module.get_submodule(name).register_forward_hook(lambda _, *seen, name=name: note(name, *seen))
         for name in names
@@ -67,14 +67,15 @@ def watched(module: nn.Module, names: Iterable[str], note: Callable[[str, tuple,
 def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:
     """The submodules whose outputs are compared, from input to output; the logits follow as the last point.
 
-    Of timm's VisionTransformer: the patch embedding, each block's attention and MLP before they are added to the
-    residual stream, each block, and the last norm. Of any other module its children that have parameters, those of a
-    list or a dict of modules one by one, but for the last one, which gives the logits. Only what gives a tensor when
-    a black image runs through counts: some parts of a model are for training alone, and some hand on what they get.
+    For timm's VisionTransformer these are the patch embedding, each block's attention and MLP before they are added to
+    the residual stream, each block, and the last norm. For any other module they are its children with parameters
+    (each member of a list or dict of modules counts as a child), except the last one, which gives the logits. A
+    submodule counts only if it outputs a new tensor for a black image: some parts of a model are only used in training,
+    and some return their input.
 
     Args:
-        module: is run once.
-        input_size: (3, H, W) of that image.
+        module: the module, which is run once.
+        input_size: (3, H, W) of the black image.
     """
     if isinstance(module, VisionTransformer):
         blocks = [f"blocks.{k}{part}" for k in range(len(module.blocks)) for part in (".attn", ".mlp", "")]
@@ -83,7 +84,7 @@ def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str
 
 
 def _children(module: nn.Module) -> list[str]:
-    """Its children that have parameters; of a wrapper around one module that module's."""
+    """The children of a module that have parameters; for a wrapper around one module, the children of that module."""
     children = [(name, child) for name, child in _parts(module) if next(child.parameters(), None) is not None]
     if len(children) == 1:
         ((name, child),) = children
@@ -93,7 +94,7 @@ def _children(module: nn.Module) -> list[str]:
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # which nobody calls
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # these are never called themselves
             yield from ((f"{name}.{key}", part) for key, part in child.named_children())
         else:
             yield name, child
@@ -115,7 +116,7 @@ def _that_run(module: nn.Module, names: list[str], input_size: tuple[int, int, i
 
 
 def _first(output: object) -> object:
-    if isinstance(output, Mapping) and output:  # transformers' own outputs
+    if isinstance(output, Mapping) and output:  # the output classes of transformers
         return next(iter(output.values()))
     return output[0] if isinstance(output, tuple) and output else output
 
@@ -123,15 +124,15 @@ def _first(output: object) -> object:
 def export_graph(
     model: Model, *, dtype: torch.dtype = torch.float32, taps: tuple[str, ...] | None = None
 ) -> ExportedProgram:
-    """``model``, its normalisation before it, by ``torch.export``: uint8[B, 3, H, W] in, any B >= 1, logits out.
+    """Export ``model`` with its normalisation by ``torch.export``: uint8[B, 3, H, W], any B >= 1, -> logits.
 
     Args:
-        model: is not changed.
-        dtype: what the model computes in; its parameters must be of it.
+        model: the model, which is not changed.
+        dtype: the dtype in which the model computes; its parameters must have it.
         taps: as in ``Normalised``.
     """
     graph = Normalised(model.module, model.info.preprocessing, dtype, taps).eval()
-    # A batch of 1 would be taken for a constant.
+    # torch.export would take a batch size of 1 for a constant.
     example = torch.zeros(2, *model.info.preprocessing.input_size, dtype=torch.uint8)
     with torch.no_grad():
         return torch.export.export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))

@@ -1,4 +1,4 @@
-"""AOTInductor: torch's own compiler, run once, into a package that runs without a compiler and without tracing."""
+"""AOTInductor: torch's own compiler, run once; its package then runs without a compiler and without tracing."""
 
 import copy
 import json
@@ -25,21 +25,21 @@ from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch
 PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 
 SHARED = {
-    "freezing": True,  # the weights become constants, laid out once as oneDNN's kernels read them
-    "aot_inductor.precompile_headers": False,  # 300 MB in the temporary folder, and openssl, for the builds to come
+    "freezing": True,  # the weights become constants in the layout of oneDNN's kernels
+    "aot_inductor.precompile_headers": False,  # would take 300 MB in the temporary folder and need openssl
 }
 OPTIONS = {
     "cpu": SHARED
     | {
-        "cpp.dynamic_threads": True,  # the number of threads is taken at run time, not compiled in
-        "cpp.vec_isa_ok": True,  # that the compiler knows this CPU's instructions; trying each of them takes 20 seconds
+        "cpp.dynamic_threads": True,  # the number of threads is read at run time, not compiled in
+        "cpp.vec_isa_ok": True,  # assume that the compiler knows this CPU's instructions; testing them takes 20 seconds
     },
-    # Products stay cuBLAS's: Inductor's own would be tuned for the batch size of the example, and serve all of them.
+    # Matrix products use cuBLAS. Inductor would tune its own only for the example's batch size, and use them for all.
     "cuda": SHARED,
 }
 
-# What freezing makes of convolutions and linear layers; torch has no formulas for these. A torch without oneDNN, as on
-# a Mac, does not have the operations either.
+# Freezing replaces convolutions and linear layers by these operations, for which torch has no FLOP formulas. A torch
+# without oneDNN, as on a Mac, does not have the operations.
 MKLDNN_FLOPS = {
     "_convolution_pointwise": lambda x, w, *_, out_val: conv_flop_count(x.shape, w.shape, out_val.shape),
     "_linear_pointwise": lambda x, *_, out_val: 2 * x.shape[-1] * out_val.numel(),
@@ -47,26 +47,26 @@ MKLDNN_FLOPS = {
 
 
 class InductorEngine(CompiledEngine):
-    """The module exported with any batch size, its weights frozen and laid out for oneDNN, compiled to machine code.
+    """The module, exported for any batch size and compiled to machine code, with weights in oneDNN's layout.
 
-    On CUDA, which was *not run*, it is compiled for the GPU that is there, and its calls are captured as graphs.
-    Building needs a C++ compiler that knows the CPU's instructions: g++, or the one that CXX names; loading needs none.
+    On CUDA, which was *not run*, it is compiled for the machine's GPU, and its calls are captured as graphs. Building
+    needs a C++ compiler that knows the CPU's instructions (g++, or the one named in CXX); loading needs no compiler.
     """
 
     name = "inductor"
     precisions = ("fp32", "fp16", "bf16")
-    streams = 1  # a call of the package holds Python's lock: another one would wait for it
+    streams = 1  # a call of the package holds Python's lock, so a second call would have to wait
     script = """
 import torch
 
-# torch._inductor.aoti_load_package would ask the compiler, for twenty seconds
+# torch._inductor.aoti_load_package would test the compiler, which takes twenty seconds
 model = torch._C._aoti.AOTIModelPackageLoader(str(HERE / "model.pt2"), "model", False, 1, -1)
 logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 """
 
     @classmethod
     def check_requirements(cls) -> None:
-        """Raises VitdemoError where torch finds no C++ compiler, or may not run what it makes, before the long work."""
+        """Raise VitdemoError, before the long build, where torch finds no C++ compiler or may not run compiled code."""
         if os.statvfs(tempfile.gettempdir()).f_flag & getattr(os, "ST_NOEXEC", 0):
             raise VitdemoError(
                 f"inductor engine: {tempfile.gettempdir()} is mounted noexec, and machine code is run from there; set "
@@ -116,14 +116,15 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)
-        (logits,) = self._run([x.contiguous()])  # the machine code does not look at strides
+        (logits,) = self._run([x.contiguous()])  # the machine code ignores strides
         return logits
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a twin: the exported graph that the machine code was made of, run by torch, operation by operation.
+        """The layers of the exported graph from which the code was compiled, run by torch operation by operation.
 
-        A package cannot be opened, and what it fuses is never written to memory. So a mistake in the model shows in a
-        layer, and one that the compiler makes shows as a distance of the twin's logits from the engine's own.
+        The layers of a package cannot be read, because fused values are never written to memory. So an error in the
+        model shows in a layer, and an error of the compiler shows as a difference between the graph's logits and the
+        engine's.
         """
         self._check(x)
         torch.set_num_threads(self.threads)
@@ -133,11 +134,12 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 
     @property
     def precision_ran(self) -> dict[str, float]:
-        """By the operands' dtype in the graph that Inductor made machine code of.
+        """Counted by the operands' dtype in the graph that Inductor compiled.
 
-        That graph is Inductor's own, after its decompositions, constant folding and freezing, so a cast or a fallback
-        it put in shows. Multiply-accumulates of the model that are not found there again are "unknown".
-        It does not show how oneDNN multiplies; that comes from ``support``, asked here and not where it was built.
+        It is Inductor's graph after decompositions, constant folding and freezing, so it includes the casts and
+        fallbacks that Inductor inserted. Multiply-accumulates of the model that are missing in it are "unknown". The
+        graph does not show how oneDNN multiplies; that comes from ``support`` on this machine, not on the one that
+        built the package.
         """
         return shares_that_ran(self._facts["flops"], self.support(self.device), self.info.flops_per_image)
 
@@ -147,16 +149,16 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
 
 
 def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[str]:
-    """Compile ``exported`` into the file ``package``; FLOPs of one image by dtype name, of what was compiled."""
+    """Compile ``exported`` into the file ``package``; return the FLOPs of one image by dtype name."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     flops: Counter[str] = Counter()
     options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
-    # Freezing is for inference, which torch tells from gradients being off.
+    # Freezing needs inference mode, which torch recognises by disabled gradients.
     beside = (
         None if re.search(r"\s", str(package.parent)) else package.parent
-    )  # the compiler's command splits at blanks
+    )  # the compiler's command would be split at blanks
     with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
@@ -169,7 +171,7 @@ def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[s
 
 
 def _count_flops(graph: fx.Graph) -> Counter[str]:
-    """FLOPs of one image by the dtype of the first operand."""
+    """The FLOPs of one image by the dtype of the first operand."""
     theirs = {getattr(torch.ops.mkldnn, name, None): formula for name, formula in MKLDNN_FLOPS.items()}
     formulas = FLOP_FORMULAS | theirs
     flops: Counter[str] = Counter()
@@ -192,10 +194,10 @@ def _at_batch_1(count: int | torch.SymInt) -> int:
 
 
 def _load(package: Path, device: str):
-    """A function from a list of tensors to one.
+    """Load a package as a function from a list of tensors to a list of tensors.
 
-    Not by ``torch._inductor.aoti_load_package``: that asks the compiler anew which instructions it knows, some twenty
-    seconds in every process, and the function it gives parses its own signature at every call.
+    ``torch._inductor.aoti_load_package`` is not used: it tests in every process which instructions the compiler knows,
+    which takes some twenty seconds, and its function parses its own signature at every call.
     """
-    # On CUDA as one that a single thread calls: between two calls the other kind waits, which no graph may hold.
+    # On CUDA the runner is for a single thread: the other kind waits between calls, which a captured graph must not do.
     return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", device == "cuda", 1, -1).run

@@ -1,4 +1,4 @@
-"""An engine that computes nothing: what is left when it runs is the harness's own cost."""
+"""An engine that computes nothing, with which the cost of the harness itself is measured."""
 
 import torch
 
@@ -8,7 +8,7 @@ from vitdemo.models.model import Model
 
 
 class NullEngine(Engine):
-    """Answers zeros. Its rate is the ceiling that reading, decoding and bookkeeping put on every other engine."""
+    """Returns zeros. Its rate is the upper bound that reading, decoding and bookkeeping set for every other engine."""
 
     name = "null"
     precisions = ("none",)

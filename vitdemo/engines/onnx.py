@@ -1,4 +1,4 @@
-"""ONNX Runtime: the graph as torch's exporter writes it, in float32, or in int8 with ranges found by its own tool."""
+"""ONNX Runtime: the graph from torch's exporter, in float32, or in int8 with ranges from ONNX Runtime's own tool."""
 
 import json
 import tempfile
@@ -18,9 +18,9 @@ from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import adds_products_exactly, shares_that_ran
 
-GRAPH, TAPS = "model.onnx", "taps.json"  # the weights lie in model.onnx.data, as a graph's file holds 2 GB at most
+GRAPH, TAPS = "model.onnx", "taps.json"  # weights are in model.onnx.data, because the graph's file is limited to 2 GB
 
-# By device, in the order in which each part of the graph is offered to them. Those of CUDA were *not run*.
+# By device, in the order in which each part of the graph is offered to them. The providers for CUDA were *not run*.
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("TensorrtExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"),
@@ -29,16 +29,16 @@ ON_CUDA = {"TensorrtExecutionProvider", "CUDAExecutionProvider"}
 
 # The build for CUDA is another distribution of the same module.
 RUNTIME = "onnxruntime-gpu" if installed_version("onnxruntime-gpu") else "onnxruntime"
-CALIBRATION_BATCH = 2  # images whose every activation is in memory at once; more are no faster
+CALIBRATION_BATCH = 2  # images; all their activations are in memory at once, and larger batches are not faster
 
 
 class ONNXEngine(CompiledEngine):
-    """The graph on the CPU; on CUDA, by TensorRT's and CUDA's providers, it was *not run*.
+    """The graph on the CPU; on CUDA, with the providers of TensorRT and CUDA, it was *not run*.
 
-    The artifact is one ONNX file with an input "x" and an output "logits", beside the names of the values that
-    ``layers`` reads. int8 is static: fixed ranges of the activations, found on the calibration images.
+    The artifact is one ONNX file with an input "x" and an output "logits", and a file with the names of the values that
+    ``layers`` reads. int8 is static: the ranges of the activations are fixed, and found on the calibration images.
 
-    providers: those that ONNX Runtime took, as it tells them.
+    providers: the providers that ONNX Runtime reports to use.
     """
 
     name = "onnx"
@@ -69,24 +69,24 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         return not ON_CUDA.isdisjoint(onnxruntime.get_available_providers())
 
     def _open(self, graph: Path | bytes, *, profile: Path | None = None):
-        """A session over a graph's file, or its bytes where its weights are the artifact's.
+        """Open a session of a graph's file, or of a graph's bytes, whose weights are then the artifact's.
 
-        profile: a folder for a record of the kernels that run.
+        profile: a folder for a profile of the kernels that run.
         """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors, which are raised as well
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle, it leaves the cores to others
+        options.log_severity_level = 3  # only errors, which are raised as well
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads free their cores
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / "kernels")
-            options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape there
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights would have no shape
         source = graph if isinstance(graph, bytes) else str(graph)
-        # A provider that fails is an error, and no reason to go on with another.
+        # A provider that fails must be an error; ONNX Runtime must not fall back to another one.
         return onnxruntime.InferenceSession(source, options, list(PROVIDERS[self.device]), enable_fallback=0)
 
     def _open_streams(self) -> None:
@@ -97,14 +97,14 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         return torch.from_numpy(logits)
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As every engine's; without the layers that int8 has folded into others, as a batch norm's convolution."""
+        """As in ``Engine``, without layers that int8 folds into others, such as a convolution before a batch norm."""
         self._check(x)
         values = self._tapped.run([*self._taps.values(), "logits"], feed(x))
         return {name: torch.from_numpy(value) for name, value in zip((*self._taps, "logits"), values, strict=True)}
 
     @cached_property
     def _tapped(self):
-        """A session over the artifact's graph with an output more for each layer."""
+        """A session of the artifact's graph with one more output per layer."""
         import onnx
 
         model = onnx.load(self._folder / GRAPH, load_external_data=False)
@@ -113,7 +113,7 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
 
     @cached_property
     def precision_ran(self) -> dict[str, float]:
-        """Read off the kernels that ONNX Runtime reports to have run for one black image."""
+        """Counted from the kernels that ONNX Runtime reports to have run for one black image."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(self._folder / GRAPH, profile=Path(folder))
             session.run(None, feed(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8)))
@@ -135,12 +135,12 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
 
 
 def feed(x: torch.Tensor) -> dict:
-    """What a session takes: the batch's own memory, which the runtime copies only where it is not contiguous."""
+    """The inputs of a session, without a copy; the runtime copies the batch only if it is not contiguous."""
     return {"x": x.numpy()}
 
 
 def require_provider(device: str, there: Iterable[str]) -> None:
-    """Raises VitdemoError where ONNX Runtime would run on the CPU what was meant for ``device``."""
+    """Raise VitdemoError where ONNX Runtime would use the CPU instead of ``device``."""
     if device == "cuda" and not ON_CUDA.intersection(there):
         raise VitdemoError(
             "device 'cuda': ONNX Runtime has no CUDA provider here; use cpu, or install onnxruntime-gpu in place of "
@@ -149,7 +149,7 @@ def require_provider(device: str, there: Iterable[str]) -> None:
 
 
 def export(model: Model, path: Path) -> dict[str, str]:
-    """Write the graph, any batch, to ``path``; the names of its values at the tap points, in their order."""
+    """Write the graph, for any batch size, to ``path``; return the names of its values at the tap points, in order."""
     taps = tap_points(model.module, model.info.preprocessing.input_size)
     program = torch.onnx.export(
         export_graph(model, taps=taps), dynamo=True, verbose=False, input_names=["x"], output_names=["logits", *taps]
@@ -164,15 +164,16 @@ def export(model: Model, path: Path) -> dict[str, str]:
 def quantise(exported: Path, path: Path, pixels: torch.Tensor) -> None:
     """Write ``exported`` to ``path`` with static int8 rounding around its convolutions and layers with weights.
 
-    Rounded are their inputs (uint8) and their weights (int8, a scale for each channel out). What a layer gives stays
-    in float32, but for a convolution's, which has no kernel for that; where a ReLU follows, it is rounded in the range
-    after the ReLU. (In the range before it, a real EfficientNet-Lite0 lost 9 points of top-1 and was a third slower.)
-    In float32 stay the two products in attention: rounded as well, they more than tripled the error and were no faster.
-    The ranges are the least and the greatest values seen.
+    Their inputs are rounded to uint8, and their weights to int8 with one scale per output channel. The output of a
+    linear layer stays in float32. The output of a convolution is rounded too, because there is no kernel without that;
+    where a ReLU follows, the rounding uses the range after the ReLU. (With the range before it, a real
+    EfficientNet-Lite0 lost 9 points of top-1 and was a third slower.) The two products in attention stay in float32:
+    rounding them too more than tripled the error and was not faster. A range is the smallest and the largest value
+    seen.
 
     Args:
-        exported: the graph's file, in a folder that may be written to.
-        path: where the quantised graph goes.
+        exported: the graph's file, in a writable folder.
+        path: the file for the quantised graph.
         pixels: calibration images, uint8[N, 3, H, W].
     """
     import onnx
@@ -180,7 +181,7 @@ def quantise(exported: Path, path: Path, pixels: torch.Tensor) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = exported.with_name("prepared.onnx")
-    # The exporter has written every shape already.
+    # The exporter has already written every shape.
     quant_pre_process(
         exported, prepared, skip_symbolic_shape=True, save_as_external_data=True, all_tensors_to_one_file=True
     )
@@ -215,18 +216,17 @@ class CalibrationBatches:
 
 
 def computed_values(path: Path) -> set[str]:
-    """The names of what the nodes of an ONNX graph give."""
+    """The names of the outputs of all nodes in an ONNX graph."""
     import onnx
 
     return {value for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
 
 
 def macs_by_type(events: list[dict]) -> Counter[str]:
-    """Multiply-accumulates in an ONNX Runtime profile, by the type of the first of the two that are multiplied.
+    """The multiply-accumulates in an ONNX Runtime profile, by the runtime's name of the first operand's type.
 
-    By the runtime's own name of it. Of convolutions and matrix products under all the names that it has for them
-    (FusedMatMul, QLinearConv, MatMulIntegerToFloat …). A product has a row of its output for each row of its first
-    operand.
+    Convolutions and matrix products count, under all names that the runtime has for them (FusedMatMul, QLinearConv,
+    MatMulIntegerToFloat …). The output of a product has one row per row of its first operand.
     """
     macs: Counter[str] = Counter()
     for kernel in (event["args"] for event in events if "input_type_shape" in event.get("args", ())):

@@ -1,4 +1,4 @@
-"""OpenVINO, Intel's runtime for CPUs: the exported graph in float32, bfloat16, or int8 with ranges found by NNCF."""
+"""OpenVINO, Intel's runtime for CPUs: the exported graph in float32, bfloat16, or int8 with ranges from NNCF."""
 
 import importlib
 import json
@@ -25,11 +25,11 @@ from vitdemo.machine import installed_version
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.precisions import NATIVE, PRECISION_OF, Call, Shape, adds_products_exactly, shares_that_ran, support_of
 
-GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, beside the graph
+GRAPH, TAPS = "model.xml", "taps.json"  # the runtime keeps the weights in model.bin, next to the graph
 
 
 def product(precision: str, shape: Shape, threads: int) -> Call | None:
-    """``OpenVINOEngine.product``: constant weights, in and out in ``precision``."""
+    """``OpenVINOEngine.product``: a product with constant weights, whose input and output are in ``precision``."""
     openvino = import_silently("openvino")
     from openvino import opset13 as ops
 
@@ -39,7 +39,7 @@ def product(precision: str, shape: Shape, threads: int) -> Call | None:
     random = np.random.default_rng(0)
     x = ops.parameter([m, k], getattr(openvino.Type, kind))
     weights = random.integers(-127, 128, (n, k), dtype=np.int8)
-    if precision == "int8":  # the form in which quantised graphs come: the numbers, and what one step is worth
+    if precision == "int8":  # as in quantised graphs: integers, and the value of one step
         left, right = (ops.multiply(ops.convert(v, "f32"), np.float32(0.01)) for v in (x, ops.constant(weights)))
     else:
         left, right = ops.convert(x, "f32"), ops.constant(weights / np.float32(127))
@@ -49,11 +49,11 @@ def product(precision: str, shape: Shape, threads: int) -> Call | None:
     graph = openvino.Model([ops.result(ops.convert(y, kind))], [x])
     try:
         ready = compiled(graph, "bf16" if precision == "bf16" else "f32", threads)
-    except RuntimeError:  # instructions are masked that OpenVINO believed the CPU to have
+    except RuntimeError:  # OpenVINO expects instructions that are masked
         return None
     request = ready.create_infer_request()
     bits = request.get_input_tensor().data.view(np.uint8)
-    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # in every kind a number that is nothing special
+    bits[:] = random.integers(60, 64, bits.shape, dtype=np.uint8)  # ordinary numbers in every type, no NaN or denormal
     request.infer()
     return request.infer if set(macs_by_precision(ready.get_runtime_model())) == {precision} else None
 
@@ -61,17 +61,17 @@ def product(precision: str, shape: Shape, threads: int) -> Call | None:
 class OpenVINOEngine(CompiledEngine):
     """The graph on the CPU, compiled for the shortest latency; one compiled model serves every batch size.
 
-    The artifact is the plain graph in OpenVINO's own format, weights as they are, beside the names of the nodes that
-    ``layers`` reads. int8: NNCF finds the ranges of the activations on the calibration images and lays its rounding
-    into the graph; the two products in each attention are left out, and run in bfloat16 where that is native, else in
-    float32.
+    The artifact is the graph in OpenVINO's own format with unchanged weights, and a file with the names of the nodes
+    that ``layers`` reads. For int8, NNCF finds the ranges of the activations on the calibration images and inserts its
+    rounding into the graph. The two products in each attention are not rounded; they run in bfloat16 where that is
+    native, and otherwise in float32.
     """
 
     name = "openvino"
     precisions = ("fp32", "bf16", "int8")
     packages = ("openvino", "nncf")
     calibrated = ("int8",)
-    depth = 2  # the next batch lies ready when one is done
+    depth = 2  # so that the next batch is waiting when one is done
     product = staticmethod(product)
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
@@ -83,7 +83,7 @@ class OpenVINOEngine(CompiledEngine):
 
     def _open_streams(self) -> None:
         self._compiled = self._compile(self._graph)
-        self._idle: SimpleQueue = SimpleQueue()  # requests that nobody is using
+        self._idle: SimpleQueue = SimpleQueue()  # requests that are not in use
 
     def _compile(self, graph):
         return compiled(graph, hint(self.precision), self.threads, self.streams or 1)
@@ -105,19 +105,19 @@ class OpenVINOEngine(CompiledEngine):
 
     @cached_property
     def _tapped(self):
-        """A twin of the artifact with an output more for each layer, compiled as the artifact is."""
+        """A copy of the artifact with one more output per layer, compiled in the same way."""
         return self._compile(with_outputs(self._graph, self._taps.values(), apart=self.precision == "int8"))
 
     @cached_property
     def precision_ran(self) -> dict[str, float]:
-        """Read off the runtime's own graph, as it was fused and rounded when it ran one black image."""
+        """Counted from the runtime's own graph, fused and rounded, after it ran one black image."""
         self(torch.zeros(1, *self.info.preprocessing.input_size, dtype=torch.uint8))
         macs = macs_by_precision(self._compiled.get_runtime_model())
         return shares_that_ran(macs, self.support(self.device), self.info.flops_per_image / 2)
 
     @property
     def script(self) -> str:
-        # The script asks the machine that it runs on, which may have no bf16 where this one has.
+        # The script checks for bf16 when it runs, because it may run on another machine.
         return SCRIPT.format(hint="'f32'" if self.precision == "fp32" else BF16_OR_F32)
 
     @classmethod
@@ -133,7 +133,7 @@ class OpenVINOEngine(CompiledEngine):
         taps = tap_points(model.module, model.info.preprocessing.input_size)
         try:
             graph = openvino.convert_model(export_graph(model, taps=taps))
-        except Exception as error:  # of its many lines, the one that says which operations it has no rule for
+        except Exception as error:  # the message has many lines; one names the operations without a conversion rule
             if missing := re.search(r"No conversion rule found for operations: .*", str(error)):
                 raise VitdemoError(f"openvino engine: {missing[0]}; take onnx, or another model") from None
             raise
@@ -143,7 +143,7 @@ class OpenVINOEngine(CompiledEngine):
             source = result.input_value(0)
             nodes[name] = [source.get_node().get_friendly_name(), source.get_index()]
             graph.remove_result(result)
-        graph.reshape([-1, *model.info.preprocessing.input_size])  # the importer leaves every dimension open
+        graph.reshape([-1, *model.info.preprocessing.input_size])  # the importer leaves all dimensions dynamic
         if precision == "int8":
             graph = quantised(graph, calibration)
         openvino.save_model(graph, folder / GRAPH, compress_to_fp16=False)
@@ -152,7 +152,7 @@ class OpenVINOEngine(CompiledEngine):
 
 BF16_OR_F32 = '"bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"'
 SCRIPT = f"""
-sys.modules["openvino_telemetry"] = None  # it would report this use, from a process that loads the model again
+sys.modules["openvino_telemetry"] = None  # it would report this use, in a process that loads the model again
 import openvino
 
 core = openvino.Core()
@@ -165,16 +165,19 @@ logits = lambda x: model(x)[0]
 
 @cache
 def bf16_support() -> str:
-    """Of OpenVINO on this CPU. Where it has AVX512 and no bf16, OpenVINO emulates it, up to 17 times slower than fp32;
-    with AVX2 alone it computes in float32 whatever the hint."""
+    """How OpenVINO computes in bf16 on this CPU.
+
+    With AVX512 but no bf16 instructions, OpenVINO emulates bf16, up to 17 times slower than fp32. With only AVX2 it
+    ignores the hint and computes in float32.
+    """
     return support_of("bf16", ["BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")], product)
 
 
 def hint(precision: str) -> str:
-    """OpenVINO's name of the precision that everything runs in that the graph does not round to int8.
+    """OpenVINO's name of the precision for everything that the graph does not round to int8.
 
-    Of int8 itself it is what is left out, a twenty-fifth of a ViT-B/16: on a CPU with bf16 a batch of 8 took a tenth
-    longer in float32; on one with AVX512 and no bf16, five times as long in bf16.
+    In int8 that is a twenty-fifth of a ViT-B/16. If it ran in float32, a batch of 8 took a tenth longer on a CPU with
+    bf16; if it ran in bf16, five times as long on a CPU with AVX512 and no bf16.
     """
     if precision == "int8":
         return "bf16" if bf16_support() == NATIVE else "f32"
@@ -182,16 +185,16 @@ def hint(precision: str) -> str:
 
 
 def compiled(graph, precision: str, threads: int, streams: int = 1):
-    """A graph for the CPU, ready to run.
+    """Compile a graph for the CPU.
 
     Args:
         graph: an ``openvino.Model``.
-        precision: OpenVINO's name of what everything runs in that is not rounded to int8.
+        precision: OpenVINO's name of the precision for everything that is not rounded to int8.
         threads: CPU threads that a call uses.
-        streams: calls at once.
+        streams: the number of simultaneous calls.
     """
     options = {
-        "INFERENCE_PRECISION_HINT": precision,  # its own choice would be bfloat16 where the CPU has it
+        "INFERENCE_PRECISION_HINT": precision,  # by default OpenVINO takes bfloat16 where the CPU has it
         "INFERENCE_NUM_THREADS": threads * streams,
         "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
     } | ({"NUM_STREAMS": streams} if streams > 1 else {})
@@ -199,7 +202,7 @@ def compiled(graph, precision: str, threads: int, streams: int = 1):
 
 
 def run(request, x: torch.Tensor) -> list[torch.Tensor]:
-    """Every output of one batch, copied, as the next batch overwrites what the request holds."""
+    """The outputs of one batch, copied because the next batch overwrites the request's memory."""
     from openvino import Tensor
 
     pixels = x.contiguous().numpy()
@@ -210,21 +213,21 @@ def run(request, x: torch.Tensor) -> list[torch.Tensor]:
 
 @cache
 def shared_core():
-    """OpenVINO's runtime, one for all engines and for as long as the process lives.
+    """OpenVINO's runtime, one instance for all engines and for the life of the process.
 
-    Each has a stack of its own for signals. Where the older of two is dropped first, OpenVINO 2026.4 leaves signals to
-    memory that is free, and the next one, of a child that ends or of Ctrl-C, writes over whatever lies there.
+    Each instance has its own stack for signals. If the older of two instances is deleted first, signals in OpenVINO
+    2026.4 use memory that is already freed, so the next signal (a child that ends, or Ctrl-C) overwrites other data.
     """
     return import_silently("openvino").Core()
 
 
 def import_silently(name: str) -> ModuleType:
-    """A module of OpenVINO or NNCF that reports to nobody.
+    """Import a module of OpenVINO or NNCF without its telemetry.
 
-    Both send statistics of their use to their makers unless the user has refused them, and write an identity into the
-    home folder for that. Both do without where the package that sends them is missing, as it seems to be here.
+    Both send usage statistics to their developers unless the user opts out, and write an identity into the home folder
+    for that. Both work without the package that sends the statistics, so it is made to look missing here.
     """
-    if "openvino_telemetry" in sys.modules:  # the user's own program got it first, and decides
+    if "openvino_telemetry" in sys.modules:  # the user's own program imported it first, and decides
         return importlib.import_module(name)
     sys.modules["openvino_telemetry"] = None
     try:
@@ -238,10 +241,10 @@ def with_outputs(graph, nodes: Iterable[tuple[str, int]], *, apart: bool):
 
     Args:
         graph: an ``openvino.Model``.
-        nodes: whose outputs they are, each by the node's name and the output's index.
-        apart: after each point a node that changes nothing and that the runtime moves no factor across. In a quantised
-            graph it gets the factors of a layer with two readers wrong otherwise: what ResNet-18's first convolution
-            gave came out 42,000 times too small in OpenVINO 2026.4.
+        nodes: the nodes whose outputs are added, each by its name and the output's index.
+        apart: insert after each of them a node that changes nothing, across which the runtime moves no scale factors.
+            Otherwise it gets the factors of a layer with two readers wrong in a quantised graph: the output of
+            ResNet-18's first convolution was 42,000 times too small in OpenVINO 2026.4.
     """
     from openvino import opset13
 
@@ -263,21 +266,21 @@ def with_outputs(graph, nodes: Iterable[tuple[str, int]], *, apart: bool):
 def quantised(graph, pixels: torch.Tensor):
     """A graph with NNCF's int8 rounding.
 
-    Of a transformer the products in attention are left out, and NNCF does not correct the biases: on a real DINOv2
-    both made the error larger. Of other models all weights get 7 bits where the CPU would add up products of 8 bits
-    wrongly, and not only those of the first layer, as NNCF has it: on a real EfficientNet-Lite0 the error was 0.16
-    and not 0.27 then. ``data/results/`` has the figures.
+    In a transformer the products in attention are not rounded, and NNCF does not correct the biases, because on a real
+    DINOv2 both made the error larger. In other models all weights get 7 bits where the CPU would add up products of 8
+    bits wrongly; NNCF's default is 7 bits only in the first layer. On a real EfficientNet-Lite0 this reduced the error
+    from 0.27 to 0.16. The measurements are in ``data/results/``.
 
     Args:
         graph: an ``openvino.Model``.
-        pixels: the calibration images, uint8[N, 3, H, W], run one by one.
+        pixels: the calibration images, uint8[N, 3, H, W], which run one by one.
     """
     nncf = import_silently("nncf")
     nncf.set_log_level(logging.ERROR)
     kinds = {node.get_type_name() for node in graph.get_ops()}
     transformer = not kinds.isdisjoint(("ScaledDotProductAttention", "Softmax"))
     fewer_bits = not transformer and not adds_products_exactly()
-    passes = 2 if transformer else 1  # of a transformer the outlying channels first, to be smoothed away
+    passes = 2 if transformer else 1  # for a transformer, a first pass finds outlier channels, which are smoothed
     with tqdm(total=passes * len(pixels), desc="calibrating", unit="image") as bar, silent_console():
 
         def feed(image):
@@ -297,7 +300,7 @@ def quantised(graph, pixels: torch.Tensor):
 
 
 def attention_products(graph) -> list[str]:
-    """The nodes of an ``openvino.Model`` that multiply what was computed by what was computed, and not by weights."""
+    """The names of the nodes of an ``openvino.Model`` that multiply two computed values, and not a value by weights."""
     names = []
     for node in graph.get_ops():
         kind = node.get_type_name()
@@ -309,8 +312,11 @@ def attention_products(graph) -> list[str]:
 
 @contextmanager
 def silent_console() -> Iterator[None]:
-    """NNCF's own progress bars, one after the other, are not drawn inside, nor as empty outputs of a notebook; and
-    torch does not warn that the CUDA compiler which NNCF makes it look for has no GPU."""
+    """Within the block, hide NNCF's progress bars and a warning of torch.
+
+    The bars would also leave empty outputs in a notebook. Torch warns because NNCF makes it look for a CUDA compiler
+    on a machine without a GPU.
+    """
     import rich
 
     console, torchs = rich.get_console(), logging.getLogger("torch.utils.cpp_extension")
@@ -325,11 +331,11 @@ def silent_console() -> Iterator[None]:
 
 
 def macs_by_precision(runtime_graph) -> Counter[str]:
-    """Multiply-accumulates per image in an OpenVINO runtime graph that has run, by the type of what is multiplied.
+    """The multiply-accumulates per image in an OpenVINO runtime graph that has run, by the precision of the operands.
 
-    Of convolutions, matrix products, and the two products in each fused attention, which is one node there.
+    Convolutions, matrix products, and the two products in each fused attention (one node in the graph) count.
     """
-    batch = dimensions(runtime_graph.inputs[0])[0]  # the graph shows the dimensions it ran last
+    batch = dimensions(runtime_graph.inputs[0])[0]  # the graph has the dimensions of its last run
     macs: Counter[str] = Counter()
     for node in runtime_graph.get_ordered_ops():
         kind, layers = (node.get_rt_info()[key].astype(str) for key in ("layerType", "originalLayersNames"))
@@ -356,6 +362,6 @@ def dimensions(port) -> list[int]:
 
 
 def multiplied_in(*operands) -> str:
-    """int8 where every operand is; else the precision of the first that is not."""
+    """The precision "int8" if all operands have it, and otherwise that of the first operand that has another."""
     types = [operand.get_element_type().get_type_name() for operand in operands]
     return next((kind for kind in (PRECISION_OF.get(name, name) for name in types) if kind != "int8"), "int8")

@@ -1,8 +1,8 @@
-"""An engine on a GPU: CUDA's streams, events and graphs behind a thin seam, and the schedule that drives it.
+"""Runs an engine on a GPU: CUDA's streams, events and graphs behind a small interface, and the schedule for them.
 
-Copies in, captured graphs and copies out have a stream each: while a graph computes one batch, the next one's pixels
-and the last one's logits are copied. Four waits keep that in order, each named where it is: ``WAITS``. ``Pipeline``
-knows no GPU, ``Cuda`` does; that was written and **not run**.
+Copies to the GPU, captured graphs and copies from the GPU have one stream each. While a graph computes one batch, the
+pixels of the next batch and the logits of the last one are copied. Four waits, named in ``WAITS``, keep the order.
+``Pipeline`` is the schedule and does not use CUDA itself; ``Cuda`` does, and was **not run**.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from threading import Lock
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Batch sizes that a graph is captured for. The largest comes first: the others then fit into the memory that it freed.
+# Batch sizes for which a graph is captured. The largest comes first, so that the others fit into the memory it freed.
 SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-SLOTS = 2  # batches on their way: one is computed while the next one is copied
+SLOTS = 2  # batches in flight: one is computed while the next one is copied
 WAITS = ("slot", "copied in", "computed", "copied out")
-# What computes attention, in this order. cuDNN's, which torch would prefer on an H100, is left out: some versions of it
-# gave NaN, or read beyond their memory, for lengths such as the 197 tokens of a ViT (pytorch #138649, #169849).
+# The backends for attention, in order of preference. cuDNN's, which torch would prefer on an H100, is left out: some of
+# its versions gave NaN, or read beyond their memory, for lengths such as a ViT's 197 tokens (pytorch #138649, #169849).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-WARM_UP = 3  # calls before a capture: libraries choose and load their kernels in them, which no graph may hold
+WARM_UP = 3  # calls before a capture, in which libraries choose and load their kernels; a graph must not contain that
 
 
 class Cuda:
-    """The GPU behind ``Pipeline``. A test puts another device in its place that runs what is queued in any order.
+    """The GPU of a ``Pipeline``. Tests replace it by a device that runs queued work in any permitted order.
 
-    Streams are "in" for copies to the GPU, "compute" for graphs, "out" for copies to the host. Nothing but ``wait``
-    orders what is in two of them. With the first one, products and convolutions of float32 are no longer rounded to
-    TF32, which has 10 bits of fraction; torch refuses a mix of these settings with the older ones, ``allow_tf32``.
+    The streams are "in" for copies to the GPU, "compute" for graphs, and "out" for copies to the host. Only ``wait``
+    sets an order between two streams. Creating a Cuda turns off TF32, which rounds products and convolutions of float32
+    to 10 bits of fraction. Torch raises an error if these settings are mixed with the older ones, ``allow_tf32``.
     https://docs.pytorch.org/docs/stable/notes/cuda.html
     """
 
@@ -38,37 +38,37 @@ class Cuda:
         self._pool = torch.cuda.graph_pool_handle()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the GPU."""
+        """A tensor in the GPU's memory."""
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the host that the GPU reads and writes by itself."""
+        """A tensor in pinned host memory, which the GPU reads and writes directly."""
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def event(self) -> torch.cuda.Event:
-        """Whoever waits for it on the host sleeps, and leaves its core to decoding."""
+        """An event. A host thread that waits for it sleeps, and leaves its core to decoding."""
         return torch.cuda.Event(blocking=True, enable_timing=True)
 
     def waiter(self) -> ThreadPoolExecutor:
-        """The one thread that waits for results; it queues nothing."""
+        """The single thread that waits for results; it does not queue work."""
         return ThreadPoolExecutor(1, "engine-cuda")
 
     def copy(self, stream: str, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy. The host waits for it only where ``source`` is of its memory and is not pinned."""
+        """Queue a copy. The host waits for it only if ``source`` is in host memory that is not pinned."""
         with torch.cuda.stream(self._streams[stream]):
             target.copy_(source, non_blocking=True)
 
     def record(self, stream: str, event: torch.cuda.Event) -> None:
-        """Queue ``event``: it happens when all that was queued before it is done."""
+        """Queue ``event``, which happens when all work queued before it in the stream is done."""
         event.record(self._streams[stream])
 
     def wait(self, name: str, what: torch.cuda.Event | Future, stream: str | None = None) -> None:
-        """Let ``stream``, or the host where none is given, go no further until ``what`` has happened.
+        """Make ``stream``, or the host where no stream is given, wait until ``what`` has happened.
 
         Args:
-            name: which of the schedule's waits this is.
-            what: an event, or on the host also a future.
-            stream: which one waits.
+            name: the wait's name in ``WAITS``.
+            what: an event; for the host also a future.
+            stream: the stream that waits.
         """
         if stream:
             self._streams[stream].wait_event(what)
@@ -78,10 +78,10 @@ class Cuda:
             what.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` once run is replayed by one call to the driver, on the very memory that it used now.
+        """Capture ``work`` as a graph; return the function that replays it by one driver call on the same memory.
 
-        Graphs share a pool of memory, as they run one at a time. ``capture_error_mode``: other threads may go on using
-        CUDA meanwhile.
+        Graphs share a memory pool, because they run one at a time. With ``capture_error_mode``, other threads may use
+        CUDA during the capture.
         """
         stream, graph = self._streams["compute"], torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
@@ -94,17 +94,17 @@ class Cuda:
         return graph.replay
 
     def replay(self, graph: Callable[[], None]) -> None:
-        """Queue a captured graph in the stream "compute"."""
+        """Queue a captured graph on the stream "compute"."""
         with torch.cuda.stream(self._streams["compute"]):
             graph()
 
     def finish(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for all queued work."""
         torch.cuda.synchronize()
 
 
 def gpu_record() -> dict:
-    """What machine code for the GPU here depends on, as JSON can hold it."""
+    """The facts on which machine code for this machine's GPU depends, as a dict for JSON."""
     properties = torch.cuda.get_device_properties()
     return {
         "name": properties.name,
@@ -116,7 +116,7 @@ def gpu_record() -> dict:
 
 @dataclass
 class Slot:
-    """The buffers of one batch on its way, and what has become of it. last: the future of the batch that was here."""
+    """The buffers and events of one batch in flight. last: the future of the batch that last used this slot."""
 
     pixels: torch.Tensor
     logits: torch.Tensor
@@ -128,12 +128,13 @@ class Slot:
 class Pipeline:
     """``submit(x: uint8[B, 3, H, W] on the host) -> Future`` of float32 logits [B, C] on the host, any B >= 1.
 
-    A batch is filled up to the next size that a graph was captured for, and cut to its own length again; one that is
-    larger than all of them goes through in parts. All memory is taken, and all graphs are captured, when it is made.
+    A batch is padded to the next larger size for which a graph was captured, and its logits are cut to its own length.
+    A batch larger than all sizes is computed in parts. The constructor allocates all memory and captures all graphs.
 
     Args:
-        device: what runs it.
-        compute: uint8 pixels on the device -> float32 logits on the device; is called only here.
+        device: the device that runs the work.
+        compute: a function from uint8 pixels on the device to float32 logits on the device; only the constructor calls
+            it.
         input_size: (3, H, W).
         sizes: see ``SIZES``.
     """
@@ -153,7 +154,7 @@ class Pipeline:
 
     def _take_memory(self, most: int, input_size: tuple[int, int, int], compute: Callable) -> None:
         device = self._device
-        # What graphs read and write, at addresses that never change, and outside their pool.
+        # Graphs read and write these tensors, which are outside the graphs' pool and never move.
         self._pixels = device.empty((most, *input_size), torch.uint8)
         outputs = compute(self._pixels[:1].zero_()).shape[1]
         self._logits = device.empty((most, outputs), torch.float32)
@@ -171,7 +172,7 @@ class Pipeline:
         self._logits[:size].copy_(compute(self._pixels[:size]))
 
     def submit(self, x: torch.Tensor) -> "Future[torch.Tensor]":
-        """Queue one batch and return; ``x`` must stay untouched until the future is done."""
+        """Queue one batch and return its future; ``x`` must not be changed until the future is done."""
         with self._lock, torch.no_grad():
             parts = [self._queue(part) for part in x.split(self._sizes[0])]
         if len(parts) == 1:
@@ -201,7 +202,7 @@ class Pipeline:
         return slot.fetched[:count].clone()
 
     def close(self) -> None:
-        """Wait for what is in flight and give the thread back; the next batch starts another."""
+        """Wait for batches in flight and stop the thread; the next batch starts another one."""
         self._waiter.shutdown()
         self._device.finish()
         self._waiter = self._device.waiter()

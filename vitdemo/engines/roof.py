@@ -1,7 +1,7 @@
-"""The roof: what this machine was measured to reach in plain matrix products, for each precision.
+"""The roof: the measured peak throughput of plain matrix products on this machine, for each precision.
 
-A model's own rate over the roof says how much of the machine it uses. It is measured, not read off a data sheet: the
-clock that a processor holds, and the share that other programs take, are in no data sheet.
+A model's own throughput divided by the roof is the share of the machine that it uses. The roof is measured because a
+data sheet gives neither the clock rate that the processor sustains nor the share that other programs take.
 """
 
 import hashlib
@@ -29,19 +29,20 @@ from vitdemo.precisions import MASKS, NATIVE, Call, Shape, torch_product
 SQUARE: tuple[Shape, ...] = tuple((n, n, n) for n in (1024, 2048, 4096))
 SQUARE_ON_GPU: Shape = (8192, 8192, 8192)
 ROUNDS = 3
-ROOF_BATCH = 8  # images at once, of which the model's own products are
-FASTEST = 3  # products that take part in the rounds after the first
+ROOF_BATCH = 8  # the batch size for the shapes of the model's own products
+FASTEST = 3  # the number of products that take part in the rounds after the first
 FILE = "roof.json"
-COPIED = 256 << 20  # bytes, more than any cache holds
-LONGEST_S = 1.0  # a product that takes longer is left out: smaller ones reach as much, and a roof is to be quick
+COPIED = 256 << 20  # bytes, more than any CPU cache holds
+LONGEST_S = 1.0  # a product that takes longer is left out to save time; smaller ones reach the same throughput
 
 
 @dataclass(frozen=True)
 class Roof:
-    """The best that plain matrix products reached.
+    """The highest throughput that plain matrix products reached.
 
-    flops_per_s: 2 x multiply-accumulates in a second, of integers where precision is int8. shape and runtime: of the
-    product that reached it, runtime an engine's name. threads: CPU threads it used. measured: when.
+    flops_per_s: 2 x multiply-accumulates per second, integer ones where the precision is int8. shape, runtime: the
+    shape of the product that reached it, and the name of the engine that computed it. threads: the CPU threads used.
+    measured: the time of the measurement.
     """
 
     precision: str
@@ -60,20 +61,21 @@ class Roof:
 
 
 def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = "cpu", fresh: bool = False) -> Roof:
-    """The roof of this machine in a precision, from the cache or measured now, in ten to twenty seconds as a rule.
+    """The roof of this machine in a precision, from the cache or measured now, which usually takes 10 to 20 seconds.
 
-    The best of square products and of ``shapes`` in every engine that has plain products and the precision natively;
-    the median call of the best shape, the best of three rounds, the last two of them among the three fastest. A product
-    that takes more than a second is left out, with all larger ones.
+    It times square products and products of ``shapes`` in every engine that has plain products and the precision
+    natively. In each of three rounds the throughput of a product is that of its median call, and the best product
+    counts; the last two rounds time only the three fastest. The roof is the best round. A product that takes more than
+    a second is left out, and so are all larger ones.
 
     Args:
-        precision: "fp32", "bf16" or "int8"; on CUDA "fp16" too.
-        shapes: of further products, such as a model's own (``linear_shapes``).
-        device: "cpu" or "cuda", where it was *not run*: torch's products alone, timed by the GPU's events.
-        fresh: measure anew what is kept for this machine, these versions and shapes.
+        precision: "fp32", "bf16" or "int8"; on CUDA also "fp16".
+        shapes: the shapes of further products, such as a model's own (``linear_shapes``).
+        device: "cpu", or "cuda" (*not run*), where only torch's products are timed, by the GPU's events.
+        fresh: measure again even if the cache has the roof for this machine, these versions and shapes.
 
     Raises:
-        VitdemoError: where nothing here multiplies natively in that precision.
+        VitdemoError: where no runtime here multiplies natively in that precision.
     """
     shapes = sorted({*SQUARE, *shapes})
     path, key = cache_root() / FILE, _key(precision, shapes, device)
@@ -82,11 +84,11 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     if fresh or key not in kept:
         products = Products(precision, shapes, device)
-        print(f"measuring what this machine reaches in {precision}, once", file=sys.stderr)
+        print(f"measuring this machine's roof in {precision}, once", file=sys.stderr)
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
         rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
         kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
-        with suppress(OSError):  # where nothing can be kept it is measured again
+        with suppress(OSError):  # if the cache cannot be written, the next call measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 json.dump({key: asdict(roof) for key, roof in kept.items()}, file, indent=2)
@@ -94,7 +96,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
 
 
 def memory_bandwidth() -> float:
-    """Bytes per second that the memory gives to all cores: reading an array and writing another, the best of five."""
+    """The memory bandwidth of all cores in bytes per second, for copying one array to another; the best of five."""
     torch.set_num_threads(cores())
     source, target = torch.zeros(COPIED // 4), torch.empty(COPIED // 4)
     return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])
@@ -109,7 +111,7 @@ def _key(precision: str, shapes: list[Shape], device: str) -> str:
 
 
 def linear_shapes(model: Model, batch: int) -> list[Shape]:
-    """The matrix products of ``model``'s linear layers for ``batch`` images, each once, from input to output."""
+    """The shapes of the products in ``model``'s linear layers for ``batch`` images, each once, from input to output."""
     shapes: dict[Shape, None] = {}
 
     def note(_, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -123,7 +125,7 @@ def linear_shapes(model: Model, batch: int) -> list[Shape]:
 
 
 class Products:
-    """Matrix products in ``precision``, ready to be timed, in every runtime that has them on ``device``."""
+    """Matrix products in ``precision``, ready to be timed, in every runtime that has it natively on ``device``."""
 
     def __init__(self, precision: str, shapes: Iterable[Shape], device: str = "cpu"):
         self.precision, self._device = precision, device
@@ -139,8 +141,11 @@ class Products:
             raise VitdemoError(f"no roof in {precision} here: nothing installed has it natively; see vitdemo doctor")
 
     def best(self, seconds: float, least: int = 2, keep: int | None = None) -> Roof:
-        """Time each product for an equal part of ``seconds``, ``least`` calls after a cold one; the fastest, by its
-        median call. From then on only the ``keep`` fastest take part."""
+        """Time each product, and return the Roof of the fastest by its median call.
+
+        Each product gets an equal part of ``seconds``, and at least ``least`` calls after a cold one. Later calls time
+        only the ``keep`` fastest products.
+        """
         rates = {}
         for (runtime, shape), call in self._calls.items():
             median = statistics.median(_timed(call, seconds / len(self._calls), least, self._device))
@@ -153,8 +158,10 @@ class Products:
 
 
 def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape]) -> dict[tuple[str, Shape], Call]:
-    """The products of ``shapes``, from the smallest to the last before one that takes longer than LONGEST_S; the
-    smallest in any case."""
+    """The products of ``shapes`` in ascending size, up to the first that takes longer than LONGEST_S.
+
+    The smallest is always included.
+    """
     found: dict[tuple[str, Shape], Call] = {}
     for shape in sorted(shapes, key=math.prod):
         if (call := engine.product(precision, shape, cores())) is None:
@@ -168,7 +175,7 @@ def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape
 
 
 def _timed(call: Call, seconds: float, least: int = 2, device: str = "cpu") -> list[float]:
-    """Seconds of each call after a cold one."""
+    """The seconds of each call, after a cold call that does not count."""
     seconds_of = _gpu_seconds if device == "cuda" else _seconds
     seconds_of(call)
     taken: list[float] = []
@@ -184,7 +191,7 @@ def _seconds(call: Call) -> float:
 
 
 def _gpu_seconds(call: Call) -> float:
-    """By the GPU's own clock, from when it begins what ``call`` queues to its end."""
+    """The seconds, by the GPU's own clock, from the beginning to the end of the work that ``call`` queues."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()

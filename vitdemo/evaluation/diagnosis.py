@@ -1,4 +1,4 @@
-"""diagnose: why is the accuracy off? Hypotheses measured on the spot, and the one that explains the loss."""
+"""``diagnose``: tests the usual mistakes that cost accuracy, and names the one that explains a measured loss."""
 
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -28,14 +28,14 @@ from vitdemo.models.classes import match_classes
 from vitdemo.models.model import Model
 from vitdemo.stats import mcnemar_p, spread, wilson_interval
 
-# Class orders that are mistaken for the order of the wnids, and the devkit that tells them apart.
+# Orders of the classes that are mistaken for the order of the wnids; the devkit shows which one is right.
 
 
 class Numbering(NamedTuple):
-    """The devkit's side of a data set.
+    """The devkit's information about a data set.
 
-    ids: int[classes], the ILSVRC2012_ID of each label. truth: file name -> label, by the devkit. ``missing`` says why
-    where one of them is None.
+    ids: int[classes], the ILSVRC2012_ID of each label. truth: file name -> label, from the devkit. missing: the reason
+    why one of them is None.
     """
 
     ids: np.ndarray | None
@@ -44,7 +44,7 @@ class Numbering(NamedTuple):
 
 
 def read_numbering(data: Dataset) -> Numbering:
-    """From the devkit beside a tar or beside ``val/``; the IDs alone also from ``classes.csv`` beside ``val/``."""
+    """Read the devkit next to a tar or next to ``val/``, or only the IDs from ``classes.csv`` next to ``val/``."""
     path = Path(data.path)
     try:
         devkit = read_devkit(devkit_of(path if path.is_file() else path.parent))
@@ -59,13 +59,13 @@ def read_numbering(data: Dataset) -> Numbering:
 
 
 def _ids(synsets: list[Synset], classes: Sequence[str]) -> np.ndarray | None:
-    """The ID of each class, provided that they are 1 to the number of classes."""
+    """The ID of each class; None unless the IDs are exactly 1 to the number of classes."""
     by_wnid = {synset.wnid: synset.id for synset in synsets}
     ids = [by_wnid.get(wnid, 0) for wnid in classes]
     return np.array(ids) if sorted(ids) == list(range(1, len(classes) + 1)) else None
 
 
-# The usual mistakes that cost accuracy: each is put right in turn, and the same images are counted again.
+# The usual mistakes that cost accuracy. They are corrected one at a time, and the same images are counted again.
 
 
 NORMALISATIONS = {
@@ -73,20 +73,20 @@ NORMALISATIONS = {
     "with mean/std 0.5": (constants.IMAGENET_INCEPTION_MEAN, constants.IMAGENET_INCEPTION_STD),
     "with CLIP's mean/std": (constants.OPENAI_CLIP_MEAN, constants.OPENAI_CLIP_STD),
 }
-# crop_pct of Hugging Face's and of timm's ViT
+# The crop modes and values of crop_pct that Hugging Face and timm use for ViT
 OTHER_CROP = {"center": ("squash", 1.0), "center_floor": ("squash", 1.0), "squash": ("center", 0.9)}
 AS_IT_IS, UPRIGHT = "as it is", "with images turned as their EXIF says"
 SIGNIFICANCE = 0.05
-EXTRACT = "get the labels anew with vitdemo extract, from the original archives"
+EXTRACT = "get the labels again with vitdemo extract, from the original archives"
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One mistake put right; ``name`` says what was changed.
+    """A supposed mistake and its correction; ``name`` describes the correction.
 
-    correct, before: bool[images], which images are right with the mistake put right, and which without; None where
-    it was not tested, and ``not_tested`` says why. cure: what to do if this is it. took_s: the seconds that its answers
-    took, 0 for those that were only counted anew.
+    correct, before: bool[images], the images that are right with the correction, and without it; None where the
+    hypothesis was not tested, for the reason ``not_tested``. cure: what the user can do if the hypothesis is true.
+    took_s: the seconds to compute the predictions, 0 where existing predictions were only counted again.
     """
 
     name: str
@@ -98,26 +98,27 @@ class Hypothesis:
 
     @property
     def gained(self) -> int:
-        """Images that were wrong before and are right now."""
+        """The number of images that were wrong before the correction and are right after it."""
         return int((self.correct & ~self.before).sum())
 
     @property
     def lost(self) -> int:
-        """Images that were right before and are wrong now."""
+        """The number of images that were right before the correction and are wrong after it."""
         return int((self.before & ~self.correct).sum())
 
     @property
     def p(self) -> float:
-        """McNemar's exact test on these images, one-sided: only a better accuracy explains a loss."""
+        """The one-sided p-value of McNemar's exact test, because only a gain in accuracy can explain a loss."""
         return mcnemar_p(self.gained, self.lost, "greater")
 
 
 @dataclass
 class Variant:
-    """An engine and the crops it is given, which is ``crop`` in all but mean and std; those lie in the engine.
+    """An engine and the preprocessing of its images.
 
-    upright: whether the images are turned as their EXIF says. answers: int[images], the index of the largest logit, -1
-    for an unreadable image. took_s: with the decoding, where no run before it had decoded the same crops.
+    crop: the preprocessing, except mean and std, which are part of the engine. upright: whether images are rotated by
+    their EXIF orientation. answers: int[images], the index of the largest logit, -1 for an unreadable image. took_s:
+    the seconds of the run; they include the decoding unless an earlier run has decoded the same crops.
     """
 
     name: str
@@ -131,7 +132,7 @@ class Variant:
 
 
 def planned_variants(engine: Engine, model: Model) -> list[Variant]:
-    """The engine as it is, the eager fp32 reference of ``model``, then that reference with each other preprocessing."""
+    """The unchanged engine, the eager fp32 reference of ``model``, and the reference with each other preprocessing."""
     usual = model.info.preprocessing
 
     def reference(preprocessing: Preprocessing) -> Engine:
@@ -158,7 +159,7 @@ def planned_variants(engine: Engine, model: Model) -> list[Variant]:
 
 
 class Upright:
-    """Samples turned as their EXIF says."""
+    """Samples with their images rotated by the EXIF orientation."""
 
     def __init__(self, samples: Dataset):
         self.samples = samples
@@ -167,12 +168,12 @@ class Upright:
         sample = self.samples[i]
         try:
             return sample._replace(image=upright(sample.image))
-        except Exception:  # what cannot be decoded gets its error from the decoder
+        except Exception:  # the image cannot be decoded, which the decoder will report
             return sample
 
 
 def answer(runs: list[Variant], sample: Dataset, device_batch_size: int, progress: bool) -> None:
-    """Fill in the runs' answers. Crops that runs share are decoded once."""
+    """Fill in the answers of the runs. Crops that several runs share are decoded once."""
     with tqdm(total=len(sample) * len(runs), unit="image", disable=not progress, desc="diagnose") as bar:
         for crop, turned in dict.fromkeys((run.crop, run.upright) for run in runs):
             sharing, start = [run for run in runs if (run.crop, run.upright) == (crop, turned)], now()
@@ -190,22 +191,25 @@ def answer(runs: list[Variant], sample: Dataset, device_batch_size: int, progres
 def _answers(run: Variant, pixels: torch.Tensor) -> np.ndarray:
     try:
         return run.engine(pixels.flip(1) if run.swap_channels else pixels).argmax(1).numpy()
-    except Exception as error:  # each runtime has its own
+    except Exception as error:  # each runtime raises its own types
         raise EngineFailure(f"the {run.engine.name} engine failed in a diagnosis: {reason_of(error)}") from error
 
 
 def preprocessing_hypotheses(runs: list[Variant], labels: np.ndarray) -> list[Hypothesis]:
-    """What each of ``planned_runs`` says: another preprocessing against the reference, that against the engine."""
+    """The hypotheses of ``planned_variants``.
+
+    Each other preprocessing is compared with the reference, and the reference with the engine.
+    """
     own, reference, *others = ((run, np.array(run.answers) == labels) for run in runs)
     pairs = [*((run, reference[1]) for run in others), (reference, own[1])]
     return [Hypothesis(run.name, run.cure, correct, before, run.took_s) for (run, correct), before in pairs]
 
 
 def order_hypotheses(answers: np.ndarray, data: Dataset, numbering: Numbering) -> list[Hypothesis]:
-    """The outputs, or the labels, stand in another order than that of the wnids; told by counting anew."""
+    """Hypotheses that the outputs or the labels have another order than the wnids, tested by counting again."""
     hypotheses, labels = [], np.array(data.labels)
     classes = range(len(data.classes))
-    orders = {  # that get mistaken for the lexicographic one of the wnids: the rank of each label, None if not known
+    orders = {  # orders that are mistaken for that of the wnids: the rank of each label, None if unknown
         "ILSVRC order": None if numbering.ids is None else numbering.ids - 1,
         "the order of numbers as text": np.argsort(sorted(classes, key=str)),  # 0, 1, 10, 100, 101 …
         "the order of the class names": np.argsort(sorted(classes, key=data.class_names.__getitem__)),
@@ -224,7 +228,7 @@ def order_hypotheses(answers: np.ndarray, data: Dataset, numbering: Numbering) -
 
 
 def devkit_hypothesis(answers: np.ndarray, data: Dataset, numbering: Numbering) -> Hypothesis:
-    """The labels are not those that the devkit has for these files, for whatever reason."""
+    """The hypothesis that the labels differ from the devkit's labels for these files."""
     name = "labels read from the devkit"
     if numbering.truth is None:
         return Hypothesis(name, EXTRACT, not_tested=numbering.missing)
@@ -239,26 +243,30 @@ def devkit_hypothesis(answers: np.ndarray, data: Dataset, numbering: Numbering) 
 def diagnose(
     engine: Engine, model: Model, data: Dataset, *, images: int = 256, device_batch_size: int = 8, progress: bool = True
 ) -> "Diagnosis":
-    """Look for what costs ``engine`` accuracy, on ``images`` of ``data`` (all if fewer), evenly spread over it.
+    """Look for the cause of ``engine``'s loss of accuracy, on ``images`` of ``data``, evenly spread (all if fewer).
 
-    Each hypothesis is one usual mistake put right, measured on the same images: outputs or labels in another order
-    than that of the wnids; labels that are not the devkit's; the other mean and std; red and blue swapped; the other
-    crop mode; a conversion that loses something. Orders and labels need no new answers of the engine, they are counted
-    anew. Preprocessing lies within an engine, so it is changed in the eager fp32 reference of ``model`` and held
-    against that reference unchanged, as the engine is too. All images are decoded on the reference path.
+    Each hypothesis corrects one usual mistake, and is measured on the same images: outputs or labels in another order
+    than the wnids; labels that differ from the devkit's; another mean and std; red and blue swapped; another crop mode;
+    a loss in the conversion; images that need rotating by their EXIF orientation. For orders and labels, the engine's
+    predictions are only counted again. Preprocessing is part of an engine, so it is changed in the eager fp32 reference
+    of ``model`` and compared with the unchanged reference, which is compared with the engine. All images are decoded on
+    the reference path.
 
-    A loss may have two causes: put right the one that is named, then diagnose again.
+    A loss may have two causes: correct the named one, then diagnose again.
 
     Args:
-        engine: whose accuracy is off.
-        model: from which it was made.
-        data: images with labels, of the model's classes.
-        images: how many of them.
-        device_batch_size: images at once.
-        progress: show a bar.
+        engine: the engine with the loss of accuracy.
+        model: the model from which it was made.
+        data: images with labels, in the model's classes.
+        images: the number of images.
+        device_batch_size: images per batch.
+        progress: show a progress bar.
+
+    Returns:
+        The diagnosis.
 
     Raises:
-        VitdemoError: for bad input, and for answers that mean nothing (random weights, the null engine).
+        VitdemoError: for bad input, and where predictions mean nothing (random weights, the null engine).
         EngineFailure: when the engine breaks.
     """
     at_least_1(images=images, device_batch_size=device_batch_size)
@@ -274,7 +282,7 @@ def diagnose(
         with suppress(UnreadableFile):
             rotated += is_rotated(sample[i].image)
     if rotated:
-        cure = f"turn the files for good, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
+        cure = f"rotate the files, as mogrify -auto-orient does: {rotated} of these images carry an orientation"
         runs.append(Variant(UPRIGHT, cure, runs[1].engine, runs[1].crop, upright=True))
     answer(runs, sample, device_batch_size, progress)
     labels, answers, numbering = np.array(sample.labels), np.array(runs[0].answers), read_numbering(data)
@@ -293,11 +301,11 @@ def diagnose(
 
 @dataclass
 class Diagnosis:
-    """What ``diagnose`` found.
+    """The result of ``diagnose``.
 
-    as_it_is: the engine's own answers. hypotheses: each mistake put right, or why it was not tested. published: the
-    published accuracy that these images may be held against, or None. unreadable: images that count as wrong whatever
-    is put right. took_s: all of it, in seconds.
+    as_it_is: the engine's own predictions. hypotheses: all hypotheses, tested or with the reason why not. published:
+    the published accuracy that is comparable on these images, or None. unreadable: the number of unreadable images,
+    which count as wrong in every hypothesis. took_s: the seconds of the whole diagnosis.
     """
 
     as_it_is: Hypothesis
@@ -308,7 +316,7 @@ class Diagnosis:
 
     @property
     def images(self) -> int:
-        """How many images each hypothesis was measured on."""
+        """The number of images on which each hypothesis was measured."""
         return len(self.as_it_is.correct)
 
     @property
@@ -317,12 +325,12 @@ class Diagnosis:
         return [h for h in self.hypotheses if h.correct is not None]
 
     def p_corrected(self, hypothesis: Hypothesis) -> float:
-        """Its p times the number of hypotheses tested (Bonferroni): with many, one would look good by luck."""
+        """Its p-value times the number of tested hypotheses (Bonferroni): of many, one looks good by luck."""
         return min(1.0, hypothesis.p * len(self.tested))
 
     @property
     def explanation(self) -> Hypothesis | None:
-        """Of the hypotheses that are significantly better (corrected p < 0.05) the best, of equals the first."""
+        """The best of the hypotheses that are significantly better (corrected p < 0.05), the first of equal ones."""
         better = [h for h in self.tested if self.p_corrected(h) < SIGNIFICANCE]
         return max(better, key=lambda h: h.correct.sum(), default=None)
 
@@ -333,10 +341,10 @@ class Diagnosis:
 
     @property
     def explained(self) -> float | None:
-        """What the explanation regains, as a fraction of what was missing to the published top-1.
+        """The gain of the explanation, as a fraction of the loss against the published top-1.
 
-        It may exceed 1, as both are measured on a sample. None without an explanation, without a published top-1, or
-        where none was missing.
+        It may exceed 1, because both are measured on a sample. None without an explanation, without a published top-1,
+        or without a loss.
         """
         found = self.explanation
         if found is None or self.published is None:
@@ -346,10 +354,11 @@ class Diagnosis:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for things as they are and for each hypothesis tested.
+        """One row for the unchanged engine, and one row per tested hypothesis.
 
-        top1 and its 95 % Wilson interval (ci95_low, ci95_high) as fractions; gained, lost: images right only after, or
-        only before, the mistake was put right; p: McNemar's, p_corrected: times the number of hypotheses; took_s.
+        top1 and its 95 % Wilson interval (ci95_low, ci95_high) are fractions. gained, lost: the number of images that
+        are right only after, or only before, the correction. p: of McNemar's test; p_corrected: p times the number of
+        hypotheses. took_s: seconds.
         """
         rows = []
         for h in (self.as_it_is, *self.tested):
@@ -364,7 +373,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One line: what explains the loss, by how much, and what to do; or that nothing tested does."""
+        """One line: the explanation of the loss, its size, and what to do; or that no tested hypothesis explains it."""
         text = self._explained(self.explanation) if self.explanation else self._unexplained()
         if self.unreadable:
             text += f"; {self.unreadable} of the {self.images} images cannot be read and count as wrong"
@@ -388,12 +397,12 @@ class Diagnosis:
         low, high = wilson_interval(correct, n)
         text = f"top-1 {correct / n:.1%} ({correct}/{n}, 95 % interval {low:.1%} to {high:.1%})"
         if self.published is None:
-            text += f": none of {count} hypotheses is significantly better, and nothing published to hold it against"
+            text += f": none of {count} hypotheses is significantly better, and no published accuracy is comparable"
         elif high < self.published.top1:
             text += f": below the published {self.published.top1:.1%}, and none of {count} hypotheses explains it"
         else:
             text += f": no loss to explain, published is {self.published.top1:.1%}"
-        least = ceil(log2(count / SIGNIFICANCE))  # so many images gained and none lost are just significant
+        least = ceil(log2(count / SIGNIFICANCE))  # the smallest significant number of images gained with none lost
         if least > n:
             return f"{text}; {n} images are too few to show anything, give more"
         return f"{text}; a mistake that costs fewer than {least} of {n} images ({least / n:.1%}) would not show"

@@ -1,4 +1,4 @@
-"""evaluate: every image of a data set through one engine, exactly once, with its accuracy and its speed."""
+"""``evaluate``: runs an engine over every image of a data set exactly once, and measures accuracy and speed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,13 @@ from vitdemo.stats import percentiles_ms
 Brought = Iterator[tuple[int, list[Row]]]  # the first image's number, and the rows from there
 
 
-@dataclass(eq=False)  # tables have no one answer to ==
+@dataclass(eq=False)  # == of two tables is not a single truth value
 class Evaluation:
-    """What ``evaluate`` gives.
+    """The result of ``evaluate``.
 
-    rows: one row per image, in file order, the columns of predictions.csv. metrics: metrics.json. out: the folder.
-    times: one row per batch of this session, the columns of ``BatchTimes``, in seconds since the session began.
-    data: the images with the model's outputs as labels.
+    rows: one row per image, in file order, with the columns of predictions.csv. metrics: the content of metrics.json.
+    out: the folder. times: one row per batch of this session, with the columns of ``BatchTimes``, in seconds since the
+    session began. data: the images with the model's outputs as labels.
     """
 
     rows: pd.DataFrame
@@ -53,12 +53,12 @@ class Evaluation:
         text += f"device_batch_size {m['device_batch_size']}"
         if shared := m["replicas"]:
             idle = max(each["idle_s"] for each in shared["each"])
-            text += f", {shared['count']} replicas ({shared['lost']} lost, the idlest {idle:.1f} s idle)"
+            text += f", {shared['count']} replicas ({shared['lost']} lost, the longest idle time {idle:.1f} s)"
         text += f"; {m['model']}, weights: {m['weights']}"
         if rotated := m.get("rotated"):
             many = f"{rotated} images carry" if rotated > 1 else "1 image carries"
-            text += f"; {many} an EXIF orientation, which is ignored, as timm does: --diagnose tries what turning gives"
-        if 2 * seen < min(in_all, len(self.rows)):  # in a folder per class the first images are of the first ones
+            text += f"; {many} an EXIF orientation, which is ignored, as timm does; --diagnose tests if rotating helps"
+        if 2 * seen < min(in_all, len(self.rows)):  # with one folder per class, the first images are all of few classes
             text += f"; these first images are of {seen} of {in_all} classes"
         return text
 
@@ -97,26 +97,29 @@ def evaluate(
 ) -> Evaluation:
     """Run ``engine`` over the first ``limit`` images of ``data`` in ascending file order.
 
-    Every image gives exactly one row; one that cannot be read is a row with its error, counted as wrong. With replicas
-    the same images get the same rows; a replica that dies or hangs is replaced, and what it did not bring back is done
-    again. With ``out``, the rows go to ``out/predictions.csv`` as they come, in file order when all are there, then
-    ``metrics.json`` (see ``summarise``); ``run.json`` holds the settings and the machine.
+    Every image gives exactly one row; an unreadable image is a row with its error, counted as wrong. Replicas give the
+    same rows. A replica that dies or hangs is replaced, and its unfinished images are computed again. With ``out``, the
+    rows are written to ``out/predictions.csv`` as they are computed, and sorted in file order at the end; then
+    ``metrics.json`` is written (see ``summarise``). ``run.json`` holds the settings and the machine.
 
     Args:
-        engine: what ``convert`` made.
-        data: the labelled images, of classes that the model has too; see ``match_classes``.
-        class_map: which output is which class, where names do not say it; see there.
-        device_batch_size: images that the device gets at once.
-        replicas: how many processes share the work, on this machine or on the cluster at ``ray_address``; or
-            ``Replicas`` that were started before, of this engine and data.
+        engine: an engine from ``convert``.
+        data: the labelled images, whose classes the model must have; see ``match_classes``.
+        class_map: the output of each class, where the names do not match; see ``match_classes``.
+        device_batch_size: images per batch on the device.
+        replicas: the number of processes that share the work, on this machine or on the cluster at ``ray_address``; or
+            ``Replicas`` of this engine and data that are already started.
         schedule: "async", see ``AsyncSchedule``, or "sync", see ``SyncSchedule``.
         input_path: "fast", or "reference", which decodes and resizes with PIL, as timm does; see ``fast_crop`` for the
             difference.
-        limit: how many images, from the first; None is all.
+        limit: the number of images, from the first; None is all.
         out: a new folder for the results.
-        resume: go on where an interrupted run with the same settings stopped.
-        ray_address: a Ray cluster, "host:port" of its head or "auto"; None is one on this machine.
-        progress: whether to draw a bar.
+        resume: continue an interrupted run with the same settings.
+        ray_address: the address of a Ray cluster, "host:port" of its head or "auto"; None is this machine.
+        progress: show a progress bar.
+
+    Returns:
+        The rows and the metrics.
 
     Raises:
         VitdemoError: for bad input.
@@ -128,7 +131,7 @@ def evaluate(
     data = match_classes(engine.info, data, class_map)
     _check_replicas(engine, data, replicas, schedule, ray_address)
     images = len(data) if limit is None else min(limit, len(data))
-    device_batch_size = min(device_batch_size, images)  # what the device gets, and what the metrics say
+    device_batch_size = min(device_batch_size, images)  # the actual size, which the metrics report
     settings = _settings(engine, data, device_batch_size, input_path, images)
     out = user_path(out) if out is not None else None
     with named_errors(out or data.path):
@@ -179,10 +182,10 @@ def evaluate(
 def _form(
     engine: Engine, data: Dataset, images: int, replicas: Replicas | None, kept: int | None, **options
 ) -> tuple[Engine, int, dict[int, float]]:
-    """In which form ``images`` images are run: here, and as run.json says it; and by which rates that was chosen.
+    """The form of the engine for this process, the number of streams for run.json, and the rates of the trial.
 
-    kept: how many streams a run was begun with. It goes on with them, as on other numbers of threads sums come out in
-    another order. So streams is what it says where each replica has one thread.
+    kept: the number of streams with which the run was begun. A resumed run keeps it, because another number of threads
+    sums in another order. For the same reason, replicas with one thread each are recorded as streams.
     """
     if kept:
         return engine if kept == 1 or replicas else engine.side_by_side(), kept, {}
@@ -193,7 +196,7 @@ def _form(
 
 
 def _here(engine: Engine, data: Dataset, todo: Sequence[range], session: Session, **options) -> Brought:
-    """The first image's number and the rows of each batch, from this process."""
+    """Yield the first image's number and the rows of each batch, computed in this process."""
     cpu = process_time()
     options |= dict(phases=session.phases, times=session.times)
     for span in merge_ranges(todo):
@@ -206,7 +209,7 @@ def _here(engine: Engine, data: Dataset, todo: Sequence[range], session: Session
 
 
 def _on_replicas(replicas: Replicas, schedule: str, todo: Sequence[range], session: Session, **options) -> Brought:
-    """The first image's number and the rows of each range, as they come back."""
+    """Yield the first image's number and the rows of each range, in the order in which replicas return them."""
     plan = SCHEDULES[schedule](todo, len(replicas.slots))
     session.cores, split = replicas.cores, session.streams > 1
     session.streams, session.threads = (replicas.threads, 1) if split else (1, replicas.threads)
@@ -220,7 +223,7 @@ def _on_replicas(replicas: Replicas, schedule: str, todo: Sequence[range], sessi
 def _check_replicas(
     engine: Engine, data: Dataset, replicas: int | Replicas | None, schedule: str, ray_address: str | None
 ) -> None:
-    """Before anything is written or started."""
+    """Check the arguments about replicas, before anything is written or started."""
     if schedule not in SCHEDULES:
         raise VitdemoError(f"schedule {schedule!r}: is not one of {', '.join(SCHEDULES)}")
     if isinstance(replicas, Replicas):
@@ -235,7 +238,7 @@ def _check_replicas(
 
 
 def _settings(engine: Engine, data: Dataset, device_batch_size: int, input_path: str, images: int) -> dict:
-    """All that shapes the predictions: a run may be resumed only under the very same."""
+    """Everything on which the predictions depend; a run can be resumed only with equal settings."""
     return {
         "model": asdict(engine.info) | {"classes": engine.info.outputs, "class_names": None},
         "engine": engine.name,
@@ -255,22 +258,22 @@ def _settings(engine: Engine, data: Dataset, device_batch_size: int, input_path:
 
 
 def calibrated_on_scored(engine: Engine, data: Dataset, images: int) -> int | None:
-    """How many of the scored images the engine was calibrated on, told by their bytes.
+    """The number of scored images on which the engine was calibrated, found by comparing the files' bytes.
 
     Args:
-        engine: whose card names the files that it was calibrated on.
+        engine: the engine, whose card lists the size and hash of each calibration file.
         data: the scored images.
-        images: how many of them were scored, from the first.
+        images: the number of scored images, from the first.
 
     Returns:
-        None where it was not calibrated, or nobody knows the files.
+        The number; None where the engine was not calibrated or the files are unknown.
     """
     files = {tuple(file) for file in (engine.card.get("calibration") or {}).get("files", ())}
     if not files:
         return None
-    sizes, found = {size for size, _ in files}, 0  # only files of such a size need be read
+    sizes, found = {size for size, _ in files}, 0  # only files with one of these sizes must be read
     for i in (i for i, size in enumerate(data.sizes[:images]) if size in sizes or size < 0):
-        with suppress(UnreadableFile):  # then it was not calibrated on either, as far as anybody can tell
+        with suppress(UnreadableFile):  # an unreadable file counts as not used in the calibration
             image = data[i].image
             found += (len(image), hashlib.sha256(image).hexdigest()) in files
     return found

@@ -1,4 +1,4 @@
-"""What a run says of itself in numbers: counts, accuracy with its interval, where the time went, speed, memory."""
+"""The metrics of a run: counts, accuracy with its interval, speed, the parts of the time, and memory."""
 
 import math
 import time
@@ -19,12 +19,12 @@ PHASES = ("decode_wait", "compute_wait", "postprocess")
 
 @dataclass
 class Session:
-    """What was measured while images were run, here or on replicas.
+    """The measurements of one run in this process or on replicas.
 
-    threads: CPU threads a call of the engine uses. streams: calls side by side, in each process. cores: all that were
-    given to the run. rates: by which the streams were chosen, images/s by their number; choosing_s: how long that took.
-    began: in seconds since 1970, as the moments of the batches are. cpu_s: CPU seconds of all processes that worked.
-    replicas: the summary of those, if any.
+    threads: CPU threads that a call of the engine uses. streams: simultaneous calls in each process. cores: all cores
+    that the run may use. rates: images/s by the number of streams, from which the streams were chosen. choosing_s: the
+    seconds for choosing. began: in seconds since 1970, like the times of the batches. cpu_s: CPU seconds of all
+    processes. replicas: the summary of the replicas, if any.
     """
 
     threads: int
@@ -40,14 +40,14 @@ class Session:
     replicas: dict | None = None
 
     def add(self, shard: Shard, replicas: int) -> None:
-        """A range that a replica did; its phases count as an average over the replicas."""
+        """Add a range that a replica returned; its phases count as an average over the replicas."""
         self.times += shard.times
         for name, seconds in shard.phases.items():
             self.phases.seconds[name] = self.phases.seconds.get(name, 0.0) + seconds / replicas
         self.cpu_s += shard.cpu_s
 
     def table(self) -> pd.DataFrame:
-        """One row per batch, the columns of ``BatchTimes``, whose moments are seconds since the session began."""
+        """One row per batch, with the columns of ``BatchTimes``; times are in seconds since the session began."""
         times = pd.DataFrame(self.times, columns=BatchTimes._fields)
         moments = ["decode_began", "decode_ended", "submitted", "finished"]
         return times.assign(**(times[moments] - self.began))
@@ -57,48 +57,48 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
     """The metrics of a run.
 
     Args:
-        rows: one per image, the columns of predictions.csv.
-        settings: of the run, as in run.json.
-        engine: that ran.
-        session: what was measured meanwhile.
+        rows: one row per image, with the columns of predictions.csv.
+        settings: the settings of the run, as in run.json.
+        engine: the engine that ran.
+        session: the measurements of the run.
 
     Returns:
-        What metrics.json holds:
+        The content of metrics.json:
 
     - ``images``, ``correct``, ``correct_top5``, ``errors``: integer counts over all rows; an unreadable image is
-      an error and is not correct. ``top1 = correct / images``, ``top5`` likewise, as fractions, with their 95 %
-      Wilson score intervals (Wilson 1927) as ``*_ci95``. None for random weights and for the null engine, whose
-      answers mean nothing.
-    - ``correct_present``, ``top1_present``: the same where the answer is the largest logit among the
-      ``classes_present`` outputs whose classes the data set has images of, the convention of ImageNet-A and -R.
-      Equal to ``top1`` where all classes are there. ``classes_decided``: how outputs and classes were matched.
-    - ``rotated``: images of this session whose EXIF orientation is not upright; it is ignored, as timm does.
-    - ``session_images``, ``wall_s``: what this session ran and how long it took, from the first read to the last
-      row written, the first batch included. ``images_per_s = session_images / wall_s``: end to end.
-    - ``threads``: CPU threads of a call; ``streams``: calls side by side in a process. ``images_per_s_by_streams``: by
-      which that was chosen, on this machine, see ``quicker_form``; empty where nothing was timed. ``choosing_s``: how
-      long choosing and loading took; it is in no rate, and leaves the first batch warm.
-    - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: how long the loop waited for decoded batches, waited
-      for the engine, and made and wrote rows. Decoding runs beside computing, so a small ``decode_wait_s`` means
-      decoding was hidden, not free.
-    - ``inference_s``: how long the engine had a batch to work on, from submission to logits, what overlaps counted
-      once.
-    - ``flops_per_image``: 2 x the multiply-accumulates of the model, for an MFU.
-    - ``build_s``, ``load_s``: how long it took to build the engine's artifact, whenever that was (None where nothing
-      is built), and to make it ready to run. In neither ``wall_s`` nor ``images_per_s``.
-    - ``decode_share``, ``compute_share``: the shares of the cores that decoding got, and all else (the engine, and
-      Python): CPU seconds, as the system counts them a thread, over ``wall_s`` x cores. What is missing to 1 was idle,
-      or other programs'.
-    - ``fallbacks``: images that the fast path left to the reference path, in this session.
-    - ``latency_ms``: a batch from submission to logits, without the first; ``first_batch_ms``: that first one. Of
-      replicas, each one's first, and the slowest of those. ``first_batch_share``: see ``paid_once``; the part of these
-      times that a longer run would not pay again.
-    - ``peak_memory_bytes``: this process's largest resident size so far; replicas tell their own.
-    - ``replicas``: None, or what ``Replicas.summary`` gives. With replicas, ``wall_s`` is by this process's clock,
-      from the first range handed out to the last one back, and the times above are averages over the replicas.
+      an error and is not correct. ``top1 = correct / images`` and ``top5`` are fractions, with their 95 % Wilson score
+      intervals (Wilson 1927) as ``*_ci95``. They are None for random weights and for the null engine, whose
+      predictions mean nothing.
+    - ``correct_present``, ``top1_present``: the same where the prediction is the largest logit among the
+      ``classes_present`` outputs whose classes have images in the data set, the convention of ImageNet-A and -R.
+      Equal to ``top1`` if all classes have images. ``classes_decided``: how outputs and classes were matched.
+    - ``rotated``: images of this session with an EXIF orientation other than upright, which is ignored, as in timm.
+    - ``session_images``, ``wall_s``: the number of images run in this session, and its duration from the first read to
+      the last row written, including the first batch. ``images_per_s = session_images / wall_s``: end to end.
+    - ``threads``: CPU threads per call. ``streams``: simultaneous calls per process. ``images_per_s_by_streams``: the
+      rates on this machine from which the streams were chosen, see ``quicker_form``; empty where nothing was timed.
+      ``choosing_s``: the seconds for choosing and loading; no rate includes them, and the first batch is then warm.
+    - ``decode_wait_s``, ``compute_wait_s``, ``postprocess_s``: the seconds in which the loop waited for decoded
+      batches, waited for the engine, and made and wrote rows. Decoding overlaps with computing, so a small
+      ``decode_wait_s`` means that decoding was hidden, not that it was free.
+    - ``inference_s``: the seconds in which the engine had at least one batch to work on, from submission to logits.
+    - ``flops_per_image``: 2 x the multiply-accumulates of the model, for computing the MFU.
+    - ``build_s``, ``load_s``: the seconds to build the engine's artifact, in this run or earlier (None where nothing
+      is built), and to make it ready to run. Neither ``wall_s`` nor ``images_per_s`` includes them.
+    - ``decode_share``, ``compute_share``: the shares of the cores used by decoding, and by everything else (the engine
+      and Python): CPU seconds, as the system counts them per thread, over ``wall_s`` x cores. The rest up to 1 was idle
+      or used by other programs.
+    - ``fallbacks``: images of this session that the reference path decoded instead of the fast path.
+    - ``latency_ms``: the time of a batch from submission to logits, without the first batch. ``first_batch_ms``: the
+      time of the first batch. With replicas, the first batch of each is left out, and the slowest of these is reported.
+      ``first_batch_share``: see ``paid_once``; the part of these times that would not grow with a longer run.
+    - ``peak_memory_bytes``: this process's largest resident size so far; replicas report their own.
+    - ``replicas``: None, or the result of ``Replicas.summary``. With replicas, ``wall_s`` is measured by this process's
+      clock from the first range handed out to the last one returned, and the times above are averages over the
+      replicas.
 
-    ``evaluate`` adds ``calibrated_on_scored``: how many of these very images the engine was calibrated on, None where
-    it was not calibrated or nobody knows the files.
+    ``evaluate`` adds ``calibrated_on_scored``: the number of these images on which the engine was calibrated, None
+    where it was not calibrated or the files are unknown.
     """
     images, times = len(rows), session.table()
     counts = {"top1": int(rows["correct"].sum()), "top1_present": int(rows["correct_present"].sum())}
@@ -154,20 +154,20 @@ def summarise(rows: pd.DataFrame, settings: dict, engine: Engine, session: Sessi
 
 
 def describe_threads(metrics: dict) -> str:
-    """For people: "2 threads", or "2 streams of 1 thread"."""
+    """The threads and streams for people: "2 threads", or "2 streams of 1 thread"."""
     threads = f"{metrics['threads']} thread{'s' * (metrics['threads'] > 1)}"
     return f"{metrics['streams']} streams of {threads}" if metrics.get("streams", 1) > 1 else threads
 
 
 def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
-    """Whether every image is there exactly once and in order.
+    """Check that every image is there exactly once and in order.
 
     Args:
-        files: the names that are there.
-        expected: those that should be.
+        files: the actual names.
+        expected: the expected names.
 
     Returns:
-        What is wrong, such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)"; "" where nothing is.
+        The faults, such as "4 missing (the first is ILSVRC2012_val_00000097.JPEG)"; "" where there are none.
     """
     found, wanted = Counter(files), Counter(expected)
     counted = {"missing": wanted - found, "too many": found - wanted}
@@ -176,7 +176,7 @@ def set_faults(files: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def covered_s(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds that at least one interval covers.
+    """The seconds that at least one interval covers.
 
     Args:
         intervals: (begin, end) in seconds, by ascending begin.

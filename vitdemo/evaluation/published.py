@@ -1,4 +1,4 @@
-"""Published accuracies (``data/published/accuracy.csv``), and how a measured one compares with its own."""
+"""Published accuracies (``data/published/accuracy.csv``), and the comparison of a measured accuracy with them."""
 
 import csv
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ TABLE = "published/accuracy.csv"
 
 @dataclass(frozen=True)
 class Published:
-    """What was published of the weights ``tag`` on ``data_set``, which has ``images`` of ``classes`` classes.
+    """The published accuracy of the weights ``tag`` on ``data_set``, which has ``images`` of ``classes`` classes.
 
-    top1, top5: fractions (top5 is None where nobody gave it). preprocessing: what they were measured with. source: by
-    whom. timm measures again now and then: between versions of its table a top-1 moves by up to 0.02 points.
+    top1, top5: fractions (top5 is None where it is not published). preprocessing: the one with which they were
+    measured. source: the publisher. timm repeats its measurements from time to time, and a top-1 differs between
+    versions of its table by up to 0.02 points.
     """
 
     tag: str
@@ -33,10 +34,10 @@ class Published:
 
 
 def published_accuracy(tag: str) -> Published | None:
-    """The published accuracy of some weights, from ``data/published/accuracy.csv``; None for a tag that is not in it.
+    """The published accuracy of pretrained weights in ``data/published/accuracy.csv``; None for an unknown tag.
 
     Args:
-        tag: such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
+        tag: the full tag, such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
     """
     with open(data_path(TABLE), encoding="utf-8", newline="") as file:
         row = next((row for row in csv.DictReader(file) if row["tag"] == tag), None)
@@ -66,13 +67,13 @@ def _published(row: dict[str, str]) -> Published:
 
 
 def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:
-    """The published accuracy that images may be held against, or None and the reason.
+    """The published accuracy that is comparable on some images, or None and the reason why there is none.
 
-    The images must be of the data set that it was published for: all of it, or a part that is spread over the classes
-    as chance would spread it.
+    The images must be from the data set of the published accuracy: all of them, or a part that covers about as many
+    classes as a random choice would.
 
     Args:
-        tag: of the weights.
+        tag: the tag of the weights.
         files: the images' names.
         wnids: the images' classes.
     """
@@ -83,7 +84,7 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
     if not (set(wnids) <= set(known) and all(map(VAL_NAME.fullmatch, files))):
         return None, f"{tag}'s is for {published.data_set}, and these images are not from it"
     covered, expected = len(set(wnids)), published.classes * (1 - (1 - 1 / published.classes) ** len(wnids))
-    # More images of a class than the data set has cannot be a choice of classes: such labels are wrong.
+    # More images per class than the data set has cannot be due to a choice of classes; the labels must be wrong.
     possible = len(wnids) <= covered * published.images // published.classes
     if possible and covered < 0.8 * expected:
         return None, f"{tag}'s is for {published.classes} classes, and these images are of {covered}"
@@ -92,12 +93,12 @@ def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured top-1 beside the published one.
+    """A measured top-1 next to the published one.
 
     verdict: "agrees", "below" or "above" when the published value lies in, above or below the measured 95 % interval;
-    "not published", "not measured". The interval is that of a sample. Where all the images of the data set were run,
-    both sides saw the same ones, and less than the interval's half-width can already be a loss: the text says how
-    many points of per cent it is.
+    otherwise "not published" or "not measured". The interval is that of a random sample. If all images of the data set
+    were run, both sides saw the same images, and a difference smaller than the interval can already be a loss. The text
+    therefore gives the difference in percentage points.
     """
 
     verdict: str
@@ -109,10 +110,10 @@ class Comparison:
 
 
 def compare_published(evaluation: Evaluation) -> Comparison:
-    """Hold a measured top-1 against the published one of the same weights.
+    """Compare a measured top-1 with the published one of the same weights.
 
     Args:
-        evaluation: what ``evaluate`` gave.
+        evaluation: the result of ``evaluate``.
     """
     m, rows = evaluation.metrics, evaluation.rows
     published, reason = comparable_published(m["model"], rows["file"].tolist(), rows["class_id"].tolist())

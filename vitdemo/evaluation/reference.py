@@ -1,7 +1,7 @@
-"""An engine's run beside the reference's over the same images: whether they agree, and the FlagPerf row of both.
+"""Compares an engine's run with the reference's run over the same images, and makes the FlagPerf row of both.
 
 FlagPerf (https://github.com/FlagOpen/FlagPerf, inference/benchmarks/vit_l_16) validates a model in its framework,
-converts it, runs the engine, and prints one row. Here the framework's part is eager fp32, the reference.
+converts it, runs the engine, and prints one row. Here the framework's run is that of the reference, eager fp32.
 """
 
 import sys
@@ -39,25 +39,25 @@ def evaluate_beside_reference(
     resume: bool = False,
     **options: Any,
 ) -> tuple[list[Evaluation], Evaluation | None]:
-    """``evaluate`` of the engine, then of its model in eager fp32, the reference.
+    """``evaluate`` the engine, and then its model in eager fp32, the reference.
 
     Args:
-        engine: what ``convert`` made.
-        model: of which it was made.
+        engine: an engine from ``convert``.
+        model: the model from which it was made.
         data: the labelled images.
-        repeat: runs of the engine.
-        skip_validation: whether to leave out the reference.
-        out: a new folder: of the first run; the others are in ``repeat_2`` …, the reference in ``validation`` there.
-        resume: go on where interrupted runs stopped.
-        options: others of ``evaluate``.
+        repeat: the number of runs of the engine.
+        skip_validation: leave out the reference.
+        out: a new folder for the first run; further runs go to ``repeat_2`` … in it, the reference to ``validation``.
+        resume: continue interrupted runs.
+        options: further arguments of ``evaluate``.
 
     Returns:
-        The engine's runs; and the reference's, which is None with ``skip_validation``, and the first run itself where
-        the engine is the reference.
+        The engine's runs, and the reference's run. The latter is None with ``skip_validation``, and the first run where
+        the engine itself is the reference.
 
     Raises:
-        VitdemoError: for a ``repeat`` below 1, and as ``evaluate``.
-        EngineFailure: as ``evaluate``.
+        VitdemoError: for a ``repeat`` below 1, and as in ``evaluate``.
+        EngineFailure: as in ``evaluate``.
     """
     at_least_1(repeat=repeat)
     out = user_path(out)
@@ -73,22 +73,22 @@ def evaluate_beside_reference(
 
 
 def agreement(evaluation: Evaluation, reference: Evaluation) -> str:
-    """How many images got the same answer, and whether the difference in accuracy is more than luck.
+    """The number of images with the same top-1 class, and whether the difference in accuracy is significant.
 
     Args:
-        evaluation: of an engine.
-        reference: the reference's of the same images.
+        evaluation: the engine's evaluation.
+        reference: the reference's evaluation of the same images.
 
     Returns:
-        A line for people, with the p of McNemar's exact test.
+        A line for people, with the p-value of McNemar's exact test.
 
     Raises:
-        VitdemoError: where they are not of the same images.
+        VitdemoError: where the two are of different images.
     """
     _check_same_images([evaluation, reference])
     sides = {"reference": reference.rows["predicted_1"], "candidate": evaluation.rows["predicted_1"]}
     answers = pd.DataFrame(sides | {"label": reference.rows["label"]})
-    answers = answers.dropna(subset=[*sides], how="all").fillna(-1)  # both fail to read the same files
+    answers = answers.dropna(subset=[*sides], how="all").fillna(-1)  # without the images that neither could read
     m, same = evaluation.metrics, int((answers["reference"] == answers["candidate"]).sum())
     line = f"{m['engine']} {m['precision']} gives eager fp32's answer for {same} of {len(answers)} images"
     if answers.empty:
@@ -107,34 +107,34 @@ def flagperf_row(
     e2e_s: float | None = None,
     roof: Roof | None = None,
 ) -> dict:
-    """One row of FlagPerf's table. Rates are of the images that were run in this session.
+    """One row of FlagPerf's table. Rates count only the images that were run in this session.
 
     Args:
-        runs: the engine's over the same images, one per repeat.
-        reference: the reference's run over them.
-        e2e_s: seconds of everything, from loading the weights to the last row, where it was done in one go.
-        roof: what the machine reaches in the precision that most of the engine ran in.
+        runs: the engine's runs over the same images, one per repeat.
+        reference: the reference's run over these images.
+        e2e_s: the seconds from loading the weights to the last row, for a run that was not interrupted.
+        roof: the machine's roof, its measured peak throughput, in the precision in which most of the engine ran.
 
     Returns:
-        The row by FlagPerf's column names; None where nothing was measured:
+        The row by FlagPerf's column names; None where a value was not measured:
 
-    - ``precision``, ``bs``: what the engine was asked for; images per batch.
+    - ``precision``, ``bs``: the requested precision; images per batch.
     - ``e2e_time``: ``e2e_s``.
     - ``p_val_whole`` (the reference), ``p_infer_whole`` (the engine, all repeats together): images/s of the whole loop,
       images / ``wall_s``.
     - ``p_val_core``, ``p_infer_core``: images/s from "batch available" to "logits there", images / ``inference_s``.
-      The next images are decoded meanwhile; without a GPU on the same cores, so these rates feel it.
+      The next images are decoded at the same time; without a GPU this uses the same cores and lowers these rates.
     - ``MFU``: floating-point operations per image (2 x multiply-accumulates) x ``p_infer_core`` / ``roof``, a fraction.
-    - ``MFU_flagperf``: by FlagPerf's own convention, which counts a multiply-accumulate as one operation: half of it.
-    - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak/the machine's memory in GiB, where FlagPerf
-      has a GPU's. MFU and mem are None with replicas.
+    - ``MFU_flagperf``: half of ``MFU``, because FlagPerf counts a multiply-accumulate as one operation.
+    - ``acc``: top-1 in %, engine/reference. ``mem``: this process's peak and the machine's memory in GiB (in FlagPerf,
+      the GPU's). MFU and mem are None with replicas.
 
     Raises:
-        VitdemoError: where the runs are not of the same images.
+        VitdemoError: where the runs are of different images.
     """
     _check_same_images([*runs, *([reference] if reference else [])])
     first, p_infer_core = runs[0].metrics, _rate(runs, "inference_s")
-    shared = first["replicas"] is not None  # on machines whose roof and memory nobody asked for
+    shared = first["replicas"] is not None  # the roof and the memory of the replicas' machines are unknown
     mfu = first["flops_per_image"] * p_infer_core / roof.flops_per_s if roof and p_infer_core and not shared else None
     validated = [reference] if reference else []
     peak = max(run.metrics["peak_memory_bytes"] for run in [*runs, *validated])
@@ -155,28 +155,29 @@ def flagperf_row(
 
 
 def describe_row(row: dict) -> str:
-    """A FlagPerf row as one line, in its units."""
+    """A FlagPerf row as one line, in FlagPerf's units."""
     shown = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in row.items()}
     shown |= {name: f"{row[name]:.1%}" for name in ("MFU", "MFU_flagperf") if row[name] is not None}
     return ", ".join(f"{name} {'n/a' if value is None else value}" for name, value in shown.items())
 
 
 def write_row(row: dict, out: Path) -> None:
-    """Write ``out/flagperf.csv``: the header and the row, what was not measured left empty."""
+    """Write ``out/flagperf.csv``: the header and the row, with empty cells for values that were not measured."""
     with named_errors(out), replacing(out / FLAGPERF) as file:
         pd.DataFrame([row]).to_csv(file, index=False)
 
 
 def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None:
-    """The machine's roof in the precision that most of the engine ran in, the model's own products among those tried.
+    """The machine's roof in the precision in which most of the engine ran, measured also with the model's own products.
 
     Args:
-        engine: whose precision counts.
-        model: of which it was made.
-        device_batch_size: images of its products; ROOF_BATCH at most, as more take memory and are no faster.
+        engine: the engine whose precision counts.
+        model: the model from which it was made.
+        device_batch_size: the batch size of the model's products. At most ROOF_BATCH is used, because larger products
+            take more memory and are not faster.
 
     Returns:
-        None where nothing here measures one: in a precision without matrix products.
+        The roof; None for a precision in which no runtime here has matrix products.
     """
     ran = engine.precision_ran
     shapes = linear_shapes(model, min(device_batch_size, ROOF_BATCH))

@@ -1,6 +1,6 @@
-"""What one replica does, in a process that Ray starts, perhaps on another machine.
+"""``Replica``: one replica, in a process that Ray starts, perhaps on another machine.
 
-Nothing heavy is imported before the process has taken its cores: a runtime counts them when it is loaded.
+Runtimes are imported only after the process has been bound to its cores, because they count the cores when loaded.
 """
 
 import hashlib
@@ -19,8 +19,10 @@ from vitdemo.machine import cores, now, versions
 
 
 class Place(NamedTuple):
-    """Where a replica runs: its process, Ray's name of the machine and the machine's own, the cores it has taken, and
-    what is ``installed`` there."""
+    """The place where a replica runs.
+
+    It holds the process id, Ray's id of the node, the host name, the replica's cores, and the ``installed`` versions.
+    """
 
     pid: int
     node: str
@@ -30,10 +32,10 @@ class Place(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A range of images, done.
+    """The results for a range of images.
 
-    rows: one ``Row`` per image. times: one ``BatchTimes`` per batch. phases: seconds by name, as ``predict`` keeps
-    them. wall_s, cpu_s: of this process, from the first to the last batch. peak_memory_bytes: so far.
+    rows: one ``Row`` per image. times: one ``BatchTimes`` per batch. phases: seconds by name, as in ``predict``.
+    wall_s, cpu_s: seconds of this process, from the first to the last batch. peak_memory_bytes: its peak so far.
     """
 
     indices: range
@@ -46,10 +48,10 @@ class Shard(NamedTuple):
 
 
 class Replica:
-    """One engine on its share of a machine, over a data set that it opens itself."""
+    """One engine on its share of a machine, with a data set that it opens itself."""
 
     def __init__(self, number: int, count: int, each: int | None):
-        """Take the cores of the ``number``-th (from 0) of ``count`` replicas on this machine, see ``share_cores``."""
+        """Bind the process to the cores of the ``number``-th (from 0) of ``count`` replicas, see ``share_cores``."""
         assert "torch" not in sys.modules
         self._cores = share_cores(_allowed_cores(), count, each)[number]
         if hasattr(os, "sched_setaffinity"):
@@ -57,19 +59,19 @@ class Replica:
         os.environ["OMP_NUM_THREADS"] = str(len(self._cores))  # Ray sets it to 1
 
     def place(self) -> Place:
-        """Where this is."""
+        """The place where this replica runs."""
         import ray
 
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), node, socket.gethostname(), self._cores, installed())
 
     def prepare(self, ticket, recipe: list, address: tuple) -> tuple[int, dict[str, float]]:
-        """Get the engine of ``ticket`` ready, open the data set of ``address``.
+        """Make the engine of ``ticket`` ready, and open the data set of ``address``.
 
-        Gives the engine's threads and what it runs in.
+        Returns the engine's number of threads and its ``precision_ran``. Raises VitdemoError with this machine's name.
 
-        recipe: a list of one Ray reference to what the engine can be built from; it is fetched only where this
-        machine's cache has no artifact of the ticket. Raises VitdemoError, naming this machine.
+        recipe: a list with one Ray reference to the Recipe of the engine; it is fetched only if this machine's cache
+        has no artifact for the ticket.
         """
         import ray
         import torch
@@ -86,10 +88,10 @@ class Replica:
         return self._engine.threads, self._engine.precision_ran
 
     def run(self, number: int, indices: range, device_batch_size: int, input_path: str, streams: bool) -> Shard:
-        """The rows of ``indices``. Raises EngineFailure when the engine breaks.
+        """Compute the rows of ``indices``. Raises EngineFailure when the engine breaks.
 
-        number: this replica's. device_batch_size, input_path: as in ``evaluate``. streams: whether there is a stream
-        for each thread, or one call at a time on all of them.
+        number: this replica's number. device_batch_size, input_path: as in ``evaluate``. streams: True for one stream
+        per thread, False for one call at a time on all threads.
         """
         from vitdemo.inference.loop import predict
         from vitdemo.machine import Phases, peak_memory_bytes
@@ -109,15 +111,16 @@ class Replica:
         return self._engine.side_by_side()
 
     def call(self, device_batch_size: int) -> None:
-        """Compute one batch of random pixels, made at the first call of that size."""
+        """Compute one batch of random pixels, which the first call of that size makes."""
         self._engine(self._pixels(device_batch_size))
 
 
 def _allowed_cores() -> list[int]:
-    """The numbers of the cores that this machine lets the process use.
+    """The numbers of the cores that this process may use.
 
-    A container's CPU quota limits time, not which cores: as many as it is worth, from an offset by the host's name, so
-    that not all containers of a machine take the first ones.
+    A container's CPU quota limits time and not which cores are used. So as many cores as the quota is worth are taken,
+    from an offset that depends on the host name, because otherwise all containers of a machine would take the first
+    cores.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     count = cores()
@@ -127,7 +130,7 @@ def _allowed_cores() -> list[int]:
 
 @cache
 def installed() -> dict[str, str | None]:
-    """The versions of all that shapes an answer; vitdemo's own is a hash over its source."""
+    """The versions of all packages that can change a result; for vitdemo itself, a hash over its source."""
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""answers: what a model says of images without labels."""
+"""``answers``: a model's predictions for images without labels."""
 
 from contextlib import closing
 
@@ -19,14 +19,14 @@ def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool =
     """The likeliest classes of each image, with the same crops as ``evaluate``.
 
     Args:
-        engine: what ``convert`` made.
-        images: what ``open_images`` or ``open_data`` gave; labels are not looked at.
-        top: how many classes of each, at most 5.
-        progress: show a bar.
+        engine: an engine from ``convert``.
+        images: a data set from ``open_images`` or ``open_data``; labels are ignored.
+        top: the number of classes per image, at most 5.
+        progress: show a progress bar.
 
     Returns:
-        One row per image, in ascending file: file; class_1 …, what people call the outputs; predicted_1 …, their
-        numbers; probability_1 …, as fractions; error, why an image cannot be read, "" where it can.
+        One row per image, in ascending order of file: file; class_1 …, the names of the outputs; predicted_1 …, their
+        numbers; probability_1 …, as fractions; error, the reason why an image cannot be read, or "".
 
     Raises:
         VitdemoError: for a bad ``top``, and where no image can be read.
@@ -55,6 +55,6 @@ def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool =
 
 
 def output_names(info: ModelInfo) -> list[str]:
-    """What people call each output, by the first of several names; its number where nobody knows."""
+    """A readable name for each output, the first of several synonyms; its number where the name is unknown."""
     named = info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
     return [str(name).split(",")[0] for name in named]

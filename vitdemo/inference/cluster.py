@@ -1,4 +1,4 @@
-"""Ray: a cluster of one's own on this machine, or one that others started; and what of it each replica gets."""
+"""Ray: starts a cluster on this machine or connects to an existing one, and gives each replica its share."""
 
 import logging
 import os
@@ -22,8 +22,10 @@ CONNECT_S, FREE_S = 5.0, 10.0
 
 
 class Share(NamedTuple):
-    """What a replica gets: Ray's node, a part of the node's Ray CPUs, GPUs; it is the ``number``-th of ``count`` there,
-    from 0."""
+    """The share of a replica: Ray's node, the number of the node's Ray CPUs, and of GPUs.
+
+    It is the ``number``-th of ``count`` replicas on that node, counted from 0.
+    """
 
     node: str
     cpus: float
@@ -33,15 +35,15 @@ class Share(NamedTuple):
 
 
 def share_cores(cores: list[int], count: int, each: int | None = None) -> list[list[int]]:
-    """Who gets which cores.
+    """Distribute a machine's cores over its replicas.
 
     Args:
-        cores: the machine's, by number.
-        count: of replicas on it.
-        each: cores of each replica; None is an equal share.
+        cores: the numbers of the machine's cores.
+        count: the number of replicas on the machine.
+        each: the number of cores per replica; None is an equal share.
 
     Returns:
-        The cores of each replica; by turns where there are too few.
+        The cores of each replica. If there are too few, replicas share cores.
     """
     if each is None and count <= len(cores):
         starts = [-(-k * len(cores) // count) for k in range(count + 1)]
@@ -51,17 +53,17 @@ def share_cores(cores: list[int], count: int, each: int | None = None) -> list[l
 
 
 def check_ray(address: str | None) -> None:
-    """Look whether replicas can be started, in a few seconds at most.
+    """Check within a few seconds whether replicas can be started.
 
     Args:
-        address: of a cluster, "host:port" or "auto"; None for one on this machine.
+        address: the address of a cluster, "host:port" or "auto"; None for a cluster on this machine.
 
     Raises:
         VitdemoError: where Ray is not installed, or nothing answers at ``address``.
     """
     if find_spec("ray") is None:
         raise VitdemoError("replicas: need Ray; run pip install ray")
-    if address and address != "auto":  # Ray itself would try for a minute
+    if address and address != "auto":  # Ray itself would try for a whole minute
         host, port = _host_and_port(address)
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
@@ -73,21 +75,21 @@ def check_ray(address: str | None) -> None:
 
 
 def connect(address: str | None, again: bool = True) -> ModuleType:
-    """Ray, connected: to the cluster at ``address``; by default the one this process has, or one started here.
+    """Connect Ray to the cluster at ``address``, or to the one that this process already has, or start one here.
 
     Args:
         address: as in ``check_ray``.
-        again: whether to try once more where it does not start.
+        again: whether to try once more if Ray does not start.
 
     Returns:
-        The module ``ray``.
+        The module ``ray``, connected.
 
     Raises:
-        VitdemoError: as ``check_ray``, and where this process has another Ray, or none starts.
+        VitdemoError: as in ``check_ray``, and where this process has another Ray, or Ray does not start.
     """
     check_ray(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # under `uv run` no worker would ever come up
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports its use to its developers
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # otherwise no worker starts under `uv run`
     import ray
 
     if ray.is_initialized():
@@ -99,7 +101,7 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error:  # Ray raises plain ones too; it gives itself half a minute, a busy machine may need more
+    except Exception as error:  # of any type; Ray waits for half a minute, which may be too short on a busy machine
         if not again:
             reason = reason_of(error)
             cure = "set RAY_TMPDIR to a short path, such as /tmp" if "AF_UNIX" in reason else "see `ray status`"
@@ -107,15 +109,15 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         print("Ray did not start; trying once more", file=sys.stderr)
         ray.shutdown()
         return connect(address, again=False)
-    if threading.current_thread() is threading.main_thread():  # Ray's own would end the process without a word
+    if threading.current_thread() is threading.main_thread():  # Ray's handler would end the process silently
         signal.signal(signal.SIGTERM, on_sigterm)
-    # It tells of a lost worker in fifteen lines, whatever log_to_driver says.
+    # Ray ignores log_to_driver when it reports a lost worker, in fifteen lines.
     ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
     return ray
 
 
 def _resolved(address: str) -> tuple[str, str]:
-    """Host and port by which Ray calls an address: a number, and this machine's own one for localhost."""
+    """The host and port of an address in Ray's form: an IP address, and this machine's own one for localhost."""
     from ray.util import get_node_ip_address
 
     host, port = _host_and_port(address)
@@ -130,36 +132,36 @@ def _host_and_port(address: str) -> tuple[str, str]:
 
 
 def stop_ray() -> None:
-    """End the Ray that this process started, or leave the cluster; also happens when the process ends."""
+    """Stop the Ray that this process started, or leave the cluster. This also happens when the process ends."""
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
 
 
 def loss_of(error: Exception) -> str:
-    """Why Ray lost a replica, in one line of its many."""
-    if missing := re.search(r"No module named '[\w.]+'", str(error)):  # buried in a traceback of its creation
+    """The reason why Ray lost a replica, as one line of Ray's long message."""
+    if missing := re.search(r"No module named '[\w.]+'", str(error)):  # in the traceback of the actor's creation
         return f"{missing[0]}: install on that machine what is installed here"
     return reason_of(MemoryError() if "low on memory" in str(error) else error)
 
 
 def place_replicas(ray: ModuleType, count: int, device: str, part: float) -> list[Share]:
-    """What of Ray's nodes each replica gets, once it is free.
+    """Choose each replica's share of Ray's nodes, and wait until the shares are free.
 
     Args:
-        ray: connected.
-        count: how many replicas; each goes to where a replica's share is the largest.
-        device: of the engine: on "cuda" a replica gets a GPU, else an equal share of its node's CPUs.
-        part: of the CPUs that all of them may have.
+        ray: the module, connected.
+        count: the number of replicas; each goes to the node where its share is the largest.
+        device: the engine's device: for "cuda" a replica gets a GPU, otherwise an equal share of its node's CPUs.
+        part: the fraction of the CPUs that all replicas together may have.
 
     Raises:
-        VitdemoError: where there are too few GPUs, or others hold them or the CPUs: Ray itself would wait for ever.
+        VitdemoError: where there are too few GPUs, or GPUs or CPUs are in use; Ray itself would wait for ever.
     """
     kind = "GPU" if device == "cuda" else "CPU"
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     size = {node: resources.get(kind, 0.0) for node, resources in nodes.items()}
     if kind == "GPU" and sum(size.values()) < count:
         there = f"{sum(size.values()):.0f} GPUs"
-        raise VitdemoError(f"replicas {count}: there are {there}; take at most so many, or an engine on the CPU")
+        raise VitdemoError(f"replicas {count}: there are {there}; take at most that many, or an engine on the CPU")
     placed: Counter[str] = Counter()
     for _ in range(count):
         placed[max(size, key=lambda node: size[node] / (placed[node] + 1))] += 1
@@ -172,7 +174,7 @@ def place_replicas(ray: ModuleType, count: int, device: str, part: float) -> lis
 
 
 def _wait_until_free(ray: ModuleType, kind: str, needed: float) -> None:
-    """Those that were just ended free theirs in a moment. Ray tells of the cluster only, not of its machines."""
+    """Wait until the whole cluster has enough free; replicas that have just ended free their share in a moment."""
     begin = now()
     while (free := ray.available_resources().get(kind, 0.0)) < 0.99 * needed:
         if now() - begin > FREE_S:

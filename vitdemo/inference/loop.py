@@ -1,4 +1,4 @@
-"""Runs an engine over samples and turns its logits into rows, one per image; decoding and computing overlap."""
+"""Runs an engine over samples and turns its logits into rows, one row per image; decoding and computing overlap."""
 
 import time
 from collections import deque, namedtuple
@@ -20,18 +20,18 @@ from vitdemo.verification.comparison import ranking
 
 
 def batches_of(images: range, device_batch_size: int) -> list[range]:
-    """The batches of ``images``.
+    """Split ``images`` into batches.
 
     Args:
-        images: their indices, without a step.
-        device_batch_size: images in a batch; the last one is as long as what is left.
+        images: the indices, without a step.
+        device_batch_size: images per batch; the last batch has the images that are left.
     """
     starts = range(images.start, images.stop, device_batch_size)
     return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
 
 
 def merge_ranges(batches: Iterable[range]) -> list[range]:
-    """The ranges that lie without a gap in ``batches``, which ascend."""
+    """Join batches that follow one another without a gap; ``batches`` are in ascending order."""
     spans: list[range] = []
     for batch in batches:
         if spans and spans[-1].stop == batch.start:
@@ -44,18 +44,19 @@ def merge_ranges(batches: Iterable[range]) -> list[range]:
 TOP = 5
 PREDICTED = [f"predicted_{k}" for k in range(1, TOP + 1)]
 PROBABILITY = [f"probability_{k}" for k in range(1, TOP + 1)]
-GUESSES = dict.fromkeys(PREDICTED, int) | dict.fromkeys(PROBABILITY, float)  # None where there is none
+GUESSES = dict.fromkeys(PREDICTED, int) | dict.fromkeys(PROBABILITY, float)  # None for missing predictions
 COLUMNS = {"file": str, "label": int, "class_id": str, **GUESSES, "correct": int, "correct_present": int, "error": str}
-Row = namedtuple("Row", COLUMNS)  # of one image; probabilities have the six digits that predictions.csv has
+Row = namedtuple("Row", COLUMNS)  # for one image; probabilities are rounded to six digits, as in predictions.csv
 
 
 class BatchTimes(NamedTuple):
-    """What became of one batch when, in seconds since 1970, which machines share.
+    """The times of one batch in seconds since 1970, which are comparable between machines.
 
-    decode_began, decode_ended: its first image's first byte and its last one's last pixel; others are decoded between.
-    submitted, finished: when the engine was given it and had its logits; others may be before it in the queue.
-    decode_cpu_s: CPU seconds of its decoding. fallbacks: images that the fast path left to the reference path.
-    rotated: images whose EXIF orientation is not upright. replica: which one did it, 0 where there is none.
+    decode_began, decode_ended: when reading its first image began and decoding its last one ended; images of other
+    batches may be decoded in between. submitted, finished: when the engine got the batch and had its logits; other
+    batches may be before it in the queue. decode_cpu_s: the CPU seconds of its decoding. fallbacks: the number of
+    images that the reference path decoded instead of the fast path. rotated: the number of images with an EXIF
+    orientation other than upright. replica: the number of the replica, 0 without replicas.
     """
 
     images: int
@@ -71,7 +72,7 @@ class BatchTimes(NamedTuple):
 
 @dataclass
 class InFlight:
-    """A batch that the engine has been given, and when it was given and finished."""
+    """A batch that was submitted to the engine, with the times of submission and completion."""
 
     batch: Batch
     future: Future
@@ -82,7 +83,7 @@ class InFlight:
         self.future.add_done_callback(lambda _: setattr(self, "finished", time.time()))
 
     def times(self) -> BatchTimes:
-        """Once the future is done. result() may return just before the done-callback ran: then it is this moment."""
+        """The times, once the future is done. If result() returned before the done-callback ran, it finished now."""
         batch = self.batch
         decoding = batch.began, batch.ended
         finished = self.finished or time.time()
@@ -100,17 +101,17 @@ def predict(
     phases: Phases,
     times: list[BatchTimes],
 ) -> Iterator[list[Row]]:
-    """Rows of ``data`` over ``indices``, one list per batch, in order.
+    """Yield the rows of ``data`` over ``indices``, one list per batch, in order.
 
     Args:
-        engine: what answers.
+        engine: the engine that classifies.
         data: the samples.
-        indices: which of them, without a step.
-        device_batch_size: images in a batch, from ``indices.start``; the last one is as long as what is left.
+        indices: the indices of the samples, without a step.
+        device_batch_size: images per batch, from ``indices.start``; the last batch has the images that are left.
         input_path: as in ``prefetched_batches``.
-        phases: gets the seconds that this thread waited for decoded batches ("decode_wait") and for the engine
-            ("compute_wait") and made rows ("postprocess").
-        times: gets one ``BatchTimes`` per batch.
+        phases: receives the seconds in which this thread waited for decoded batches ("decode_wait") and for the engine
+            ("compute_wait"), and made rows ("postprocess").
+        times: receives one ``BatchTimes`` per batch.
 
     Raises:
         EngineFailure: when the engine raises or its logits are not finite float32[B, C].
@@ -132,7 +133,7 @@ def predict(
         while True:
             with phases("decode_wait"):
                 batch = next(batches, None)
-            # The engine gets its next batch before the last one's rows are made: it never waits for Python.
+            # The engine gets its next batch before the rows of the last one are made, so that it never waits for them.
             done = finish() if in_flight and (batch is None or len(in_flight) == engine.depth) else None
             if batch is not None:
                 submitted = time.time()
@@ -144,7 +145,7 @@ def predict(
             elif batch is None:
                 return
     finally:
-        wait([batch.future for batch in in_flight])  # what the engine still reads must not change
+        wait([batch.future for batch in in_flight])  # their pixels must not change while the engine reads them
         batches.close()
 
 
@@ -162,12 +163,12 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
 
 
 def _rows(batch: Batch, logits: torch.Tensor, present: list[int] | None) -> list[Row]:
-    """Equal logits rank by class index, so that a tie is broken the same way everywhere.
+    """The rows of a batch. Equal logits rank by class index, so that ties are broken in the same way everywhere.
 
-    present: the outputs that ``correct_present`` chooses among; None for all.
+    present: the outputs among which ``correct_present`` chooses; None for all outputs.
     """
-    classes = ranking(logits)  # and not of the probabilities: small ones tie at 0
-    # Not by torch, which starts a team of threads for however little: they would take cores from the engine.
+    classes = ranking(logits)  # not of the probabilities, because small ones are equal to 0
+    # numpy, because torch starts threads even for such small work, which would take cores from the engine.
     probabilities = np.take_along_axis(softmax(logits.numpy(), axis=1), classes.numpy(), axis=1)
     rows = []
     samples = zip(batch.files, batch.labels, batch.class_ids, batch.errors, strict=True)

@@ -1,4 +1,4 @@
-"""Reads and writes the files of a run, ``predictions.csv`` above all, so that a killed run can be resumed."""
+"""Reads and writes the files of a run, mainly ``predictions.csv``, so that a killed run can be resumed."""
 
 import csv
 import io
@@ -21,22 +21,23 @@ FLAGPERF = "flagperf.csv"
 
 
 def open_run_folder(out: Path, settings: dict, data: Dataset, resume: bool) -> tuple[list, dict | None, dict]:
-    """Take ``out`` for a run.
+    """Prepare the folder ``out`` for a run.
 
-    What is kept are whole batches, so that the rest is cut at the same boundaries as in an undisturbed run.
+    Only whole batches of an interrupted run are kept, so that the other batches have the same boundaries as in an
+    uninterrupted run.
 
     Args:
         out: the run's folder.
-        settings: all that shapes its predictions.
+        settings: everything on which the predictions depend.
         data: the labelled images.
-        resume: whether to go on with a run of the same settings that is there.
+        resume: whether to continue a run with the same settings in ``out``.
 
     Returns:
-        A row for each image, as an interrupted run left it, or None; the metrics of a run that was finished, so that
-        resuming it keeps its rates; and the settings that it was begun with, {} for a new one.
+        For each image, its row from the interrupted run, or None; the metrics of a finished run, so that resuming it
+        keeps its rates, or None; and the settings with which the run was begun, {} for a new run.
 
     Raises:
-        VitdemoError: when ``out`` holds anything but such a run to resume; it is left as it is.
+        VitdemoError: when ``out`` holds anything but such a run; it is then left unchanged.
     """
     settings = json.loads(json.dumps(settings))
     rows: list[Row | None] = [None] * settings["images"]
@@ -60,19 +61,19 @@ def open_run_folder(out: Path, settings: dict, data: Dataset, resume: bool) -> t
     for batch in batches_of(range(len(rows)), settings["device_batch_size"]):
         if not all(rows[batch.start : batch.stop]):
             rows[batch.start : batch.stop] = [None] * len(batch)
-    (out / METRICS).unlink(missing_ok=True)  # of a run that broke
+    (out / METRICS).unlink(missing_ok=True)  # left by a run that broke
     write_settings(out, before | settings)
     _write_predictions(out, rows)
     return rows, None, before
 
 
 def write_settings(out: Path, settings: dict) -> None:
-    """run.json."""
+    """Write run.json: the settings and the machine."""
     write_json(out / RUN, {"settings": settings, "machine": machine_record()})
 
 
 def finish_run(out: Path | None, rows: list[Row | None], metrics: dict) -> None:
-    """All rows in file order, as replicas brought them in any, and metrics.json; nothing where a run has no folder."""
+    """Write all rows in file order (replicas return them in any order), and metrics.json; nothing without a folder."""
     if out:
         with named_errors(out):
             _write_predictions(out, rows)
@@ -85,7 +86,7 @@ def _write_predictions(out: Path, rows: list[Row | None]) -> None:
 
 
 def write_rows(file: TextIO, rows: Iterable[Iterable]) -> None:
-    """Add rows as predictions.csv has them."""
+    """Append rows in the format of predictions.csv."""
     cells = ([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in row] for row in rows)
     csv.writer(file, lineterminator="\n").writerows(cells)
 
@@ -99,23 +100,23 @@ def _finished_metrics(out: Path) -> dict | None:
 
 
 def _read_rows(path: Path, data: Dataset, images: int) -> list[Row | None]:
-    """The whole rows of an interrupted run, which replicas left in any order, by image; None where there is none.
+    """The complete rows of an interrupted run, for each image its row or None; the file may have them in any order.
 
-    Raises VitdemoError when they are not rows of these images, at most one each.
+    Raises VitdemoError when a row belongs to no image of ``data``, or an image has several rows.
     """
     numbers = {file: number for number, file in enumerate(data.files[:images])}
     rows: list[Row | None] = [None] * images
     try:
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1].decode()  # the last line may be torn, within a character too
+        whole = content[: content.rfind(b"\n") + 1].decode()  # the last line may be incomplete, even in a character
         header, *lines = [*csv.reader(io.StringIO(whole, newline=""))] or [[*COLUMNS]]
         ours = header == [*COLUMNS]
         for line in lines:
             row = Row(*(_read(kind, cell) for kind, cell in zip(COLUMNS.values(), line, strict=True)))
-            number = numbers.pop(row.file)  # each image at most once
+            number = numbers.pop(row.file)  # an image has at most one row
             rows[number], correct = row, row.predicted_1 == row.label
             ours = ours and (row.label, row.correct) == (data.labels[number], correct)
-    except (ValueError, KeyError, csv.Error):  # no UTF-8, no table of these columns, or an image that is not there
+    except (ValueError, KeyError, csv.Error):  # not UTF-8, other columns, or an unknown image
         ours = False
     if not ours:
         raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
@@ -127,12 +128,12 @@ def _read(kind: type, cell: str) -> str | int | float | None:
 
 
 def appending(out: Path | None) -> TextIO:
-    """predictions.csv, open for further rows; where a run has no folder they go nowhere."""
+    """Open predictions.csv for appending rows; for a run without a folder, open the null device."""
     return open(out / PREDICTIONS if out else os.devnull, "a", encoding="utf-8", newline="")
 
 
 def rows_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows as a table; an unreadable image has no numbers."""
+    """The rows as a table; an unreadable image has no predictions."""
     types = dict.fromkeys(["label", "correct", "correct_present"], "int64") | dict.fromkeys(PREDICTED, "Int64")
     return pd.DataFrame(rows, columns=[*COLUMNS], dtype=object).astype(types | dict.fromkeys(PROBABILITY, "float64"))
 

@@ -1,4 +1,4 @@
-"""An engine's speed on random pixels in memory: an upper bound for ``evaluate``. The predictions are thrown away."""
+"""An engine's speed on random pixels in memory, an upper bound for ``evaluate``. The predictions are discarded."""
 
 from collections import deque
 from itertools import cycle
@@ -11,30 +11,31 @@ from vitdemo.inference.streams import quicker_form
 from vitdemo.machine import now, peak_memory_bytes
 from vitdemo.stats import percentiles_ms
 
-INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
-WARM_UP = 0.2  # of the timed seconds
-ANY_NUMBER = 1_000_000  # of images: random ones never end
+INPUTS = 4  # sets of pixels, used in rotation, so that the next set is not in the CPU's cache from its last use
+WARM_UP = 0.2  # the fraction of the timed seconds
+ANY_NUMBER = 1_000_000  # the number of images, because random ones are unlimited
 
 
 def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: float = 5.0) -> dict:
-    """Time ``engine`` on random pixels that lie in memory. The accuracy is not measured.
+    """Time ``engine`` on random pixels in memory. The accuracy is not measured.
 
     Args:
-        engine: what ``convert`` made.
-        device_batch_size: images of a call.
-        seconds: how long to measure.
+        engine: an engine from ``convert``.
+        device_batch_size: images per call.
+        seconds: the duration of the measurement.
 
     Returns:
-        The following, in seconds, images, images/s, milliseconds and bytes as the names say.
+        The following values, in seconds, images, images/s, milliseconds and bytes as the names say.
 
-    - ``first_run_s``: ``load_s``, the seconds in which the engine was made ready, and its first call. None for an
-      engine that has run before, whose first call is past.
-    - ``second_run_s``: the call after. ``compile_s`` = first - second, as in tt-metal's tables: loading and all that
-      a first call does once.
-    - ``latency_ms``: single calls, one at a time, for half of ``seconds``; 10 at least.
-    - ``streams``: calls side by side from here on, see ``quicker_form``, which takes about two seconds more.
-    - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: steady, as many batches in flight as the
-      engine takes (``engine.depth``), for the other half of ``seconds`` and 10 batches at least.
+    - ``first_run_s``: ``load_s`` (the seconds to make the engine ready) plus the first call. None for an engine that
+      has run before.
+    - ``second_run_s``: the second call. ``compile_s`` = first - second, as in tt-metal's tables: loading, and the work
+      that only a first call does.
+    - ``latency_ms``: single calls, one at a time, for half of ``seconds`` and at least 10 calls.
+    - ``streams``: the number of simultaneous calls in the following values, see ``quicker_form``, which takes about two
+      seconds more.
+    - ``inference_s``, ``images``, ``images_per_s`` = images / inference_s: the steady state, with as many batches in
+      flight as the engine takes (``engine.depth``), for the other half of ``seconds`` and at least 10 batches.
     - ``peak_memory_bytes``: this process's largest resident size so far.
 
     Raises:
@@ -75,7 +76,7 @@ def _call_s(engine: Engine, x: torch.Tensor) -> float:
 
 
 def _until(pixels: torch.Tensor, seconds: float, least: int = 1):
-    """The sets of pixels by turns, until the seconds are over and ``least`` were given."""
+    """Yield the sets of pixels in rotation, until the seconds are over and at least ``least`` were yielded."""
     start = now()
     for number, x in enumerate(cycle(pixels)):
         if number >= least and now() - start >= seconds:
@@ -84,7 +85,7 @@ def _until(pixels: torch.Tensor, seconds: float, least: int = 1):
 
 
 def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float, least: int = 10) -> tuple[int, float]:
-    """How many batches were done in how many seconds, from the first submission to the last logits."""
+    """The number of batches computed, and the seconds from the first submission to the last logits."""
     waiting, batches, start = deque(), 0, now()
     try:
         for x in _until(pixels, seconds, least):

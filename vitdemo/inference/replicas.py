@@ -1,13 +1,13 @@
 """Starts replicas, hands out ranges of images, and replaces a replica that dies or hangs; every image exactly once.
 
-The driver carries only ranges of indices there and rows back; each replica opens the data set and the artifact itself.
-A range that a replica did not bring back, because it died or hangs, is done again by its successor or by another one.
+The driver sends only ranges of indices and receives rows; each replica opens the data set and the artifact itself. If a
+replica dies or hangs before it returns a range, its successor or another replica computes the range again.
 
-Ray restarts actors and retries their calls too (``max_restarts``, ``max_task_retries``), but tells nobody: a loss could
-be neither counted nor reported, a replica that is being restarted not told from one that hangs, and a retried range
-waits for the successor while others are free. Without retries the calls of an actor that is to be restarted fail 1.3 to
-2 s after its death, those of another one at once (Ray 2.60). So here a successor is a new actor, and what a replica had
-in hand goes to whoever is free.
+Ray can restart actors and retry their calls too (``max_restarts``, ``max_task_retries``), but it does so silently: a
+loss could be neither counted nor reported, a restarting replica could not be distinguished from a hanging one, and a
+retried range would wait for the successor while other replicas are idle. Without retries, the calls of an actor that
+Ray will restart fail 1.3 to 2 s after its death, while those of any other actor fail at once (Ray 2.60). So here a
+successor is a new actor, and the unfinished ranges of a lost replica go to the next free one.
 """
 
 import socket
@@ -33,7 +33,7 @@ from vitdemo.models.classes import match_classes
 
 @dataclass
 class Task:
-    """What a replica was asked for. indices: of a range of images, None while the replica is made ready."""
+    """A call of a replica. indices: the range of images, None for a call that makes the replica ready."""
 
     reference: object
     indices: range | None
@@ -42,10 +42,10 @@ class Task:
 
 @dataclass
 class ReplicaState:
-    """A replica's place in the run, which its successors take over, and what was done there.
+    """A replica's slot in the run, which its successors take over, and the work done there.
 
-    place: where its process is, None while there is none. process: that one, if it is on this machine. busy_s: seconds
-    it worked on ranges that it brought back.
+    place: the place of its process, None while there is no process. process: that process, if it is on this machine.
+    busy_s: the seconds of work on ranges that were returned.
     """
 
     number: int
@@ -67,7 +67,7 @@ class ReplicaState:
 
     @property
     def pid(self) -> int | None:
-        """Of its process on its machine; None while it is being started."""
+        """The id of its process on its machine; None while it is being started."""
         return self.place and self.place.pid
 
     @property
@@ -75,64 +75,67 @@ class ReplicaState:
         return self.images / self.busy_s if self.busy_s else 0.0
 
     def brought_back(self, shard: Shard) -> None:
-        """Count a range that it did."""
+        """Count a range that the replica returned."""
         self.images += len(shard.indices)
         self.ranges += 1
         self.busy_s += shard.wall_s
         self.peak_memory_bytes = shard.peak_memory_bytes
 
     def forget_run(self) -> None:
-        """Begin to count anew."""
+        """Reset the counts for a new run."""
         self.images, self.ranges, self.busy_s, self.lost = 0, 0, 0.0, 0
 
     def record(self, wall_s: float) -> dict:
-        """Of a run that took ``wall_s``: its machine and cores, images and ranges that it brought back, ``busy_s``
-        (working on those), ``idle_s`` (the rest of ``wall_s``: waiting, being replaced, or working on what was lost),
-        ``images_per_s`` (over ``busy_s``), the precision that ran there, its process's peak memory."""
+        """The record of this slot for a run of ``wall_s`` seconds.
+
+        It has the machine and the cores, the images and ranges that were returned, ``busy_s`` (seconds of work on
+        them), ``idle_s`` (the rest of ``wall_s``: waiting, being replaced, or work that was lost), ``images_per_s``
+        (over ``busy_s``), the precision that ran there, the process's peak memory, and the number of lost replicas.
+        """
         own = ("host", "cores", "images", "ranges", "busy_s", "idle_s", "images_per_s", "precision_ran")
         found = vars(self) | {"images_per_s": self.images_per_s, "idle_s": wall_s - self.busy_s}
         return {"replica": self.number} | {name: found[name] for name in (*own, "peak_memory_bytes", "lost")}
 
 
-ATTEMPTS = 3  # of one range, or of starting one replica; then something is wrong that a restart does not cure
+ATTEMPTS = 3  # for one range, or for starting one replica; after these a restart does not help
 DEADLINE_S = 300.0
-SLOWER = 10  # times a range may take what the replica's rate says, before it counts as hung
-PLACED_S = 60.0  # for all to get a process; 10 s each where there are more than six
+SLOWER = 10  # a range may take this many times as long as the replica's rate predicts; then the replica counts as hung
+PLACED_S = 60.0  # seconds in which all replicas must get a process; 10 s each where there are more than six
 GOING_S = 3.0
-PREPARING = 6  # deadlines that a replica may take to be ready: it may have to build the engine
+PREPARING = 6  # deadlines in which a replica must be ready, because it may have to build the engine
 
 
 class Replicas(AbstractContextManager):
-    """``count`` replicas of an engine, started once, for any number of runs over ``data``.
+    """``count`` replicas of an engine, started once for any number of runs over ``data``.
 
     ::
 
         with Replicas(engine, data, 2) as replicas:
             evaluation = evaluate(engine, data, replicas=replicas)
 
-    One replica per device: a GPU each for an engine on CUDA; otherwise a share of each machine's cores, to which its
-    process is bound before a runtime is loaded. More replicas than cores share cores.
+    For an engine on CUDA each replica has one GPU. Otherwise each has a share of its machine's cores, to which its
+    process is bound before a runtime is loaded. If there are more replicas than cores, they share cores.
 
     Args:
-        engine: what ``convert`` made.
-        data: the labelled images; on other machines under the same path.
-        count: how many.
-        cores_each: of each replica; None is an equal share of its machine's.
-        ray_address: of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose machines are
-            used; None is the Ray that this process has, or one of its own on this machine.
-        deadline_s: how long a range of images may take (one batch at first, then about 5 s each) before its replica is
-            given up for hung, unless it is so slow that ten times what its rate says is more; give more for a model
-            whose single batch takes minutes.
-        share: of Ray's CPUs; of several ``Replicas`` that are alive at once, to work by turns, the shares add up to 1
-            at most.
+        engine: an engine from ``convert``.
+        data: the labelled images, under the same path on every machine.
+        count: the number of replicas.
+        cores_each: the number of cores per replica; None is an equal share of its machine's cores.
+        ray_address: the address of an existing cluster ("host:6379", or "auto" on one of its machines), all of whose
+            machines are used; None is the Ray that this process has, or a new one on this machine.
+        deadline_s: the seconds that a range of images may take (one batch at first, then about 5 s each) before its
+            replica counts as hung. A slow replica may take ten times as long as its rate predicts, if that is more.
+            Give a larger value for a model whose single batch takes minutes.
+        share: the fraction of Ray's CPUs. If several ``Replicas`` exist at the same time and work interleaved, their
+            shares must add up to at most 1.
 
     Attributes:
-        ray_start_s: seconds that starting or finding Ray took.
-        start_s: from then until every replica was ready.
+        ray_start_s: the seconds to start or find Ray.
+        start_s: the seconds from then until every replica was ready.
         slots: the replicas.
 
     Raises:
-        VitdemoError: where Ray is not installed or does not answer, and for what a replica lacks.
+        VitdemoError: where Ray is not installed or does not answer, and where a replica lacks something.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class Replicas(AbstractContextManager):
     ):
         at_least_1(replicas=count, cores_each=cores_each)
         if engine.recipe is None:
-            raise VitdemoError(f"{engine.info.tag}: replicas build an engine anew, so take one that convert made")
+            raise VitdemoError(f"{engine.info.tag}: replicas build the engine again, so it must come from convert")
         self.engine, self.data = engine, match_classes(engine.info, data)
         self._address, self._cores_each, self._deadline_s = self.data.address, cores_each, deadline_s
         print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
@@ -160,9 +163,9 @@ class Replicas(AbstractContextManager):
             recipe = self._ray.put(engine.recipe)
         except self._ray.exceptions.RayError as error:
             raise VitdemoError(f"replicas: Ray has no room for the model ({reason_of(error)})") from None
-        self._recipe = [recipe]  # Ray fetches an argument, but not what lies in a list: only who must build does
+        self._recipe = [recipe]  # Ray fetches arguments, but not those in a list; only a replica that builds fetches it
         self.slots = [ReplicaState(*each) for each in enumerate(place_replicas(self._ray, count, engine.device, share))]
-        self._failed: Counter[range | int] = Counter()  # attempts of a range, or in a row by a replica's number
+        self._failed: Counter[range | int] = Counter()  # failures by range, and successive failures by replica number
         try:
             for slot in self.slots:
                 self._start(slot)
@@ -177,22 +180,22 @@ class Replicas(AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """End the replicas. Ray itself goes on for the next ones, until ``stop_ray`` or the end of the process."""
+        """End the replicas. Ray itself keeps running for later ones, until ``stop_ray`` or the end of the process."""
         self._end(self.slots)
 
     @property
     def pids(self) -> list[int]:
-        """The replicas' processes, on their machines."""
+        """The ids of the replicas' processes on their machines."""
         return [slot.pid for slot in self.slots]
 
     @property
     def threads(self) -> int:
-        """CPU threads that a call of the largest replica uses."""
+        """The CPU threads that a call of the largest replica uses."""
         return max(slot.threads for slot in self.slots)
 
     @property
     def cores(self) -> int:
-        """CPU cores of all replicas together."""
+        """The number of CPU cores of all replicas together."""
         return len({(slot.host, core) for slot in self.slots for core in slot.cores})
 
     def __str__(self) -> str:
@@ -202,15 +205,16 @@ class Replicas(AbstractContextManager):
         return f"replicas: {len(self.slots)} on {self.cores} cores of {where}{shared}"
 
     def summary(self, schedule: str, wall_s: float) -> dict:
-        """Who did how much in the last run.
+        """The work of each replica in the last run.
 
         Args:
-            schedule: its name.
-            wall_s: seconds that the run took.
+            schedule: the name of the schedule.
+            wall_s: the seconds of the run.
 
         Returns:
-            ``count``, ``schedule``; ``lost``: replicas that died or hung and were replaced; ``ray_start_s``,
-            ``start_s``: starting Ray, and the replicas, in no rate; ``each``: by replica, see ``ReplicaState.record``.
+            ``count``, ``schedule``; ``lost``: the number of replicas that died or hung and were replaced;
+            ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes; ``each``:
+            one record per replica, see ``ReplicaState.record``.
         """
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
         lost = sum(slot.lost for slot in self.slots)
@@ -218,12 +222,12 @@ class Replicas(AbstractContextManager):
         return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
 
     def run(self, images: int, schedule: Schedule, **how: Any) -> Iterator[Shard]:
-        """The rows of every image exactly once, a shard for each range, as they come back.
+        """Yield the rows of every image exactly once, one shard per range, in the order in which they return.
 
         Args:
-            images: how many ``schedule`` holds.
-            schedule: who does which when.
-            how: what ``Replica.run`` takes besides.
+            images: the number of images in ``schedule``.
+            schedule: the schedule, which decides which replica computes which range.
+            how: the further arguments of ``Replica.run``.
 
         Raises:
             EngineFailure: when an engine breaks.
@@ -245,7 +249,7 @@ class Replicas(AbstractContextManager):
                     left -= len(shard.indices)
                     yield shard
         finally:
-            # Stopped half-way: what they still do is for nobody, and one that did not start may never.
+            # After an early stop, end the replicas that still work, and those that are not ready and may never be.
             stopped = left > 0
             self._end([s for s in self.slots if any(task.indices for task in s.tasks) or stopped and not s.ready])
 
@@ -254,13 +258,13 @@ class Replicas(AbstractContextManager):
             raise VitdemoError("replicas: the Ray that they were started on was stopped; start others")
 
     def step(self, device_batch_size: int) -> float:
-        """Time one batch of random pixels on every replica, handed out one right after the other.
+        """Time one batch of random pixels on every replica; all batches are handed out at once.
 
         Args:
-            device_batch_size: images of each.
+            device_batch_size: images per batch.
 
         Returns:
-            Seconds until the last one is done.
+            The seconds until the last batch is done.
 
         Raises:
             VitdemoError: when a replica is lost.
@@ -281,9 +285,9 @@ class Replicas(AbstractContextManager):
             slot.tasks.append(Task(slot.actor.run.remote(slot.number, indices, **how), indices))
 
     def _attend(self, schedule: Schedule | None) -> list[Shard]:
-        """Wait until something happened, and do what it asks for; the ranges that were brought back."""
+        """Wait until a task is done or too late, and react to it; return the shards that were returned."""
         heads = {slot.tasks[0].reference: slot for slot in self.slots if slot.tasks}
-        self._ray.wait(list(heads), timeout=min(1.0, self._deadline_s / 4))  # for one, then all that are there
+        self._ray.wait(list(heads), timeout=min(1.0, self._deadline_s / 4))  # for one task; below, all that are done
         happened, _ = self._ray.wait(list(heads), num_returns=len(heads), timeout=0)
         shards = [shard for reference in happened if (shard := self._collect(heads[reference], schedule))]
         for slot in filter(lambda slot: slot.tasks, self.slots):
@@ -297,7 +301,7 @@ class Replicas(AbstractContextManager):
         return shards
 
     def _patience_s(self, slot: ReplicaState) -> float:
-        """How long its first task may take."""
+        """The seconds that the slot's first task may take."""
         if slot.place is None:
             return max(PLACED_S, 10.0 * len(self.slots))
         if slot.ready and slot.images_per_s:
@@ -305,7 +309,7 @@ class Replicas(AbstractContextManager):
         return self._deadline_s * (1 if slot.ready else PREPARING)
 
     def _collect(self, slot: ReplicaState, schedule: Schedule | None) -> Shard | None:
-        """Take what a slot's first task gave."""
+        """Take the result of a slot's first task; return it if it is a shard."""
         try:
             answer = self._ray.get(slot.tasks[0].reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -332,7 +336,7 @@ class Replicas(AbstractContextManager):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         share = slot.share
-        where = NodeAffinitySchedulingStrategy(share.node, soft=True)  # another one where that is gone
+        where = NodeAffinitySchedulingStrategy(share.node, soft=True)  # another node where this one is gone
         options = dict(num_cpus=share.cpus, num_gpus=share.gpus, scheduling_strategy=where)
         slot.actor = self._ray.remote(Replica).options(**options).remote(share.number, share.count, self._cores_each)
         calls = (
@@ -342,7 +346,7 @@ class Replicas(AbstractContextManager):
         slot.tasks.extend(Task(call, None) for call in calls)
 
     def _place(self, slot: ReplicaState, place: Place) -> None:
-        """A replica has got its process."""
+        """Note the place of a replica that has got its process. Raises VitdemoError for other versions there."""
         if different := [name for name, version in installed().items() if place.installed.get(name) != version]:
             raise VitdemoError(f"replica on {place.host}: has another {', '.join(different)}; install the same")
         slot.place, slot.host, slot.cores = place, place.host, place.cores
@@ -351,7 +355,7 @@ class Replicas(AbstractContextManager):
                 slot.process = psutil.Process(place.pid)
 
     def _replace(self, slot: ReplicaState, schedule: Schedule | None, reason: str) -> None:
-        """End a slot's replica, hand its ranges to others, and start a successor."""
+        """End a slot's replica, give its ranges back to the schedule, and start a successor."""
         first = slot.tasks[0].indices
         self._failed.update({first or slot.number, slot.number})
         slot.lost += 1
@@ -366,13 +370,13 @@ class Replicas(AbstractContextManager):
         self._start(slot)
 
     def _end(self, slots: list[ReplicaState]) -> None:
-        """End the replicas of these slots, and wait until they are gone, as far as they are on this machine."""
+        """End the replicas of these slots, and wait for the end of those on this machine."""
         processes = [slot.process for slot in slots if slot.process]
         for slot in slots:
             if slot.actor is not None and self._ray.is_initialized():
                 self._ray.kill(slot.actor)
             slot.actor, slot.place, slot.process, slot.ready = None, None, None, False
             slot.tasks.clear()
-        for stuck in psutil.wait_procs(processes, timeout=GOING_S)[1]:  # a stopped process does not hear Ray
+        for stuck in psutil.wait_procs(processes, timeout=GOING_S)[1]:  # a suspended process does not react to Ray
             with suppress(psutil.NoSuchProcess):
                 stuck.kill()

@@ -1,7 +1,7 @@
-"""Who does which range of images when: two ways to share a data set among replicas.
+"""Two schedules, which decide which replica computes which range of images: asynchronous and synchronous.
 
-A schedule is made of the batches to do, by ascending index, and knows replicas by their numbers. ``ahead``: how many
-ranges a replica may have at once. ``step_s``: seconds of each global batch, where there are such.
+A schedule is made from the batches to compute, in ascending order, and identifies replicas by their numbers. ``ahead``:
+the number of ranges that a replica may have at once. ``step_s``: the seconds of each global batch, if there are any.
 """
 
 from collections import deque
@@ -9,22 +9,22 @@ from collections.abc import Sequence
 
 from vitdemo.machine import now
 
-RANGE_S = 5.0  # about how long a range of the asynchronous schedule takes
+RANGE_S = 5.0  # the approximate duration of a range in the asynchronous schedule
 LONGEST_BATCHES = 64
 
 
 class AsyncSchedule:
-    """Replicas take the next range as they finish: a slow or dying one holds nobody up.
+    """Each replica takes the next range when it finishes one, so that a slow or dying replica delays no other.
 
-    Ranges are whole batches, of about RANGE_S at the replica's own rate, and shorter towards the end, so that all
-    finish together.
+    A range is a number of whole batches that take about RANGE_S at the replica's own rate. Towards the end ranges are
+    shorter, so that all replicas finish at the same time.
     """
 
-    ahead = 2  # the next one lies ready, so that nobody waits for the driver
+    ahead = 2  # the next range is already there when one is done, so that a replica never waits for the driver
 
     def __init__(self, batches: Sequence[range], replicas: int):
         self._batches, self._replicas = deque(batches), replicas
-        self.step_s: list[float] = []  # it has no steps
+        self.step_s: list[float] = []  # this schedule has no steps
         self._again: deque[range] = deque()
 
     def take(self, replica: int, images_per_s: float) -> range | None:
@@ -36,7 +36,7 @@ class AsyncSchedule:
         at_rate = round(RANGE_S * images_per_s / len(self._batches[0]))
         indices = self._batches.popleft()
         for _ in range(min(at_rate, fair, LONGEST_BATCHES) - 1):
-            if self._batches[0].start != indices.stop:  # what lies between was done before
+            if self._batches[0].start != indices.stop:  # the images in between were done before
                 break
             indices = range(indices.start, self._batches.popleft().stop)
         return indices
@@ -49,10 +49,10 @@ class AsyncSchedule:
 
 
 class SyncSchedule:
-    """Each global batch, of one batch per replica, is cut into these; the next one begins when all are done.
+    """A global batch is one batch per replica; the next global batch begins when all of its batches are done.
 
-    What a lost replica had is its successor's. step_s: seconds of each global batch, from the first shard handed out to
-    the last one back.
+    The successor of a lost replica gets that replica's batch. step_s: the seconds of each global batch, from its start
+    to the last batch returned.
     """
 
     ahead = 1

@@ -1,7 +1,8 @@
-"""Whether an engine computes more with one call at a time on all its threads, or with one call on each.
+"""Measures which form of an engine is faster: one call at a time on all threads, or one call per thread at once.
 
-The threads of one call wait for each other after every operation, and for whatever else takes a core meanwhile, such as
-decoding; calls on one thread each wait for nobody. Replicas gain by the same, with a process for each.
+The threads of one call wait for each other after every operation, so other work on a core, such as decoding, delays all
+of them. Calls with one thread each do not wait for each other. Replicas, with one process each, gain for the same
+reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,36 +14,37 @@ from vitdemo.errors import EngineFailure
 from vitdemo.inference.loop import predict
 from vitdemo.machine import Phases, now
 
-ROUNDS, TURN_S = 3, 0.25  # turns of each form, after one that warms it up: about 2 s for both
-SHARE = 3  # at most one in so many of a run's images is measured on
-# Of one call's rate that streams must reach to be taken: what is nearly the same is to be chosen the same every time,
-# and whatever else takes a core meanwhile holds up one of many calls, but all threads of a single one.
+ROUNDS, TURN_S = 3, 0.25  # timed rounds of each form after a warm-up round, and seconds per round: about 2 s for both
+SHARE = 3  # the trial uses at most one third of the run's images
+# The fraction of one call's rate that streams must reach to be chosen. It is below 1 so that nearly equal rates always
+# give the same choice, and because other work on a core delays only one of many calls, but all threads of a single one.
 LEAST = 0.9
 
 
 def has_choice(engine: Engine) -> bool:
-    """Whether calls of ``engine`` may run side by side, and nobody said yet whether they do."""
+    """Whether calls of ``engine`` may run at the same time, and it is not decided yet whether they do."""
     return engine.streams is None and engine.threads > 1 and engine.device == "cpu"
 
 
 def quicker_form(
     engine: Engine, device_batch_size: int, source: str, images: int, rate: Callable[[Engine, int, int], float]
 ) -> tuple[Engine, dict[int, float]]:
-    """``engine`` with a stream for each thread, or as it is where that is quicker by more than a tenth.
+    """``engine`` with one stream per thread, or unchanged if that is faster by more than a tenth.
 
-    Both are timed by turns, once for an engine, a batch size and a source; what was found is kept in ``engine.forms``.
-    An engine stays as it is where that would cost more than it gives: for a short run, and for a model so slow that not
-    even one image per stream fits into TURN_S, whose matrices are large enough to keep every thread busy.
+    Both forms are timed interleaved, once per engine, batch size and source; the result is kept in ``engine.forms``.
+    The engine stays unchanged where the trial would cost more than it gains: for a short run, and for a model so slow
+    that not even one image per stream fits into TURN_S. The matrices of such a model are large enough to keep all
+    threads busy.
 
     Args:
-        engine: what ``convert`` made.
-        device_batch_size: images at once.
-        source: where they come from.
-        images: how many there are to be run.
-        rate: images/s of a form over so many images, in batches of such a size.
+        engine: an engine from ``convert``.
+        device_batch_size: images per batch.
+        source: the source of the images.
+        images: the number of images in the run.
+        rate: a function of a form, a number of images and a batch size, which returns images/s.
 
     Returns:
-        The form, and the median rate in images/s by the number of streams, which is empty where nothing was timed.
+        The form, and the median rates in images/s by the number of streams, empty where nothing was timed.
     """
     key, most = (device_batch_size, source), images // (2 * (1 + ROUNDS) * SHARE)
     if not has_choice(engine):
@@ -56,10 +58,10 @@ def quicker_form(
             count = fitting // (size * engine.threads) * size * engine.threads
             forms = engine, engine.side_by_side()
             rounds = [[rate(form, count, size) for form in forms] for _ in range(1 + ROUNDS)][1:]
-        except EngineFailure:  # it will fail in the run too, which says so
+        except EngineFailure:  # the engine will fail in the run too, which reports it
             return engine, {}
         one, many = map(median, zip(*rounds, strict=True))
-        ratio = median(many / one for one, many in rounds)  # what slows the machine for a while slows both of a round
+        ratio = median(many / one for one, many in rounds)  # other load on the machine slows both forms of a round
         engine.forms[key] = forms[1] if ratio > LEAST else None, {1: one, engine.threads: many}
     form, rates = engine.forms.get(key, (None, {}))
     return form or engine, rates
@@ -68,11 +70,11 @@ def quicker_form(
 def quicker_on_images(
     engine: Engine, data: Sequence[Sample], images: int, *, device_batch_size: int, input_path: str
 ) -> tuple[Engine, dict[int, float]]:
-    """``quicker_form`` from file to row, on the first images of ``data``, whose rows are thrown away.
+    """``quicker_form``, timed from file to row on the first images of ``data``, whose rows are discarded.
 
     Args:
         engine, data, device_batch_size, input_path: as in ``evaluate``.
-        images: how many are to be run.
+        images: the number of images in the run.
     """
 
     def rate(form: Engine, count: int, size: int) -> float:

@@ -1,4 +1,4 @@
-"""What a model's files say, read without executing them: tensors, settings, and what the outputs are called."""
+"""Reads a model's files without executing code in them: tensors, settings, and the names of the outputs."""
 
 import re
 import sys
@@ -17,15 +17,15 @@ from timm.models import clean_state_dict
 
 from vitdemo.errors import VitdemoError, reason_of
 
-PLAIN, AVERAGED = ("state_dict", "model"), ("state_dict_ema", "model_ema")  # what training scripts call them
+PLAIN, AVERAGED = ("state_dict", "model"), ("state_dict_ema", "model_ema")  # the names in training scripts' files
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds.
+    """The content of a checkpoint file.
 
-    state_dict: by the file's names, without the prefixes of DDP and torch.compile. said: the arguments of timm's
-    training script, such as ``model``, ``img_size`` and ``mean``; in other files ``model`` alone, or nothing.
+    state_dict: the tensors by the file's names, without the prefixes of DDP and torch.compile. said: the arguments of
+    timm's training script, such as ``model``, ``img_size`` and ``mean``; for other files only ``model``, or nothing.
     """
 
     path: Path
@@ -34,15 +34,15 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
-    """The tensors of a ``.safetensors`` or ``.npz`` file, or of a torch file read with ``weights_only=True``.
+    """Read the tensors of a ``.safetensors`` or ``.npz`` file, or of a torch file with ``weights_only=True``.
 
     Args:
-        path: of that file; ``~`` is not expanded.
-        ema: take the moving average of the weights, which training scripts keep beside them.
+        path: the file; ``~`` is not expanded.
+        ema: take the moving average of the weights, which training scripts store together with the weights.
 
     Raises:
         VitdemoError: for a missing or damaged file, for a pickle that holds anything but tensors and settings, and
-            where there is no moving average.
+            where ``ema`` is given and there is no moving average.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,11 +55,11 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
         chosen = clean_state_dict(averages or weights if ema else weights)
         if not all(isinstance(tensor, torch.Tensor) for tensor in chosen.values()):
             raise TypeError("it holds more than tensors by name")
-    except Exception as error:  # each reader and each kind of damage has exceptions of its own
+    except Exception as error:  # each reader raises other types for each kind of damage
         reason = reason_of(error)
-        if "weights_only" in str(error):  # torch's word for a pickle that wants to run something
+        if "weights_only" in str(error):  # torch's message for a pickle that would execute code
             reason = "it holds more than tensors, perhaps code, and is not opened"
-        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save the state_dict() alone anew") from None
+        raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save only the state_dict() again") from None
     if ema and averages is None:
         raise VitdemoError(f"{path}: holds no {' or '.join(AVERAGED)}; leave the moving average (ema) out")
     if averages is not None and weights is not averages:
@@ -76,16 +76,16 @@ def _content(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays}
-    with torch.serialization.safe_globals([Namespace]), catch_warnings(action="ignore"):  # timm's own files hold one
+    with torch.serialization.safe_globals([Namespace]), catch_warnings(action="ignore"):  # timm's files have one
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unwrapped(state_dict: dict[str, torch.Tensor], expected: Set[str]) -> dict[str, torch.Tensor]:
-    """Without the prefix that a wrapper gave to all keys, such as Lightning's ``model.``, where that is what differs.
+    """Remove the prefix that a wrapper gave to all keys, such as Lightning's ``model.``.
 
     Args:
-        state_dict: of a file.
-        expected: keys of which some are there without the prefix.
+        state_dict: the tensors of a file.
+        expected: the model's keys. The prefix is removed only if no key matches with it, and some match without it.
     """
     first = next(iter(state_dict), "")
     for dot in re.finditer(r"\.", first) if not expected & state_dict.keys() else ():
@@ -98,12 +98,15 @@ def unwrapped(state_dict: dict[str, torch.Tensor], expected: Set[str]) -> dict[s
 
 IMAGENET = ImageNetInfo("imagenet-1k")
 WNIDS = tuple(IMAGENET.label_names())
-GENERIC = re.compile(r"LABEL_\d+")  # what transformers, and timm in 2021, write where nobody named anything
+GENERIC = re.compile(r"LABEL_\d+")  # the names that transformers, and timm in 2021, write for unnamed outputs
 
 
 class Labels(NamedTuple):
-    """classes: an id for each output. names: what people call it. Each None where nobody knows, or they are not told
-    apart."""
+    """The names of a model's outputs.
+
+    classes: one id per output. names: one readable name per output. Each is None where it is unknown; ``classes`` is
+    also None where two outputs have the same name.
+    """
 
     classes: tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
@@ -113,15 +116,15 @@ IMAGENET_LABELS = Labels(WNIDS, tuple(IMAGENET.label_descriptions()))
 
 
 def labels_of(given: object, descriptions: object = None) -> Labels:
-    """What the entries of a configuration say.
+    """The Labels that the entries of a configuration give.
 
     Args:
         given: ``id2label`` or ``label_names``: a list, or an object by the outputs' numbers.
         descriptions: timm's ``label_descriptions``, by those names.
 
     Returns:
-        Nothing where an output has no name of its own or all are generic; names alone where two outputs share one, as
-        no data can be told apart by them; wnids for ImageNet-1k's descriptions in their order.
+        Empty Labels where an output has no name or all names are generic. Only names where two outputs share a name,
+        because classes cannot be matched by it. The wnids as classes for ImageNet-1k's descriptions in their order.
     """
     names = _in_order(given)
     if not names or not all(isinstance(name, str) and name for name in names):
@@ -135,7 +138,7 @@ def labels_of(given: object, descriptions: object = None) -> Labels:
 
 
 def _in_order(given: object) -> tuple:
-    """A list, or the values of an object whose keys are 0 to n - 1; else nothing."""
+    """The items of a list, or the values of an object whose keys are 0 to n - 1; otherwise an empty tuple."""
     if isinstance(given, Mapping):
         by_number = {str(key): value for key, value in given.items()}
         given = [by_number.get(str(k)) for k in range(len(by_number))] if "0" in by_number else ()
@@ -145,12 +148,12 @@ def _in_order(given: object) -> tuple:
 def _are_imagenet_names(labels: tuple[str, ...]) -> bool:
     """Whether ``labels`` name the synsets of ImageNet-1k in their order, as in "tench, Tinca tinca".
 
-    Each shares at least as many names with its own synset as with any other; a few may share none at all, like the
-    "crane2" by which some lists tell the machine from the bird.
+    Each label must share at least as many names with its own synset as with any other. A few labels may share none at
+    all, such as "crane2", with which some lists distinguish the machine from the bird.
     """
     if len(labels) != len(WNIDS):
         return False
-    having = defaultdict(set)  # name -> the synsets that have it
+    having = defaultdict(set)  # name -> the synsets with this name
     for index, description in enumerate(IMAGENET_LABELS.names):
         for name in _names(description):
             having[name].add(index)

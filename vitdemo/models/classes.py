@@ -1,4 +1,4 @@
-"""Whose output is which class: a data set's classes and a model's outputs matched by their names."""
+"""Matches a data set's classes with a model's outputs by their names."""
 
 import csv
 import io
@@ -22,25 +22,26 @@ HEADER = ["class", "output"]
 
 
 def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None = None) -> Dataset:
-    """The data set with a model's outputs as labels. A part of the model's classes is fine.
+    """The data set with a model's outputs as labels. The data set may have only some of the model's classes.
 
-    Classes are matched by names, never by position that nobody stated: by equal ids; then by ids and names without
-    regard to case, blanks, hyphens and underscores, of which the model's and the data's may have several with commas.
+    Classes are matched by names, and by position only where ``class_map`` says so. Equal ids match first, then ids and
+    names that are equal without regard to case, blanks, hyphens and underscores. A name may be several synonyms with
+    commas between them.
 
     Args:
-        info: the model's.
-        data: the data set; what was matched to this model before is given back as it is.
-        class_map: instead of names: a file of rows ``class,output`` (.csv, .tsv) or a JSON object, with the data's
-            class and the model's output by its name or number, several classes to one output allowed; "sorted" for a
-            checkpoint whose outputs are the folders in their order as text, as torchvision sorts them; "natural" as
-            timm does, 2 before 10; "numbers" where a class's id is the output's number.
+        info: the model's info.
+        data: the data set; one that is already matched with this model is returned unchanged.
+        class_map: used instead of names: a file of rows ``class,output`` (.csv, .tsv) or a JSON object, with the data's
+            class and the model's output by its name or number, where several classes may have the same output; or
+            "sorted" for a checkpoint whose outputs are the folders sorted as text, as torchvision does; or "natural"
+            for 2 before 10, as timm does; or "numbers" where a class's id is the output's number.
 
     Returns:
-        The data set, whose ``decided`` says how.
+        The data set; its ``decided`` says how the classes were matched.
 
     Raises:
-        VitdemoError: names the first class without an output and the nearest outputs, or the row of ``class_map`` that
-            is wrong.
+        VitdemoError: with the first class that has no output and the most similar outputs, or with the wrong row of
+            ``class_map``.
     """
     outputs = _Outputs(info, data)
     if data.decided and data.classes == outputs.classes:
@@ -59,12 +60,12 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
 
 
 def plain(name: str) -> str:
-    """A name without case, blanks, hyphens and underscores."""
+    """A name in lower case, without blanks, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 class _Outputs:
-    """A model's outputs by whatever they may be called."""
+    """A model's outputs, found by their ids and names."""
 
     def __init__(self, info: ModelInfo, data: Dataset):
         self.tag, self.known, self.count = info.tag, info.classes is not None, info.outputs
@@ -78,7 +79,7 @@ class _Outputs:
                 self.by_name.setdefault(plain(word), set()).add(k)
 
     def find(self, *names: str) -> int | None:
-        """The output of one of these names, the first that one output alone has."""
+        """The output for the first of these names that belongs to exactly one output; None where there is none."""
         if names and names[0] in self.by_id:
             return self.by_id[names[0]]
         for name in names:
@@ -87,12 +88,12 @@ class _Outputs:
         return None
 
     def shared(self, name: str) -> list[str]:
-        """The outputs that share a name, where there are several."""
+        """The outputs that share a name; an empty list where only one output has it."""
         found = sorted(self.by_name.get(plain(name), ()))
         return [f"{self.classes[k]} (number {k})" for k in found] if len(found) > 1 else []
 
     def nearest(self, name: str) -> str:
-        """The outputs whose names are most like it, for messages."""
+        """The outputs with the names most similar to ``name``, for messages."""
         near = [] if WNID.fullmatch(name) else get_close_matches(plain(name), self.by_name, n=3)
         shown = dict.fromkeys(self.shown(min(self.by_name[word])) for word in near)
         return f"; the nearest: {', '.join(shown)}" if shown else f"; its outputs are {self.some()}"
@@ -131,11 +132,11 @@ def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[di
 
 
 def _advice(ids: Iterable[str]) -> str:
-    """What a user can say of the outputs, for ids like these."""
-    file = "--class-map FILE with rows class,output says which output each class is"
+    """The --class-map options that the user can give for class ids like these."""
+    file = "give --class-map FILE with rows class,output"
     if all(map(str.isdecimal, ids)):
-        return f"{file}, --class-map numbers that the number is the output, natural that they are the numbers' order"
-    return f"{file}, --class-map sorted that the outputs are the folders in their order, natural with 2 before 10"
+        return f"{file}, --class-map numbers if a class's number is its output, or natural for the numbers' order"
+    return f"{file}, --class-map sorted if the outputs are the folders sorted as text, or natural for 2 before 10"
 
 
 def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
@@ -148,7 +149,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
     ids = sorted(data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
-        why = "an order tells them only where all classes are there; --class-map FILE may name a part"
+        why = "an order needs all classes to be there; --class-map FILE may name only some"
         counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
         raise VitdemoError(f"{option}: {counts}; {why}")
     place = {class_id: k for k, class_id in enumerate(ids)}
@@ -175,12 +176,12 @@ def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) 
         near = f"; is {absent[0]!r}, which {data.path} has not, meant?" if absent else ""
         lack = f"has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one){near}"
         raise VitdemoError(f"{path}: {lack}; give each class a row")
-    beside = f", {len(absent)} of whose rows are of classes that are not here" if absent else ""
+    beside = f", with {len(absent)} rows for classes that are not in the data" if absent else ""
     return found, f"by the file {path.name}{beside}"
 
 
 def _rows(path: Path) -> list[tuple[int, str, str]]:
-    """Number, class and output of each row. Raises VitdemoError for a file of another form."""
+    """The number, class and output of each row. Raises VitdemoError for a file in another format."""
     with named_errors(path, f"; or give one of {', '.join(ORDERS)}"):
         content = path.read_bytes()
     try:

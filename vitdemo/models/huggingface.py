@@ -1,6 +1,6 @@
-"""Hugging Face's layout, and its ViTForImageClassification as timm's VisionTransformer: configuration and tensors.
+"""Hugging Face's layout; loads its ViTForImageClassification, configuration and tensors, as timm's VisionTransformer.
 
-What the files mean by what they say, and by what they leave out, is transformers' ViTConfig.
+The entries of the configuration, and the defaults of those left out, are as in transformers' ViTConfig.
 """
 
 import sys
@@ -19,7 +19,7 @@ from vitdemo.models.loading import WEIGHTS_FILE, Plan
 from vitdemo.models.processors import read_processor, refuse
 
 ARCHITECTURE = "ViTForImageClassification"
-WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")  # google/vit-large-patch16-224 has the second alone
+WEIGHTS_FILES = (WEIGHTS_FILE, "pytorch_model.bin")  # google/vit-large-patch16-224 has only the second
 
 SIDES = {"image_size": 224, "patch_size": 16, "num_channels": 3}
 DEPTHS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -28,7 +28,7 @@ DEFAULTS = SIDES | DEPTHS | LAYERS | {"architectures": None, "num_labels": 2}
 ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}
 ACTIVATIONS |= dict.fromkeys(("gelu_fast", "gelu_new", "gelu_pytorch_tanh"), GELUTanh)
 
-# timm's layer -> Hugging Face's. Several are stacked in this order, output channel after output channel.
+# timm's layer -> Hugging Face's layers. Several are concatenated in this order along the output channels.
 EMBEDDINGS_AND_HEAD = {
     "cls_token": ("vit.embeddings.cls_token",),
     "pos_embed": ("vit.embeddings.position_embeddings",),
@@ -36,8 +36,8 @@ EMBEDDINGS_AND_HEAD = {
     "norm": ("vit.layernorm",),
     "head": ("classifier",),
 }
-# By the prefix of the blocks: what save_pretrained writes, and what transformers 5 calls the same things in memory,
-# which is what torch.save(model.state_dict()) writes.
+# The names inside a block, by the prefix of the blocks. save_pretrained writes the first set. transformers 5 uses the
+# second set in memory, so torch.save(model.state_dict()) writes that.
 NORMS = {"norm1": ("layernorm_before",), "norm2": ("layernorm_after",)}
 BLOCKS = {
     "vit.encoder.layer": {
@@ -53,17 +53,17 @@ BLOCKS = {
         "mlp.fc2": ("mlp.fc2",),
     },
 }
-# The pooler comes after the last norm of a bare ViTModel; the classifier reads that norm's class token itself.
+# The pooler follows the last norm in a bare ViTModel. The classifier reads the class token after that norm directly.
 UNUSED = ("vit.pooler.dense.weight", "vit.pooler.dense.bias")
 
 
 def is_config(config: Mapping) -> bool:
-    """Whether a config.json is Hugging Face's; one that holds timm's own is left to timm."""
+    """Whether a config.json is in Hugging Face's layout, and not in timm's."""
     return "architecture" not in config and ("architectures" in config or "model_type" in config)
 
 
 def is_state_dict(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    """Whether weights have Hugging Face's keys."""
+    """Whether the weights have Hugging Face's keys."""
     return any(key.startswith(("vit.embeddings.", *BLOCKS)) for key in state_dict)
 
 
@@ -71,12 +71,12 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> 
     """The plan of a folder in Hugging Face's layout.
 
     Args:
-        path: of the folder's config.json.
-        config: what that holds.
-        find: gives the path of the first of several files beside it that is there.
+        path: the path of the folder's config.json.
+        config: the content of the config.json.
+        find: returns the path of the first of several files in the folder that exists.
 
     Raises:
-        VitdemoError: names the file and the entry that cannot be expressed.
+        VitdemoError: with the file and the entry that cannot be expressed.
     """
     if config.get("model_type", "vit") != "vit" and config.get("architectures") != [ARCHITECTURE]:
         return transformers_models.plan_from_config(path, config, find, WEIGHTS_FILES)
@@ -90,11 +90,11 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> 
 
 
 def build_module(config: Mapping, source: str) -> VisionTransformer:
-    """timm's module for a config.json, with random weights.
+    """Build timm's module for a config.json, with random weights.
 
-    Raises VitdemoError that names ``source`` and the entry that timm's module cannot express.
+    Raises VitdemoError with ``source`` and the entry that timm's module cannot express.
     """
-    # null means the same as left out
+    # an entry that is null counts as left out
     values = DEFAULTS | {key: config[key] for key in DEFAULTS if config.get(key) is not None}
     if isinstance(labels := config.get("id2label"), dict) and labels:
         values["num_labels"] = len(labels)
@@ -122,18 +122,18 @@ def load_checkpoint(module: VisionTransformer, checkpoint: Checkpoint) -> Vision
     """Copy Hugging Face's tensors into timm's module.
 
     Args:
-        module: of the checkpoint's architecture.
-        checkpoint: under either of Hugging Face's sets of names.
+        module: a module of the checkpoint's architecture.
+        checkpoint: a checkpoint with either of Hugging Face's two sets of names.
 
     Raises:
-        VitdemoError: for missing, extra and misshapen keys, by the names that the file has.
+        VitdemoError: for missing, extra and misshapen keys, with the file's own names.
     """
     state_dict, source = unwrapped(checkpoint.state_dict, _targets(module, next(iter(BLOCKS))).keys()), checkpoint.path
     unused = [key for key in UNUSED if key in state_dict]
     if unused:
-        print(f"{source}: {', '.join(unused)} not used, as the classifier does without", file=sys.stderr)
+        print(f"{source}: {', '.join(unused)} not used, because the classifier does not need it", file=sys.stderr)
     prefix = next((prefix for prefix in BLOCKS if any(key.startswith(f"{prefix}.") for key in state_dict)), None)
-    theirs = nn.Module()  # a module of their names over timm's memory
+    theirs = nn.Module()  # a module with Hugging Face's names over the memory of timm's tensors
     for key, part in _targets(module, prefix or next(iter(BLOCKS))).items():
         *path, name = key.split(".")
         place = theirs
@@ -145,7 +145,7 @@ def load_checkpoint(module: VisionTransformer, checkpoint: Checkpoint) -> Vision
 
 
 def _targets(module: VisionTransformer, prefix: str) -> dict[str, torch.Tensor]:
-    """Hugging Face's key -> the part of timm's tensor that it fills."""
+    """Map each of Hugging Face's keys to the part of timm's tensor that it fills."""
     layers = dict(EMBEDDINGS_AND_HEAD)
     for block in range(len(module.blocks)):
         for ours, theirs in (NORMS | BLOCKS[prefix]).items():

@@ -1,4 +1,4 @@
-"""What loaders of both layouts share: a plan, files and repositories, weights into a module, and their hash."""
+"""Shared by the loaders of both layouts: a plan, files of folders and repositories, loading weights, and their hash."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.models.checkpoints import Checkpoint, Labels
 
 WEIGHTS_FILE = "model.safetensors"
-MOST = 300  # characters of torch's list of keys that do not fit
+MOST = 300  # the largest number of characters of torch's list of keys that do not fit
 
 
 class Plan(NamedTuple):
-    """A model before its weights.
+    """A model before its weights are loaded.
 
-    file: finds those that belong to it. load: copies a checkpoint into ``module`` and gives it back, or another one
-    that has as many outputs as the checkpoint.
+    file: finds the file with the model's own weights. load: copies a checkpoint into ``module`` and returns it, or
+    returns another module that has as many outputs as the checkpoint.
     """
 
     module: nn.Module
@@ -42,37 +42,37 @@ class Plan(NamedTuple):
 
 
 def read_config(path: Path, otherwise: str = "") -> dict:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
-        path: of that file.
-        otherwise: where to get one, for the error when it is not there.
+        path: the file.
+        otherwise: where to get the file, for the error when it is missing.
 
     Raises:
-        VitdemoError: when there is none.
+        VitdemoError: when the file is missing or does not hold a JSON object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        usual = f"a model folder has it beside {WEIGHTS_FILE}, in timm's layout or Hugging Face's"
+        usual = f"a model folder has it next to {WEIGHTS_FILE}, in timm's layout or Hugging Face's"
         raise VitdemoError(f"{path}: not there; {otherwise or usual}") from None
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise VitdemoError(f"{path}: is not a JSON object; save the model again or fetch it anew")
+        raise VitdemoError(f"{path}: is not a JSON object; save the model again or download it again")
     return config
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy weights into a module, every key exactly once and in its own shape.
+    """Copy weights into a module; every key must be there exactly once and have the right shape.
 
     Args:
-        module: takes them in its own dtype.
-        state_dict: from a file.
-        source: names that file in errors.
+        module: the module, which converts the weights to its own dtype.
+        state_dict: the tensors of a file.
+        source: the file's name, for errors.
 
     Raises:
-        VitdemoError: torch's list of missing, extra and misshapen keys, in one line.
+        VitdemoError: with torch's list of missing, extra and misshapen keys, in one line.
     """
     try:
         module.load_state_dict(state_dict)
@@ -81,20 +81,21 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
 
 
 def misfit(source: Path | str, wrong: str) -> str:
-    """The line that says which keys of the file ``source`` do not fit, cut where there are many."""
+    """The error message about the keys of the file ``source`` that do not fit, shortened where there are many."""
     wrong = shorten(wrong, MOST, placeholder=" …")
-    return f"{source}: weights of another architecture, give the one they are of: {wrong}"
+    return f"{source}: weights of another architecture; give the one that they belong to: {wrong}"
 
 
-_found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # where its tensors lie, and their hash
+_found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # the tensors' addresses, and their hash
 
 
 def weights_sha256(module: nn.Module, *, anew: bool = True) -> str:
-    """sha256 over every tensor's name, dtype, shape and bytes: the same however the weights were stored.
+    """The sha256 over every tensor's name, dtype, shape and bytes. It does not depend on how the weights were stored.
 
     Args:
-        module: parameters and buffers count, those that no file of weights holds included.
-        anew: False takes what was found last where torch knows of no write since; it does not of one through ``.data``.
+        module: the module, whose parameters and buffers count, including buffers that no weights file holds.
+        anew: False returns the last hash if torch has noticed no write since; torch does not notice writes through
+            ``.data``.
     """
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     state = [(name, x.data_ptr(), None if x.is_inference() else x._version) for name, x in tensors]
@@ -113,8 +114,8 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
 
     Args:
         repo_id: owner/name.
-        names: of which the first that is there is taken.
-        bring: what to do on a machine with a network, for errors.
+        names: the possible names; the first that exists is taken.
+        bring: the advice for a machine with a network, for errors.
 
     Raises:
         VitdemoError: when there is no such repository or file, or neither a network nor a cached copy.
@@ -128,23 +129,23 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
             try:
                 return Path(hf_hub_download(repo_id, name))
             except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) or name == names[-1]:  # the connection broke, or none is
+                if isinstance(error, LocalEntryNotFoundError) or name == names[-1]:  # no connection, or no file
                     raise
     except HFValidationError:
         raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
     except RepositoryNotFoundError:
-        raise VitdemoError(f"{repo_id}: the hub has no such repository, or keeps it closed; check the name") from None
-    except Exception as error:  # connections break, disks fill and names are odd in types of many libraries
+        raise VitdemoError(f"{repo_id}: the hub has no such repository, or it is private; check the name") from None
+    except Exception as error:  # many libraries' types, for broken connections, full disks and invalid names
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
         reason = reason_of(error)
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
-    why = "HF_HUB_OFFLINE forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+    why = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and {why}; {bring}")
 
 
 def hub_resolves() -> bool:
-    """Whether the hub's name resolves: asked first because a download retries for 45 s before it gives up."""
+    """Whether the hub's host name resolves. It is checked first, because a failing download retries for 45 s."""
     if constants.HF_HUB_OFFLINE:
         return False
     if any(os.environ.get(name) for proxy in ("HTTPS_PROXY", "ALL_PROXY") for name in (proxy, proxy.lower())):
@@ -155,12 +156,12 @@ def hub_resolves() -> bool:
 
 
 def is_name(name: str) -> bool:
-    """Whether timm knows the architecture, whatever the weights tag after its dot."""
+    """Whether timm knows the architecture in ``name``; the weights tag after the dot is not checked."""
     return timm.is_model(name.partition(".")[0])
 
 
 def full_tag(name: str) -> str:
-    """``name``, with the tag of timm's own choice where it is a bare architecture of timm's that has weights."""
+    """``name``, with timm's default tag appended if it is only an architecture and timm has weights for it."""
     if "." in name or not is_name(name) or not (weights := timm.get_pretrained_cfg(name)) or not weights.tag:
         return name
     return f"{name}.{weights.tag}"

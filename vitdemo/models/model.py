@@ -1,4 +1,4 @@
-"""A model with everything needed to use it right: Model, ModelInfo, load_model."""
+"""A model with everything needed to use it correctly: Model, ModelInfo, load_model."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from vitdemo.models.loading import Plan, weights_sha256
 from vitdemo.models.sources import architecture_of, is_file, planned
 from vitdemo.paths import user_path
 
-# torch's own formulas; before 2.15 they leave out the attention that CPUs run.
+# torch's own formulas; before torch 2.15 they lack the attention operation of CPUs.
 aten = torch.ops.aten
 ATTENTION = flop_registry[aten._scaled_dot_product_flash_attention]
 FLOP_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION, **flop_registry}
@@ -28,13 +28,13 @@ FLOP_FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: ATTENTION, **
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model is, without its weights; goes onto every engine, card and result.
+    """The description of a model, without its weights. It is part of every engine, card and result.
 
     tag: the full name, e.g. ``vit_base_patch16_224.augreg2_in21k_ft_in1k``. weights: "pretrained", "random"
-    or the file they came from. classes: an id for each output, a wnid or a word, or None where nobody knows them.
-    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, attention's included, at batch 1
-    (counted by torch's own formulas, ``torch.utils.flop_counter``). class_names: what people call each output, where
-    that is known. outputs: how many there are.
+    or the name of the weights file. classes: one id per output (a wnid or a word), or None where they are unknown.
+    flops_per_image: 2 x the multiply-accumulates of convolutions and matrix products, including attention, at batch 1
+    (counted by torch's own formulas, ``torch.utils.flop_counter``). class_names: a readable name per output, or None.
+    outputs: the number of outputs.
     """
 
     tag: str
@@ -47,16 +47,16 @@ class ModelInfo:
     outputs: int = 0
 
     def random_pixels(self, *counts: int) -> torch.Tensor:
-        """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
+        """Random pixels, uint8[*counts, C, H, W], the same in every call."""
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 class Model:
-    """A torch module that takes normalised float32[B, 3, H, W] and gives logits [B, C], and its ModelInfo.
+    """A torch module from normalised float32[B, 3, H, W] to logits [B, C], and its ModelInfo.
 
-    ``info.weights_sha256`` is that of the weights that the module has now, whatever it was before. They are read for it
-    once, and again by each ``convert``.
+    ``info.weights_sha256`` is computed from the module's present weights; the value in the given ``info`` is ignored.
+    The weights are read once for it, and again by each ``convert``.
     """
 
     def __init__(self, module: nn.Module, info: ModelInfo):
@@ -74,19 +74,19 @@ class Model:
         class_names: tuple[str, ...] | None = None,
         weights: str = "as given",
     ) -> "Model":
-        """Any ``torch.nn.Module`` that classifies images.
+        """A Model from any ``torch.nn.Module`` that classifies images.
 
         Args:
-            module: itself, not a copy: it is put into evaluation mode and its parameters are frozen.
-            preprocessing: what its weights expect of an image.
+            module: the module. It is not copied: it is put into evaluation mode, and its parameters are frozen.
+            preprocessing: the model's own preprocessing.
             name: the ``tag`` of its info.
-            classes: the wnid of each output, or whatever the data's classes are called.
-            class_names: what people call each output.
-            weights: where they came from.
+            classes: the wnid of each output, or the id of the class in the data.
+            class_names: a readable name of each output.
+            weights: the origin of the weights.
 
         Raises:
             VitdemoError: when its parameters are not float32 on the CPU, when it does not run on float32[1, 3, H, W],
-                or when ``classes`` or ``class_names`` is not as long as its output.
+                or when ``classes`` or ``class_names`` does not have one entry per output.
         """
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
@@ -99,9 +99,9 @@ class Model:
 
 
 class FlopsByPrecision(TorchDispatchMode):
-    """While active, adds up the FLOPs that torch executes by the dtype of their first operand.
+    """While active, adds up the FLOPs that torch executes, by the dtype of the first operand.
 
-    ``.flops``: Counter of dtype name ("float32") -> FLOPs, 2 x multiply-accumulates.
+    ``.flops``: a Counter of dtype name ("float32") -> FLOPs, 2 x multiply-accumulates.
     """
 
     def __init__(self):
@@ -119,7 +119,7 @@ class FlopsByPrecision(TorchDispatchMode):
 
 
 def _freeze(module: nn.Module, name: str) -> None:
-    """Evaluation mode, without gradients. Raises VitdemoError unless all its tensors are float32 on the CPU."""
+    """Put a module into evaluation mode without gradients. Raises VitdemoError unless it is float32 on the CPU."""
     if not isinstance(module, nn.Module):
         raise VitdemoError(f"{name}: {type(module).__name__} is not a torch.nn.Module")
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -131,20 +131,20 @@ def _freeze(module: nn.Module, name: str) -> None:
             raise VitdemoError(f"{name}: {key} is {tensor.dtype}; give module.float(), convert sets the precision")
     try:
         module.eval().requires_grad_(False)
-    except (NotImplementedError, RuntimeError) as error:  # exported and scripted modules
+    except (NotImplementedError, RuntimeError) as error:  # raised by exported and scripted modules
         raise VitdemoError(f"{name}: {reason_of(error)}; give the module that it was made from") from None
 
 
 def _count(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
     """FLOPs per image and the number of outputs. Raises VitdemoError when the module does not run."""
-    with suppress(Exception):  # it may need values, or have tensors that are neither parameters nor buffers
+    with suppress(Exception):  # the module may need values, or have tensors that are neither parameters nor buffers
         tensors = [*module.parameters(), *module.buffers()]
-        # A copy without values allocates and computes nothing, and what forward may cache stays in the copy.
+        # A copy on the device "meta" allocates and computes nothing, and keeps any cache of forward out of the module.
         twin = copy.deepcopy(module, {id(tensor): tensor.to("meta") for tensor in tensors})
         return _count_running(twin, torch.empty(1, *input_size, device="meta"))
     try:
         return _count_running(module, torch.zeros(1, *input_size))
-    except Exception as error:  # a stranger's forward may raise anything
+    except Exception as error:  # the user's forward may raise anything
         wrong = f"does not give logits [B, C] for an input of {input_size} ({reason_of(error)})"
         raise VitdemoError(f"{type(module).__name__}: {wrong}") from None
 
@@ -156,19 +156,19 @@ def _count_running(module: nn.Module, x: torch.Tensor) -> tuple[int, int]:
 
 
 def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: bool = False) -> Model:
-    """A model by name, in evaluation mode and float32.
+    """Load a model by name, in evaluation mode and float32.
 
     Args:
         name: "vit_shapes20" (bundled); a full timm tag such as "resnet18.tv_in1k"; "hf-hub:" or "hf:" and a repository
             of the Hugging Face hub such as "hf-hub:google/vit-base-patch16-224"; a folder with config.json and weights,
             in timm's hub layout or in Hugging Face's; or the checkpoint of timm's training script, a file.
-        weights: "pretrained", "random" (seed 0, for speed alone), or a file for that architecture, which then has as
-            many outputs as the file.
+        weights: "pretrained", "random" (seed 0, for measuring speed only), or a weights file for that architecture; the
+            model then has as many outputs as the file.
         ema: take the moving average of the weights, where a file holds both.
 
     Raises:
-        VitdemoError: for anything that cannot be found or does not fit, and for a model that is larger than the memory
-            that is free.
+        VitdemoError: for anything that cannot be found or does not fit, and for a model that is larger than the free
+            memory.
     """
     name, pretrained, checkpoint = os.path.expanduser(str(name)), weights == "pretrained", None
     if is_file(name):
@@ -183,21 +183,21 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
         name = name or architecture_of(checkpoint)
     plan, free = shapes_of(name, pretrained=pretrained), free_memory_bytes()
     needed = sum(tensor.nbytes for tensor in plan.module.parameters()) if plan else 0
-    if needed > free:  # a process that takes more memory than there is gets killed, and its notebook with it
+    if needed > free:  # the system kills a process that takes too much memory, and its notebook with it
         sizes = f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
         raise VitdemoError(f"{name}: {sizes}; take a smaller model, or close other programs")
     try:
-        with torch.random.fork_rng(devices=[]):  # random weights leave the caller's seed alone
+        with torch.random.fork_rng(devices=[]):  # random weights do not change the caller's random state
             torch.manual_seed(0)
             tag, plan = planned(name, pretrained=pretrained, said=checkpoint.said if checkpoint else {})
     except VitdemoError:
         raise
-    except Exception as error:  # each of timm's and transformers' models has errors of its own
+    except Exception as error:  # the models of timm and transformers raise many types
         raise VitdemoError(f"{name}: cannot be built ({reason_of(error)}); check its config.json") from None
     module, labels = plan.module, plan.labels
     if weights != "random":
         module = plan.load(module, checkpoint or read_checkpoint(plan.file(), ema=ema))
-    if module is not plan.module:  # of other outputs than the name's, whose meaning no file of weights tells
+    if module is not plan.module:  # it has another number of outputs, and a weights file does not name them
         labels = Labels()
     source = weights if weights in ("pretrained", "random") else Path(weights).name
     options = dict(name=tag, classes=labels.classes, class_names=labels.names, weights=source)
@@ -205,22 +205,22 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
 
 
 def shapes_of(name: str, *, pretrained: bool = True) -> Plan | None:
-    """A model without values, which takes no memory.
+    """The plan of a model whose tensors have shapes but no values, so that it takes no memory.
 
     Args:
         name: as in ``load_model``.
-        pretrained: whether its weights are to be those of that name.
+        pretrained: whether the weights that belong to the name will be loaded.
 
     Returns:
-        None for a model that needs values to be built, and for a file, which is to be read first.
+        The plan; None for a model that needs values to be built, and for a file, which must be read first.
 
     Raises:
-        VitdemoError: where there is none of this name.
+        VitdemoError: where there is no model with this name.
     """
     try:
         with torch.device("meta"):
             return None if is_file(name) else planned(name, pretrained=pretrained, said={})[1]
     except VitdemoError:
         raise
-    except Exception:  # whatever timm's models raise
+    except Exception:  # timm's models may raise anything
         return None

@@ -1,7 +1,7 @@
-"""Hugging Face's preprocessor_config.json as Preprocessing.
+"""Converts Hugging Face's preprocessor_config.json to Preprocessing.
 
-Every step but the crop is a factor or an offset of the pixels, and those compose into one mean and one std. What a file
-leaves out is what its class in transformers has.
+Every step except the crop multiplies the pixels by a factor or adds an offset, so all steps together are one mean and
+one std. Entries that a file leaves out have the defaults of its class in transformers.
 """
 
 import math
@@ -17,14 +17,14 @@ from vitdemo.models.loading import read_config
 
 HALF = [0.5, 0.5, 0.5]
 STEPS = {"do_resize": True, "do_center_crop": False, "do_pad": False, "do_flip_channel_order": False}
-# A number for the size means both sides, unless the class says that it is the shorter one.
+# A single number as the size means both sides, or the shorter side where the class has "shorter".
 CROP = {"size": 224, "shorter": False, "crop_size": 224, "crop_pct": None, "resample": 3}
 VALUES = {"do_rescale": True, "rescale_factor": 1 / 255, "rescale_offset": False, "include_top": False}
 COMMON = STEPS | CROP | VALUES | {"do_normalize": True, "image_mean": HALF, "image_std": HALF}
 IMAGENET = {"image_mean": constants.IMAGENET_DEFAULT_MEAN, "image_std": constants.IMAGENET_DEFAULT_STD}
 SHORTER = {"shorter": True, "do_center_crop": True}
 CLIP = SHORTER | {"image_mean": constants.OPENAI_CLIP_MEAN, "image_std": constants.OPENAI_CLIP_STD}
-DEFAULTS = {  # by the class's name without its ending
+DEFAULTS = {  # by the name of the class without its ending
     "ViT": {"resample": 2},
     "DeiT": {"do_center_crop": True, "size": 256},
     "Beit": {},
@@ -45,15 +45,15 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def read_processor(config: Mapping, find: Callable[..., Path], usual: str | None = None) -> tuple[Preprocessing, bool]:
-    """``preprocessing_of`` the file beside a config.json.
+    """``preprocessing_of`` the file next to a config.json.
 
     Args:
-        config: what that holds.
-        find: gives the path of the file of a name beside it.
-        usual: the class where the file names none.
+        config: the content of the config.json.
+        find: returns the path of a file in the same folder by its name.
+        usual: the class to assume where the file names none.
 
     Raises:
-        VitdemoError: as ``preprocessing_of``, and where there is none, as after Trainer's checkpoints.
+        VitdemoError: as in ``preprocessing_of``, and where the file is missing, as in Trainer's checkpoints.
     """
     path = find("preprocessor_config.json")
     base = config.get("_name_or_path") or "the base model's name"
@@ -62,25 +62,25 @@ def read_processor(config: Mapping, find: Callable[..., Path], usual: str | None
 
 
 def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) -> tuple[Preprocessing, bool]:
-    """What a preprocessor_config.json says.
+    """The preprocessing in a preprocessor_config.json.
 
     Args:
-        processor: what that holds.
-        source: its path, for errors.
-        usual: the class where the file names none.
+        processor: the file's content.
+        source: the file's path, for errors.
+        usual: the class to assume where the file names none.
 
     Returns:
-        The preprocessing, and whether the channels are to be turned round to blue, green, red.
+        The preprocessing, and whether the channels must be reversed to blue, green, red.
 
     Raises:
-        VitdemoError: names ``source`` and the entry that asks for something else.
+        VitdemoError: with ``source`` and the first entry that ``Preprocessing`` cannot express.
     """
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or usual
     kind = ENDING.sub("", str(named))
     refuse({"image_processor_type": kind in DEFAULTS}, {"image_processor_type": named}, source, ", ".join(DEFAULTS))
     values = COMMON | DEFAULTS[kind] | {key: value for key, value in processor.items() if value is not None}
     if kind == "MobileViT":
-        values["do_normalize"] = False  # whatever the file says
+        values["do_normalize"] = False  # transformers ignores the file's entry
     factor, mean, std, pct = (values[key] for key in ("rescale_factor", "image_mean", "image_std", "crop_pct"))
     expressible = {
         "do_resize": values["do_resize"] is True,
@@ -107,7 +107,7 @@ def _crop(kind: str, values: Mapping, source: str) -> dict:
     known = "the shorter side with do_center_crop, except for ConvNext"
     refuse({"size": not shorter or values["do_center_crop"] != (kind == "ConvNext")}, values, source, known)
     if kind == "ConvNext" and shorter and side >= 384:
-        shorter = False  # it squashes large images
+        shorter = False  # for large sizes ConvNext squashes
     elif kind in ("ConvNext", "PoolFormer") and (shorter or side == resized[1]):
         shorter, resized = True, (int(side / values["crop_pct"]),) * 2
     elif kind == "Levit" and shorter:
@@ -117,14 +117,15 @@ def _crop(kind: str, values: Mapping, source: str) -> dict:
     while any(math.floor(inner / pct) < outer for inner, outer in sides):
         pct = math.nextafter(pct, 0)  # timm rounds the quotient down
     exact = pct <= 1 and all(math.floor(inner / pct) == outer for inner, outer in sides)
-    # A squashed image leaves the same rest each time: half of it must round down in torchvision as in transformers.
+    # After squashing, the same number of pixels is always cut off. Half of it must round down in torchvision, as in
+    # transformers.
     exact = exact and (crop[0] == crop[1] if shorter else all((outer - inner) % 4 != 3 for inner, outer in sides))
     refuse({entry: exact}, values, source, f"a crop within {resized[0]} x {resized[1]}, in its ratio")
     return {"input_size": (3, *crop), "crop_pct": pct, "crop_mode": CENTER_FLOOR if shorter else "squash"}
 
 
 def _sides(key: str, size: object, source: str, shorter: bool) -> tuple[bool, tuple[int, int]]:
-    """Whether the size is that of the shorter side, and height and width."""
+    """Whether the size means the shorter side; and the height and width."""
     if isinstance(size, dict):
         shorter, entries = "shortest_edge" in size, sorted(size)
         sides = [size[entry] for entry in entries]
@@ -138,33 +139,33 @@ def _sides(key: str, size: object, source: str, shorter: bool) -> tuple[bool, tu
 
 
 def _normalisation(values: Mapping) -> tuple[list[float], list[float]]:
-    """mean and std of pixels in 0..1 for which all steps together are (pixel - mean) / std."""
+    """The mean and std, for pixels in 0..1, with which all steps together are (pixel - mean) / std."""
     mean, std = [0.0] * 3, [1.0] * 3
     if values["do_normalize"]:
         mean, std = values["image_mean"], values["image_std"]
-    if values["include_top"]:  # EfficientNet's divides once more
+    if values["include_top"]:  # EfficientNet's processor divides by the std once more
         std = [a * b for a, b in zip(std, values["image_std"], strict=True)]
     gain = 255 * values["rescale_factor"] if values["do_rescale"] else 255.0
     offset = 1.0 if values["rescale_offset"] and values["do_rescale"] else 0.0
-    if math.isclose(gain, 1, rel_tol=1e-6) and not offset:  # as usual: the very numbers of the file
+    if math.isclose(gain, 1, rel_tol=1e-6) and not offset:  # the usual case: exactly the numbers in the file
         return mean, std
     return [(each + offset) / gain for each in mean], [each / gain for each in std]
 
 
 def _are_numbers(values: object, count: int) -> bool:
-    """Whether it is a list of ``count`` finite numbers; JSON's true is none."""
+    """Whether ``values`` is a list of ``count`` finite numbers; JSON's true is not a number."""
     known = isinstance(values, (list, tuple)) and all(type(x) in (int, float) and math.isfinite(x) for x in values)
     return known and len(values) == count
 
 
 def refuse(expressible: Mapping[str, bool], values: Mapping, source: str, known: str) -> None:
-    """Raise VitdemoError for the first entry of the file ``source`` that is not expressible.
+    """Raise VitdemoError for the first entry of the file ``source`` that cannot be expressed.
 
     Args:
-        expressible: by the entries' names.
-        values: what the file says.
-        source: its path.
-        known: what can be expressed.
+        expressible: name of an entry -> whether it can be expressed.
+        values: the file's entries.
+        source: the file's path.
+        known: the values that can be expressed, for the error.
     """
     for key, possible in expressible.items():
         if not possible:

@@ -1,4 +1,4 @@
-"""What a model's name means: the bundled one, timm's, a folder, or a repository of the Hugging Face hub."""
+"""Finds the model for a name: the bundled one, one of timm's, a folder, or a repository of the Hugging Face hub."""
 
 import os
 import re
@@ -19,12 +19,12 @@ ADAPTER = "adapter_config.json"
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is a file's; a path does not hide a name of timm's."""
+    """Whether a name is the path of a file. One of timm's names is never taken for a path."""
     return os.path.isfile(name) and not is_name(name)
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:
-    """The name of timm's that a checkpoint says it is of. Raises VitdemoError where it says none."""
+    """timm's name of the architecture that a checkpoint states. Raises VitdemoError where it states none."""
     name = str(checkpoint.said.get("model")).removeprefix("timm/")
     if not is_name(name):
         cure = "give that as the model and this file with --weights, or the folder that holds it with its config.json"
@@ -33,15 +33,15 @@ def architecture_of(checkpoint: Checkpoint) -> str:
 
 
 def planned(name: str, *, pretrained: bool, said: Mapping) -> tuple[str, Plan]:
-    """The full tag of what ``name`` means, and the plan for it.
+    """The full tag of the model that ``name`` means, and its plan.
 
     Args:
         name: as in ``load_model``.
-        pretrained: whether its weights are to be those of that name.
-        said: of the checkpoint that gives the weights, see ``Checkpoint``.
+        pretrained: whether the weights that belong to the name will be loaded.
+        said: ``Checkpoint.said`` of the checkpoint that will be loaded.
 
     Raises:
-        VitdemoError: for what is not there or is no classifier of images.
+        VitdemoError: for a model that does not exist or is not an image classifier.
     """
     if name in MODELS:
         return name, _plan_from_files(partial(_in_folder, data_path(MODELS[name])), pretrained)
@@ -58,7 +58,7 @@ def planned(name: str, *, pretrained: bool, said: Mapping) -> tuple[str, Plan]:
 
 
 def _plan_from_files(find: Callable[..., Path], pretrained: bool) -> Plan:
-    """The plan of a config.json in either layout; ``find`` gives the path of the first of several names."""
+    """The plan of a config.json in either layout; ``find`` returns the path of the first of several files."""
     path = find("config.json")
     config = read_config(path, "" if path.exists() else _instead(path.parent))
     if huggingface.is_config(config):
@@ -67,7 +67,7 @@ def _plan_from_files(find: Callable[..., Path], pretrained: bool) -> Plan:
 
 
 def _instead(folder: Path) -> str:
-    """What to give instead of a folder without config.json, "" where nothing in it helps."""
+    """The advice for a folder without config.json, or "" where nothing in the folder helps."""
     if not folder.is_dir():
         return "there is no such folder; check the path"
     if (folder / ADAPTER).exists():
@@ -80,7 +80,7 @@ def _instead(folder: Path) -> str:
 
 
 def _in_folder(folder: Path, *names: str) -> Path:
-    """The first of ``names`` that is there; the first of all when none is, for its reader to say so."""
+    """The first of ``names`` that exists, or else the first name, whose reader then reports that it is missing."""
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 

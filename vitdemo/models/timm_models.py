@@ -1,4 +1,4 @@
-"""timm's models: by name, by the config.json of its hub layout, and with weights that somebody trained elsewhere."""
+"""timm's models: by name, by the config.json of timm's hub layout, and with weights from a checkpoint file."""
 
 import os
 import re
@@ -24,20 +24,20 @@ from vitdemo.models.checkpoints import IMAGENET_LABELS, SUFFIXES, Checkpoint, La
 from vitdemo.models.huggingface import WEIGHTS_FILES, is_state_dict
 from vitdemo.models.loading import WEIGHTS_FILE, Plan, hub_file, is_name
 
-KNOWN = {field.name for field in fields(PretrainedCfg)}  # a configuration of 2021 may hold more
+KNOWN = {field.name for field in fields(PretrainedCfg)}  # configurations written in 2021 may have more entries
 
 
 def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: Mapping) -> Plan:
-    """The plan of one of timm's names.
+    """The plan of a model with one of timm's names.
 
     Args:
         name: an architecture, or a full tag, which pretrained weights need.
-        pretrained: whether the weights are to be timm's.
-        others: names that may have been meant as well.
-        said: of the checkpoint that gives the weights, see ``Checkpoint``.
+        pretrained: whether timm's pretrained weights will be loaded.
+        others: further valid names, which the error for an unknown name may suggest.
+        said: ``Checkpoint.said`` of the checkpoint that will be loaded.
 
     Raises:
-        VitdemoError: for an unknown name, with the nearest ones, and for an unknown tag, with those there are.
+        VitdemoError: for an unknown name, with the most similar ones, and for an unknown tag, with the known ones.
     """
     architecture, _, tag = name.partition(".")
     if not is_name(name):
@@ -45,7 +45,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
             hub = f"; a repository of the hub is hf-hub:{name}" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else ""
             raise VitdemoError(f"{name}: no such file or folder; check the path{hub}")
         near = get_close_matches(architecture, [*others, *timm.list_models()], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists those there are"
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
         raise VitdemoError(f"{name}: no such model; {hint}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if (tag and name not in tags) or (not tag and pretrained):
@@ -54,7 +54,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     options, said = _options(name, said)
     build = partial(timm.create_model, name, **options)
     module = build()
-    if not tag:  # the size for tests is that of timm's own weights
+    if not tag:  # timm's test input size belongs to its own weights
         said = {"input_size": module.pretrained_cfg["input_size"]} | said
     repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
     bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
@@ -63,7 +63,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
 
 
 def _options(name: str, said: Mapping) -> tuple[dict, dict]:
-    """What timm's training script built the model with, and the arguments that timm resolves the preprocessing from."""
+    """The options with which timm's training script built the model, and the arguments for its preprocessing."""
     options = dict(said.get("model_kwargs") or {}) | ({"global_pool": said["gp"]} if said.get("gp") else {})
     size = said.get("input_size") or said.get("img_size") or options.get("img_size")
     size = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
@@ -76,13 +76,13 @@ def _options(name: str, said: Mapping) -> tuple[dict, dict]:
 
 
 def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], *, pretrained: bool) -> Plan:
-    """The plan of a folder in timm's hub layout, or in that of 2021, all in one object.
+    """The plan of a folder in timm's hub layout, or in its layout of 2021, where all entries are in one object.
 
     Args:
-        path: of the folder's config.json.
-        config: what that holds.
-        find: gives the path of the first of several files beside it that is there.
-        pretrained: whether the weights are to be the folder's, whose number of outputs the config then tells.
+        path: the path of the folder's config.json.
+        config: the content of the config.json.
+        find: returns the path of the first of several files in the folder that exists.
+        pretrained: whether the folder's weights will be loaded; their number of outputs must then be the config's.
 
     Raises:
         VitdemoError: for a config that is not timm's.
@@ -97,15 +97,15 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], *, 
     module = build()
 
     def contradiction(num_classes: int):
-        wrong = f"says {module.num_classes} classes, and the weights beside it have {num_classes} outputs"
-        raise VitdemoError(f"{path}: {wrong}; put that right, or give them with --weights to the architecture's name")
+        wrong = f"says {module.num_classes} classes, and the weights next to it have {num_classes} outputs"
+        raise VitdemoError(f"{path}: {wrong}; correct that, or give them with --weights to the architecture's name")
 
     return _plan(module, {}, partial(find, *WEIGHTS_FILES), contradiction if pretrained else build)
 
 
 def _plan(module: nn.Module, said: Mapping, file: Callable[[], Path], build: Callable[..., nn.Module]) -> Plan:
     config = module.pretrained_cfg
-    # timm's published accuracies are those at the size for tests; who trained at another one said so.
+    # timm's published accuracies are measured at the test input size. A checkpoint trained at another size names it.
     tested = "input_size" not in said and not config.get("fixed_input_size")
     preprocessing = resolve_data_config(said, config, use_test_size=tested)
     labels = labels_of(config.get("label_names"), config.get("label_descriptions"))
@@ -115,12 +115,12 @@ def _plan(module: nn.Module, said: Mapping, file: Callable[[], Path], build: Cal
 
 
 def load_weights(build: Callable[..., nn.Module], module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Copy weights into timm's module, or into one of as many outputs as they have.
+    """Copy weights into timm's module, or into another one with as many outputs as the weights have.
 
     Args:
-        build: gives a module of ``num_classes`` outputs.
-        module: that of as many as the name has.
-        checkpoint: in timm's own layout, or in one that timm can translate.
+        build: builds the module with ``num_classes`` outputs.
+        module: the module with the number of outputs that belongs to its name.
+        checkpoint: a checkpoint in timm's layout, or in one that timm can translate.
 
     Raises:
         VitdemoError: for weights that do not fit.
@@ -142,22 +142,22 @@ def load_weights(build: Callable[..., nn.Module], module: nn.Module, checkpoint:
 
 
 def _translated(state_dict: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
-    """Under timm's names where the file has others and timm's own filter for this architecture knows them."""
+    """Rename the tensors to timm's names where timm's filter for this architecture knows the file's names."""
     expected = module.state_dict().keys()
     state_dict = unwrapped(state_dict, expected)
     translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if translate and state_dict.keys() != expected:
-        with suppress(Exception):  # of a layout that it does not know; which keys are wrong is said later
+        with suppress(Exception):  # the filter does not know the layout; the wrong keys are reported later
             return translate(state_dict, module)
     return state_dict
 
 
 def _load_npz(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Google's own weights. timm's reader takes what it finds, so the count of values tells whether that was all."""
+    """Load weights in Google's format. timm's reader ignores missing tensors, so the number of values is compared."""
     values = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     try:
         if values != sum(tensor.numel() for tensor in module.parameters()):
             raise ValueError("its values are not as many as the model's")
         module.load_pretrained(str(checkpoint.path))
-    except Exception as error:  # a reader's own, and an architecture that has none
+    except Exception as error:  # the reader's exceptions, and those of an architecture without a reader
         raise VitdemoError(loading.misfit(checkpoint.path, reason_of(error))) from None

@@ -1,4 +1,4 @@
-"""Hugging Face's image classifiers of any architecture: the modules of transformers, which is an extra."""
+"""Hugging Face's image classifiers of any architecture, as modules of transformers, which is an optional package."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from vitdemo.models.processors import read_processor
 
 
 class PixelsToLogits(nn.Module):
-    """A classifier of transformers as a function of the pixels alone. flips: it was trained on blue, green, red."""
+    """A classifier of transformers as a module from pixels to logits. flips: it was trained on blue, green, red."""
 
     def __init__(self, classifier: nn.Module, flips: bool):
         super().__init__()
@@ -30,13 +30,14 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], fil
     """The plan of a folder in Hugging Face's layout.
 
     Args:
-        path: of the folder's config.json.
-        config: what that holds.
-        find: gives the path of the first of several files beside it that is there.
-        files: the names that its weights may have.
+        path: the path of the folder's config.json.
+        config: the content of the config.json.
+        find: returns the path of the first of several files in the folder that exists.
+        files: the names that the weights file may have.
 
     Raises:
-        VitdemoError: for what is no image classifier of transformers, and without transformers.
+        VitdemoError: for a config that is not an image classifier of transformers, and where transformers is not
+            installed.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
@@ -46,7 +47,7 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], fil
         import transformers
     except ImportError:
         raise VitdemoError(f'{path}: {name} needs transformers; run `pip install "vitdemo[hf]"`') from None
-    if not hasattr(transformers, name):  # code beside the weights is not run
+    if not hasattr(transformers, name):  # code that comes with the weights is never run
         raise VitdemoError(f"{path}: transformers {transformers.__version__} has no {name}; install one that has it")
     preprocessing, flips = read_processor(config, find)
     with _quiet():
@@ -57,11 +58,11 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], fil
 
 
 def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogits:
-    """Weights into a classifier as transformers itself loads them, under whichever names they were saved.
+    """Load weights into a classifier by transformers' own loader, which knows all names under which they were saved.
 
     Args:
-        module: one with the classifier's configuration.
-        checkpoint: of that architecture.
+        module: a module with the classifier's configuration.
+        checkpoint: a checkpoint of that architecture.
 
     Raises:
         VitdemoError: for missing, extra and misshapen keys.
@@ -73,7 +74,7 @@ def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogi
         with _quiet():
             classifier, found = kind.from_pretrained(None, state_dict=state_dict, **options)
         wrong = [f"{what.replace('_', ' ')} {sorted(keys)}" for what, keys in found.items() if keys]
-    except Exception as error:  # transformers' own, of many types
+    except Exception as error:  # transformers raises many types
         wrong = [reason_of(error)]
     if wrong:
         raise VitdemoError(misfit(checkpoint.path, "; ".join(wrong)))
@@ -83,7 +84,7 @@ def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogi
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports and bars: what is wrong is said in one line."""
+    """Within the block, hide transformers' reports and progress bars; errors are reported in one line instead."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

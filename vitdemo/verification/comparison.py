@@ -1,4 +1,4 @@
-"""How far two computations of the same model lie apart: in their logits, their answers, and at every layer."""
+"""The differences between two computations of the same model: in the logits, the predictions, and at every layer."""
 
 from dataclasses import dataclass, field
 from math import inf, sqrt
@@ -9,26 +9,26 @@ import torch
 from vitdemo.errors import VitdemoError
 from vitdemo.stats import mcnemar_p, wilson_interval
 
-LOGITS = "logits"  # what engines call the last of their layers
+LOGITS = "logits"  # the name of the last entry of ``Engine.layers``
 
 
 def compare_logits(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str, float]:
-    """The distance of two sides' logits, in double precision.
+    """The difference between the logits of two sides, in double precision.
 
     Args:
         reference: float32[N, C].
-        candidate: the same images' on the other side.
+        candidate: float32[N, C], the other side's logits of the same images.
 
     Returns:
         - ``images``: N.
-        - ``max_abs``, ``mean_abs``: of the differences, in units of the logits.
+        - ``max_abs``, ``mean_abs``: the largest and the mean absolute difference, in units of the logits.
         - ``relative_l2``: ``|candidate - reference| / |reference|`` over all logits.
-        - ``pearson``: the correlation of all logits, after each class's mean over the images is taken off: with random
-          weights the logits are nearly the same for every image, and what is the same would correlate by itself. NaN
-          for one image, which is its own mean.
-        - ``top1_agree``, ``top5_agree``: for how many images the reference's answer is the candidate's, or is among its
-          first five.
-        - ``not_finite``: how many logits are NaN or infinite on either side.
+        - ``pearson``: the correlation of all logits, after each class's mean over the images is subtracted. (With
+          random weights the logits are nearly the same for every image, and this common part would always correlate.)
+          NaN for a single image, which is its own mean.
+        - ``top1_agree``, ``top5_agree``: the number of images where the reference's top-1 class is the candidate's, or
+          is among the candidate's first five.
+        - ``not_finite``: the number of logits that are NaN or infinite on either side.
     """
     difference = candidate.double() - reference.double()
     a, b = (logits.double() - logits.double().mean(dim=0) for logits in (reference, candidate))
@@ -46,20 +46,20 @@ def compare_logits(reference: torch.Tensor, candidate: torch.Tensor) -> dict[str
 
 
 def ranking(logits: torch.Tensor) -> torch.Tensor:
-    """The classes of each image, int64[N, C], the likeliest first; of equal ones the lowest, as in ``evaluate``."""
+    """The classes of each image, int64[N, C], the likeliest first; equal logits rank by class index."""
     return logits.sort(dim=1, descending=True, stable=True).indices
 
 
 def compare_answers(answers: pd.DataFrame) -> dict:
-    """Accuracy of two sides on the same images.
+    """The accuracy of two sides on the same images.
 
     Args:
-        answers: one row per image; columns label, reference and candidate, class indices.
+        answers: one row per image; the columns label, reference and candidate are class indices.
 
     Returns:
-        Counts, with 95 % Wilson score intervals as fractions. ``worse``, ``better``: images that only the reference, or
-        only the candidate, got right. ``mcnemar_p``: the two-sided p of McNemar's exact test: how often two sides that
-        are equally good come to counts as uneven as these.
+        Counts, with 95 % Wilson score intervals as fractions. ``worse``, ``better``: the number of images that only the
+        reference, or only the candidate, got right. ``mcnemar_p``: the two-sided p-value of McNemar's exact test: how
+        often two equally good sides give counts at least this uneven.
     """
     right = {side: answers[side] == answers["label"] for side in ("reference", "candidate")}
     worse = int((right["reference"] & ~right["candidate"]).sum())
@@ -71,15 +71,15 @@ def compare_answers(answers: pd.DataFrame) -> dict:
 
 
 class LayerErrors:
-    """The relative L2 error of each layer over any number of batches, of which it keeps two sums per layer."""
+    """The relative L2 error of each layer over any number of batches; only two sums per layer are kept."""
 
     def __init__(self):
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]) -> None:
-        """One batch, by layer, of what the candidate shows; a runtime that fuses layers may not show them all.
+        """Add one batch of outputs by layer. The candidate may lack layers, because some runtimes fuse them.
 
-        Raises VitdemoError where a layer is not like the reference's.
+        Raises VitdemoError where the reference lacks a layer or has another shape.
         """
         for name, found in candidate.items():
             expected = reference.get(name)
@@ -93,7 +93,7 @@ class LayerErrors:
             self._sums[name] = error + _squares(found - expected), size + _squares(expected)
 
     def relative_l2(self) -> dict[str, float]:
-        """``|candidate - reference| / |reference|`` by layer, in the order of the layers; 0 where nothing differs."""
+        """``|candidate - reference| / |reference|`` by layer, in the order of the layers; 0 without any difference."""
         return {name: _relative(*sums) for name, sums in self._sums.items()}
 
 
@@ -102,7 +102,7 @@ def _squares(x: torch.Tensor) -> float:
 
 
 def _relative(error: float, reference: float) -> float:
-    """The root of the ratio of two sums of squares; NaN stays NaN."""
+    """The square root of the ratio of two sums of squares; NaN stays NaN."""
     if error == 0:
         return 0.0
     return sqrt(error / reference) if reference else inf
@@ -110,12 +110,12 @@ def _relative(error: float, reference: float) -> float:
 
 @dataclass
 class Comparison:
-    """What was gathered of one kind of images.
+    """The measurements on one kind of images.
 
-    indices: of the images in the data set, where they are from one. reference, candidate: logits, one tensor per batch.
-    layers: the engine's. twin: some engines show layers only through a second copy of the graph;
-    this is the error of that copy's logits against the engine's own. floors: of other ways to compute
-    the reference, by their name.
+    indices: the indices of the images in the data set, if they are from one. reference, candidate: the logits, one
+    tensor per batch. layers: the errors of the engine's layers. twin: some engines show layers only through a second
+    copy of the graph; this is the error of that copy's logits relative to the engine's own. floors: the errors of other
+    ways to compute the reference, by the way's name.
     """
 
     indices: list[int] = field(default_factory=list)

@@ -1,18 +1,18 @@
 """The tolerances of each precision, and the report that applies them.
 
-The measure of a layer is its relative L2 error, ``|candidate - reference| / |reference|`` over all its numbers: unlike
-a correlation it sees that an output is scaled. Layers are compared where a fault is still large, at each block's
-attention and MLP before they are added to the residual stream, in which a fault of 5 % shrinks to 0.4 %.
+A layer is judged by its relative L2 error, ``|candidate - reference| / |reference|`` over all its numbers. Unlike a
+correlation, it detects a scaled output. Layers are compared where an error is still large: at each block's attention
+and MLP before they are added to the residual stream, in which an error of 5 % shrinks to 0.4 %.
 
-A layer's tolerance lies between two things that were measured on vit_shapes20, on real images / on random ones:
+A layer's tolerance lies between two errors that were measured on vit_shapes20, on real images / on random ones:
 
-- what rounding moves any layer by, at most, in any engine: fp32 6e-7 / 6e-7, bf16 7e-3 / 7e-3, int8 4e-2 / 7e-2,
-  and in eager fp16, on a CPU, 8e-4 / 8e-4;
-- what moves a branch when one of its weight matrices is scaled, at least: by 1.05 (fp32, bf16) 5e-2 / 3e-2, by 1.5
+- the largest error of any layer from rounding alone, in any engine: fp32 6e-7 / 6e-7, bf16 7e-3 / 7e-3, int8 4e-2 /
+  7e-2, and in eager fp16, on a CPU, 8e-4 / 8e-4;
+- the smallest error of a branch when one of its weight matrices is scaled: by 1.05 (fp32, bf16) 5e-2 / 3e-2, by 1.5
   (int8) 0.5 / 0.26.
 
-Random weights of ViT-B/16 round to 1.2e-2 in bf16. Where a model rounds worse still, the tolerance follows the noise
-floor that ``verify`` measures, see ``loosened``.
+ViT-B/16 with random weights has an error of 1.2e-2 in bf16. For a model with still larger rounding errors the tolerance
+follows the noise floor that ``verify`` measures, see ``loosened``.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,16 @@ from vitdemo.models.model import ModelInfo
 from vitdemo.verification.comparison import LOGITS, Comparison, compare_answers, compare_logits, ranking
 
 REAL, RANDOM = "real", "random"  # the kinds of images
-NEXT = "next: build it anew with `vitdemo convert … --force`; if it fails again, take another precision or engine"
+NEXT = "next: build it again with `vitdemo convert … --force`; if it fails again, take another precision or engine"
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an engine of one precision may lie from the reference; None: not judged.
+    """The limits for an engine of one precision; None means that a value is not judged.
 
-    layer_l2: relative L2 of a layer, at most. logits_l2: of the logits. pearson: of the centred logits, at least.
-    agreement: the fraction of real images with the reference's answer, at least; one other answer is always allowed.
+    layer_l2, logits_l2: the largest relative L2 error of a layer, and of the logits. pearson: the smallest correlation
+    of the centred logits. agreement: the smallest fraction of real images with the reference's top-1 class; one
+    different image is always allowed.
     """
 
     layer_l2: float
@@ -53,22 +54,23 @@ TOLERANCES = {
 
 
 def loosened(start: float, floor: float) -> float:
-    """Twice the noise floor where that is more than the tolerance to start from, but never more than twice that."""
+    """The tolerance for a noise floor: twice ``floor``, but at least ``start`` and at most twice ``start``."""
     return min(max(start, 2 * floor), 2 * start)
 
 
 @dataclass
 class Report:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
-    engine, precision: the candidate's. info: its model's.
-    overall: one row per kind of images, real and random, with what ``compare_logits`` gives.
+    engine, precision: the candidate's. info: the info of its model.
+    overall: the result of ``compare_logits``, one row per kind of images, real and random.
     layers: from input to output, the logits last, one row per layer and kind: relative_l2, floor, tolerance.
-    floors: how far other ways to compute the same lie from the reference, one row per way, kind and layer.
-    twin_l2: relative L2 of the logits that came with the layers from the engine's own; None where it shows no layers.
+    floors: the errors of other ways to compute the reference, one row per way, kind and layer.
+    twin_l2: relative L2 error of the logits that came with the layers, relative to the engine's own logits; None for
+    an engine that shows no layers.
     accuracy: see ``compare_answers``; None without labels and with random weights.
-    flips: one row per real image that got another answer: its index in the data set, file, label, and both answers, as
-    class indices. failures: one line each, none when all is well.
+    flips: one row per real image whose top-1 class differs: its index in the data set, file, label, and both classes as
+    indices. failures: one line per failure; empty if the engine passed.
     """
 
     engine: str
@@ -88,7 +90,7 @@ class Report:
 
     @property
     def first_bad_layer(self) -> str | None:
-        """The layer nearest to the input that left its tolerance on either kind of images."""
+        """The first layer, from the input, that exceeds its tolerance on either kind of images."""
         bad = self.layers[~(self.layers["relative_l2"] <= self.layers["tolerance"])]
         return None if bad.empty else bad["layer"].iloc[0]
 
@@ -136,17 +138,17 @@ def _accuracy_line(images: int, reference: dict, candidate: dict, worse: int, be
 
 
 def make_report(engine: Engine, model: ModelInfo, data: Dataset | None, comparisons: dict[str, Comparison]) -> Report:
-    """The tables of what was gathered, and their judgement.
+    """Make the report from the measurements, and judge it by the tolerances.
 
     Args:
         engine: the candidate.
-        model: the reference's.
-        data: where the real images came from.
-        comparisons: what was gathered, by kind of images.
+        model: the info of the reference model.
+        data: the data set of the real images.
+        comparisons: the measurements by kind of images.
     """
     logits = {kind: (torch.cat(c.reference), torch.cat(c.candidate)) for kind, c in comparisons.items()}
     answers = _answers(data, comparisons[REAL].indices, logits[REAL]) if data is not None else NO_ANSWERS
-    trained = model.weights != "random"  # else its answers mean nothing
+    trained = model.weights != "random"  # the predictions of random weights mean nothing
     floors = _floors(comparisons)
     twins = pd.Series([error for c in comparisons.values() for error in c.twin.relative_l2().values()])
     report = Report(
@@ -197,7 +199,7 @@ def _layers(comparisons: dict[str, Comparison], floors: pd.DataFrame, start: flo
 
 
 def _failures(report: Report, trained: bool) -> list[str]:
-    """A line for each way in which the report leaves the tolerances; what is NaN is within none."""
+    """One line per value that exceeds its tolerance; NaN exceeds every tolerance."""
     tolerance, lines = TOLERANCES[report.precision], []
     floor = report.floors[report.floors["layer"] == LOGITS].groupby("kind")["relative_l2"].max()
     for row in report.overall.itertuples():

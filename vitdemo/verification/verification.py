@@ -1,4 +1,4 @@
-"""verify: an engine against the fp32 eager reference of its model, at the logits and layer by layer."""
+"""``verify``: compares an engine with the eager fp32 reference of its model, at the logits and layer by layer."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,10 +24,10 @@ from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
 
 BATCH, RANDOM_IMAGES = 8, 32
-FLOOR_BATCHES = 2  # of each kind of images, as every other way to compute costs the reference's time once more
+FLOOR_BATCHES = 2  # batches per kind of images; each other way to compute takes the reference's time once more
 CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
 
-Layers = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what an engine's ``layers`` is
+Layers = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # the type of ``Engine.layers``
 
 
 def verify(
@@ -38,27 +38,31 @@ def verify(
     images: int = 256,
     progress: bool = True,
 ) -> Report:
-    """Hold ``engine`` against ``model`` in torch eager fp32 on the CPU, on real images and on random ones.
+    """Compare ``engine`` with ``model`` in torch eager fp32 on the CPU, on real images and on random ones.
 
-    Random pixels, up to 32 images, the same ones every time, are added to the real ones, and are all there is where
-    there is no data. Both sides get the same pixels. Layers are compared on every image, batch by batch, so that memory
-    does not grow with their number.
+    Up to 32 images of random pixels, always the same, are used in addition to the real images, or alone if there is no
+    data. Both sides get the same pixels. Layers are compared on every image, batch by batch, so that memory does not
+    grow with the number of images.
 
-    The noise floor is how far other legitimate ways to compute the same lie from the reference, on the first 16 images
-    of each kind. fp32: on one thread, image by image, and with attention as plain matrix products. bf16: torch eager in
-    bf16. int8: the reference with its weights alone rounded to 8 bits. The tolerances are those of ``tolerances.py``.
+    The noise floor is the difference that rounding alone produces: the error of other legitimate ways to compute the
+    reference, on the first 16 images of each kind. For fp32 these ways are one thread, image by image, and attention as
+    plain matrix products; for bf16, torch eager in bf16; for int8, the reference with only its weights rounded to 8
+    bits. The tolerances are in ``tolerances.py``.
 
     Args:
         engine: the candidate.
-        model: the reference, which the engine was made from.
-        data: a data set or its path; images that cannot be read are left out. None takes the bundled shapes20 for a
-            model with its classes.
-        images: how many of them are taken, spread evenly.
-        progress: whether a bar is drawn.
+        model: the reference, from which the engine was made.
+        data: a data set or its path; images that cannot be read are left out. None takes the bundled shapes20 if the
+            model has its classes.
+        images: the number of images, evenly spread over the data set.
+        progress: show a progress bar.
+
+    Returns:
+        The report.
 
     Raises:
-        VitdemoError: for a model or data of other classes, images of another size or crop, images < 1, and a precision
-            that has no tolerances or no noise floor.
+        VitdemoError: for a model or data with other classes, images of another size or crop, images < 1, and a
+            precision without tolerances or a noise floor.
         EngineFailure: when the engine breaks.
     """
     _check_input(engine, model, images)
@@ -110,7 +114,7 @@ def _bundled_data(info: ModelInfo) -> Dataset | None:
 
 
 def _real_batches(data: Dataset, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
+    """Yield uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
     indices = spread(len(data), images)
     read = 0
     chosen = Subset(data, indices)
@@ -129,7 +133,7 @@ def _random_batches(images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor
 
 
 def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[str, Layers]:
-    """Other ways to compute what the reference computes that nobody would call wrong in this precision, by name."""
+    """Other legitimate ways to compute the reference in this precision, by name."""
 
     def plain_attention(x: torch.Tensor) -> dict[str, torch.Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -152,7 +156,7 @@ def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[st
 
 
 def _rounded(module: nn.Module) -> nn.Module:
-    """A copy whose convolutions and linear layers have weights of 255 levels an output channel, symmetric about 0."""
+    """A copy with the weights of convolutions and linear layers rounded to 255 levels per output channel, around 0."""
     module = copy.deepcopy(module)
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
@@ -196,5 +200,5 @@ def _run(engine: Engine, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
         return engine(pixels), engine.layers(pixels)
     except VitdemoError:
         raise
-    except Exception as error:  # runtimes have types of their own
+    except Exception as error:  # each runtime raises its own types
         raise EngineFailure(f"the {engine.name} engine failed: {reason_of(error)}") from error
