@@ -20,12 +20,14 @@ from tqdm import tqdm
 from vitdemo.dataset.dataset import open_again
 from vitdemo.engines.artifacts import Recipe, artifacts_root
 from vitdemo.engines.contract import Engine
+from vitdemo.engines.pipeline import gpu_joules
 from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import now, peak_memory_bytes
 
 INPUTS = 4  # sets of pixels, by turns, so that none lies ready in a cache by having just been used
 EXPLORE_S = 1.0
+ENERGY_S = 2.0  # a GPU counts its energy on in steps of up to a tenth of a second
 STABLE, LAST = 0.05, 3  # warm, when the last calls lie within this share of their median
 
 
@@ -54,7 +56,8 @@ class EngineBench:
 
     def first_call(self, device_batch_size: int) -> float:
         """Seconds of a call on new pixels of that batch size, which later calls use too."""
-        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size)
+        pinned = self.engine.device == "cuda"
+        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size, pinned=pinned)
         return self.step()
 
     def step(self) -> float:
@@ -100,6 +103,17 @@ class EngineBench:
         if self.engine.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return peak_memory_bytes() if sys.platform == "linux" else None
+
+
+    def joules_per_image(self) -> float | None:
+        """What the GPU's whole board uses, over ENERGY_S of calls; None on a CPU, and where NVML does not tell."""
+        if self.engine.device != "cuda" or (before := gpu_joules()) is None:
+            return None
+        begin, images = now(), 0
+        while now() - begin < ENERGY_S:
+            self.step()
+            images += len(self._pixels[0])
+        return (gpu_joules() - before) / images
 
 
 def open_bench(source: Recipe, threads: int) -> EngineBench:

@@ -86,6 +86,8 @@ class ReplicaBench(EngineBench):
     def peak_memory_bytes(self) -> None:
         """Not measured."""
 
+    joules_per_image = peak_memory_bytes
+
     def ask(self, name: str, *arguments):
         """As ``Worker.ask``."""
         try:

@@ -124,6 +124,7 @@ class SweepRun:
             if not candidate.ended:
                 with suppress(Failed):
                     measured.peak_memory_bytes = candidate.bench.ask("peak_memory_bytes")
+                    measured.joules_per_image = candidate.bench.ask("joules_per_image")
         return [measured for _, measured in taking]
 
     def _has_roof(self, candidate: Candidate) -> bool:
@@ -312,6 +313,8 @@ def benchmark(
       roof's, the median of the rounds; none where another precision, or an emulated one, ran. ``mfu``: the rate of all
       calls over roof_tflops. ``mfu_convention``: how operations are counted, and what the peak is.
     - ``peak_memory_bytes``: the largest resident size of the pair's process, so far, since the engine was ready.
+    - ``joules_per_image``: what the whole board of the GPU uses, over two more seconds of calls; none on a CPU, and
+      where NVML, the driver's library, does not tell.
     - ``accuracy``: top-1 and agreement for people, or why there is none. ``top1``: a fraction. ``images``: that top1
       and agreement are of. ``calibrated_on_scored``: how many of these int8's ranges were found on.
     - ``agreement``: the share of images with eager fp32's answer. ``relative_l2``: the distance of the logits from
@@ -323,7 +326,7 @@ def benchmark(
         VitdemoError: for bad input, before anything is measured.
     """
     names = [str(models)] if isinstance(models, (Path, str)) else list(map(str, models))
-    pairs, sizes = choose_pairs(engines), list(device_batch_sizes)
+    pairs, sizes = choose_pairs(engines, device), list(device_batch_sizes)
     for size in sizes:
         at_least_1(device_batch_sizes=size)
     if not sizes:

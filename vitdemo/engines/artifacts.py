@@ -87,9 +87,8 @@ def _values(value: object) -> Iterator[str | None]:
     elif inspect.isclass(value) or inspect.isroutine(value):
         yield _source(value)
     else:
-        yield re.sub(
-            r" at 0x[0-9a-f]+", "", repr(sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value)
-        )
+        ordered = sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(ordered))
 
 
 # Where artifacts are kept, a folder each; what is there, and how to clear it.
@@ -369,10 +368,8 @@ class Recipe:
         except (VitdemoError, OSError):
             raise
         except Exception as error:
-            own = f"{self.cls.name} {self.precision} of {self.info.tag}"
-            raise VitdemoError(
-                f"{own}: {what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
-            ) from error
+            why = f"{what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
+            raise VitdemoError(f"{self.cls.name} {self.precision} of {self.info.tag}: {why}") from error
 
     def _check_room(self, folder: Path) -> None:
         """Asked before, as a disk that fills while torch writes ends the process, and memory that runs out too."""

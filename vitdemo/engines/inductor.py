@@ -154,9 +154,7 @@ def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[s
     flops: Counter[str] = Counter()
     options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
     # Freezing is for inference, which torch tells from gradients being off.
-    beside = (
-        None if re.search(r"\s", str(package.parent)) else package.parent
-    )  # the compiler's command splits at blanks
+    beside = None if re.search(r"\s", str(package.parent)) else package.parent  # its command splits at blanks
     with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)

@@ -46,10 +46,11 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     outputs: int = 0
 
-    def random_pixels(self, *counts: int) -> torch.Tensor:
-        """Input that shows nothing, uint8[*counts, C, H, W], the same every time."""
+    def random_pixels(self, *counts: int, pinned: bool = False) -> torch.Tensor:
+        """Input that shows nothing, uint8[*counts, C, H, W], the same every time; ``pinned`` for an engine on a GPU,
+        which then copies it while it computes, as ``evaluate`` has it too."""
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, pin_memory=pinned)
 
 
 class Model:
