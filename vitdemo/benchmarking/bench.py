@@ -56,8 +56,7 @@ class EngineBench:
 
     def first_call(self, device_batch_size: int) -> float:
         """Seconds of a call on new pixels of that batch size, which later calls use too."""
-        pinned = self.engine.device == "cuda"
-        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size, pinned=pinned)
+        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size, pinned=self.engine.device == "cuda")
         return self.step()
 
     def step(self) -> float:

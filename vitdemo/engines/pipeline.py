@@ -110,8 +110,7 @@ class Timed:
     """Another device that also keeps, by its own events, when each copy and each graph began and ended."""
 
     def __init__(self, device: Cuda):
-        self._device, self._origin, self._batch = device, device.event(), -1
-        self._spans: list[tuple] = []
+        self._device, self._origin, self._spans, self._batch = device, device.event(), [], -1
         device.record("compute", self._origin)
 
     def __getattr__(self, name: str) -> object:

@@ -92,7 +92,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
 
 
 def memory_bandwidth(device: str = "cpu") -> float:
-    """Bytes per second that the memory gives to all cores, or the GPU's own memory to it ("cuda", *not run*): reading an
+    """Bytes per second that the memory gives to all cores, or on "cuda" (*not run*) the GPU's to it: reading an
     array and writing another, the best of five."""
     torch.set_num_threads(cores())
     source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
