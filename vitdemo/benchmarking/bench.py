@@ -103,7 +103,6 @@ class EngineBench:
             return torch.cuda.max_memory_allocated()
         return peak_memory_bytes() if sys.platform == "linux" else None
 
-
     def joules_per_image(self) -> float | None:
         """What the GPU's whole board uses, over ENERGY_S of calls; None on a CPU, and where NVML does not tell."""
         if self.engine.device != "cuda" or (before := gpu_joules()) is None:

@@ -408,14 +408,14 @@ def _listed(names: Iterable[str]) -> str:
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
     """One line on stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
-    answers, native = cls.answers(device), _listed(cls.native(device)) or "nothing"
+    answers, has = cls.answers(device), _listed(cls.native(device)) or "nothing"
     own = f"{cls.name} {precision}"
     if precision not in answers:
         raise VitdemoError(f"{own}: not on the device {device!r}, where it has {_listed(answers)}")
     if (support := answers[precision]) == ABSENT:
-        raise VitdemoError(f"{own}: absent here, the runtime would compute in another precision; native to it: {native}")
+        raise VitdemoError(f"{own}: absent here, the runtime would compute in another precision; native to it: {has}")
     if support == EMULATED:
-        print(f"{own}: emulated here, slower than fp32; native to {cls.name} here: {native}", file=sys.stderr)
+        print(f"{own}: emulated here, slower than fp32; native to {cls.name} here: {has}", file=sys.stderr)
 
 
 def _files(folder: Path) -> dict[str, dict]:
