@@ -406,15 +406,19 @@ def _resident(at: Setting, flops_per_image: int, precision: str, batch: int, sec
 
 def _seconds_each(at: Setting, call: Callable, stream: torch.cuda.Stream | None = None) -> float:
     """Of one of many calls in a row, by the GPU's events in ``stream`` (dry: by the host's clock); the median of ten
-    such rows, after a warm-up."""
+    such rows, after a warm-up. No result is kept, as torch.compile's graphs would not be replayed over it."""
 
     def of_row(calls: int) -> float:
-        return (_seconds if at.dry else _gpu_seconds)(lambda: [call() for _ in range(calls)]) / calls
+        def row() -> None:
+            for _ in range(calls):
+                call()
+
+        return (_seconds if at.dry else _gpu_seconds)(row) / calls
 
     with torch.cuda.stream(stream) if stream else nullcontext():
-        of_row(5)
+        of_row(1 if at.dry else 5)
         calls = max(1, int(0.05 / of_row(1)))
-        return statistics.median(of_row(calls) for _ in range(10))
+        return statistics.median(of_row(calls) for _ in range(3 if at.dry else 10))
 
 
 def _of_timm(at: Setting, model: Model, precision: str, batch: int, how: str) -> dict:
