@@ -14,7 +14,9 @@ import torch
 from tests import gpu
 from tests.engines.late_device import LateDevice
 from tests.test_races import SIZE, compute
+from vitdemo import summary
 from vitdemo.benchmarking import bench
+from vitdemo.benchmarking.rows import COLUMNS, OK
 from vitdemo.engines import pipeline
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.engines.pipeline import SLOTS, Pipeline, gpu_joules
@@ -96,6 +98,10 @@ def test_energy_comes_from_nvmls_counter(monkeypatch, tmp_path, vit_shapes20):
     before = next(measured._turn)
     joules, calls = measured.joules_per_image(), next(measured._turn) - before - 1
     assert calls >= 1 and joules == pytest.approx(5 / (2 * calls))
+
+    row = dict.fromkeys(COLUMNS) | {"status": OK, "turns": "together"}
+    assert "joules_per_image" in summary(pd.DataFrame([row | {"joules_per_image": joules}]))
+    assert "joules_per_image" not in summary(pd.DataFrame([row])), "of a CPU"
 
     gpu_is.uuid = "another"
     assert gpu_joules() is None and measured.joules_per_image() is None

@@ -83,7 +83,8 @@ LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a sweep that fit on a screen; of what was skipped or failed, why.
+    """The columns of a sweep that fit on a screen, a GPU's energy where it was measured; of what was skipped or failed,
+    why.
 
     Args:
         rows: of ``benchmark`` or ``merge``.
@@ -92,6 +93,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     names += ["speedup_equal_precision", "speedup_over_eager_fp32", "speedup_over_eager_fp32_pairs", "of_roof"]
     measured = rows["status"] == OK
     note = rows["status"].mask(measured, rows["turns"].replace("together", ""))
+    names += [name for name in ("joules_per_image",) if name in rows and rows[name].notna().any()]
     return rows[[*names, "top1", "agreement", "relative_l2"]].assign(note=note).rename(columns=SHORT)
 
 
