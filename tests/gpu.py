@@ -491,7 +491,7 @@ def _targets(at: Setting, good: pd.DataFrame, base: str, large: str) -> pd.DataF
         found.append((f"{name}: times the published A100's, at least", best(rows) / published, 1.0))
     with_copies = of_base[of_base["batch"] == most].nlargest(1, "resident_images_per_s")
     share = (with_copies["images_per_s"] / with_copies["resident_images_per_s"]).max()
-    found.append((f"of the resident rate with copies at batch {most}, at least", share, 0.97))
+    found.append((f"of the resident rate with copies at batch {most:.0f}, at least", share, 0.97))
     table = pd.DataFrame(found, columns=["target", "value", "goal"])
     below = table["target"].str.endswith("at most")
     met = (table["value"] <= table["goal"]).where(below, table["value"] >= table["goal"])
