@@ -323,7 +323,8 @@ def memory(at: Setting) -> dict:
 
 def speed(at: Setting) -> dict:
     """Images/s of the graph alone on pixels that lie there, and from the host's memory to logits there; and of timm's
-    own module, eager and compiled. What is compiled comes last, as it takes longest: a time-out loses only that."""
+    own module, eager and under torch.compile. The latter comes last, as it takes longest: a time-out loses only that.
+    """
     base, large = ("vit_shapes20", "vit_shapes20") if at.dry else PUBLISHED
     rows: list[dict] = []
     load = cache(lambda name: at.shapes20 if at.dry else load_model(name, "random"))
@@ -446,7 +447,7 @@ def _of_timm(at: Setting, model: Model, precision: str, batch: int, how: str) ->
 
 
 def _of_compiled(at: Setting, model: Model, rows: list[dict]) -> None:
-    """What torch.compile makes of timm's module, as far as the time goes; its caches are kept for the next run."""
+    """Rows of timm's module under torch.compile, as far as the time goes. Its caches are kept for the next run."""
     if at.cache and at.cache.exists():
         torch.compiler.load_cache_artifacts(at.cache.read_bytes())
     precision, compiled = _compared(at)
@@ -469,7 +470,7 @@ def _compared(at: Setting) -> tuple[str, tuple[tuple[str, int], ...]]:
 
 
 def _targets(at: Setting, good: pd.DataFrame, base: str, large: str) -> pd.DataFrame:
-    """What was aimed at on an H100 or H200, beside what was reached; NaN where it was not measured."""
+    """The goals for an H100 or H200 and what was reached, NaN where it was not measured."""
     precision, compiled = _compared(at)
     own = good[~good["engine"].str.startswith("timm")]
 

@@ -161,8 +161,8 @@ def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = 
     Returns:
         One row per measurement or publication.
 
-        - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores, or the GPU. ``system``:
-          by what.
+        - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores, or the GPU.
+          ``system``: by what.
         - ``model``, ``precision``, ``batch``: the architecture; images in the whole batch.
         - ``latency_ms``: a batch's, the median where measured. ``images_per_s``: all images over all seconds.
         - ``speedup``: over eager PyTorch at equal precision, same hardware, model and batch; NaN where there is none.
