@@ -7,15 +7,20 @@ Needs torch, timm, pandas and this checkout, and none of simplejpeg, Ray, OpenVI
 """
 
 import argparse
+import copy
 import json
+import math
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -27,25 +32,35 @@ from tests.engines.late_device import LateDevice
 from tests.test_races import SIZE, answers_right
 from vitdemo import Engine, Model, convert, evaluate, load_model, machine_record, open_data
 from vitdemo.engines.eager import EagerEngine
-from vitdemo.engines.pipeline import ATTENTION, SLOTS, WAITS, Cuda, Pipeline, gpu_record
-from vitdemo.engines.roof import linear_shapes, machine_roof
+from vitdemo.engines.pipeline import ATTENTION, SLOTS, WAITS, Cuda, Pipeline, gpu_joules, gpu_record
+from vitdemo.engines.roof import _gpu_seconds, _seconds, linear_shapes, machine_roof
+from vitdemo.machine import cores
 from vitdemo.paths import SHAPES20, data_path
+from vitdemo.precisions import TORCH_TYPES
 from vitdemo.verification.tolerances import TOLERANCES
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 BATCHES = (1, 8, 32, 64, 128, 256)
 SLEEP = 2_000_000  # clock cycles, a millisecond or so, before what a shaken device queues
 # Images/s in fp16 at a batch of 256 on an A100 of 40 GB, from AITemplate's examples/04_vit at c8aad37.
+COMPILED = (("reduce-overhead", 32), ("max-autotune", 256), ("max-autotune", 1))  # modes of torch.compile, batch sizes
+COMPILED += (("reduce-overhead", 8), ("reduce-overhead", 64))
+MOST_BYTES = 16 << 20  # of torch.compile's caches
+TOTAL_S = 480  # for all steps together
 PUBLISHED = {"vit_base_patch16_224": 5273, "vit_large_patch16_384": 479}
 
 
 @dataclass
 class Setting:
-    """What a run was asked for, and what its steps share."""
+    """What a run was asked for, and what its steps share. cache: torch.compile's of an earlier run, if any. deadline:
+    when the time of the step that runs now is over."""
 
     dry: bool
     fault: str
+    cache: Path | None = None
     step: str = ""
+    deadline: float = 0.0
+    roofs: dict[str, float] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     @property
@@ -63,6 +78,14 @@ class Setting:
     @cached_property
     def shapes20(self) -> Model:
         return load_model("vit_shapes20")
+
+    def roof(self, precision: str) -> float:
+        """FLOP/s of plain products, measured once in this run."""
+        if precision not in self.roofs:
+            shapes = linear_shapes(self.shapes20, 8)
+            found = machine_roof(precision, shapes, device=self.where, fresh=not self.dry)
+            self.roofs[precision] = found.flops_per_s
+        return self.roofs[precision]
 
     def engine(self, model: Model, name: str, precision: str) -> Engine:
         if not self.dry:
@@ -96,34 +119,9 @@ class Shaken(Cuda):
             super().wait(name, what, stream)
 
 
-class Timed(Cuda):
-    """A GPU that keeps when each copy and each graph began and ended."""
-
-    def __init__(self):
-        super().__init__()
-        self.origin, self.spans = self._now("compute"), []
-
-    def _now(self, stream: str) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._streams[stream])
-        return event
-
-    def _kept(self, stream: str, what: Callable, *arguments: object) -> None:
-        begin = self._now(stream)
-        what(*arguments)
-        self.spans.append((stream, begin, self._now(stream)))
-
-    def copy(self, stream, target, source):
-        self._kept(stream, super().copy, stream, target, source)
-
-    def replay(self, graph):
-        self._kept("compute", super().replay, graph)
-
-    def table(self) -> pd.DataFrame:
-        """Milliseconds from the origin: stream, begin, end."""
-        self.finish()
-        rows = [(s, *(self.origin.elapsed_time(each) for each in span)) for s, *span in self.spans]
-        return pd.DataFrame(rows, columns=["stream", "begin_ms", "end_ms"])
+class TimeIsUp(BaseException):
+    """A step took longer than its limit. No ``except Exception`` on the way, of torch.compile above all, takes it for
+    a failure of its own."""
 
 
 def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -158,10 +156,7 @@ def facts(at: Setting) -> dict:
 
 
 def roofs(at: Setting) -> dict:
-    shapes = linear_shapes(at.shapes20, 8)
-    found = {}
-    for precision in ("fp32",) if at.dry else PRECISIONS:
-        found[precision] = machine_roof(precision, shapes, device=at.where).flops_per_s / 1e12
+    found = {precision: at.roof(precision) / 1e12 for precision in (("fp32",) if at.dry else PRECISIONS)}
     if at.faulty:
         found["fp32"] = float("nan")
     assert all(tflops > 0 for tflops in found.values()), found
@@ -184,7 +179,7 @@ def oracle(at: Setting) -> dict:
         rows = evaluate(engine, data, limit=limit, progress=False).rows
         found[f"{precision} L2"], found[f"{precision} agreement"] = error, (rows["predicted_1"] == reference).mean()
         assert error <= most, f"{precision}: relative L2 {error:.1e}, more than {most:.0e}"
-        assert found[f"{precision} agreement"] >= 0.98, found
+        assert found[f"{precision} agreement"] >= 0.995, found
         engine.close()
     return found
 
@@ -273,29 +268,31 @@ def no_sync(at: Setting) -> dict:
 def overlap(at: Setting) -> dict:
     """The next batch is copied while one is computed: by the intervals of events, not by a rate."""
     size, count = (SIZE, 4) if at.dry else ((3, 224, 224), 256)
-    device = LateDevice(1) if at.dry else Timed()
     module = (lambda x: x.float().mean((2, 3))) if at.dry else _heavy
-    pipeline = Pipeline(device, module, size, sizes=(count,))
-    x = torch.zeros(count, *size, dtype=torch.uint8)
-    batches = [x if at.dry else x.pin_memory()] * 20
+    pipeline = Pipeline(LateDevice(1) if at.dry else Cuda(), module, size, sizes=(count,))
     if at.faulty:
-        for batch in batches:
-            pipeline.submit(batch).result()
-    else:
-        submitted(pipeline, batches)
-    if at.dry:
-        ahead = device.ahead
-    else:
-        table = device.table()
-        at.tables["overlap"] = table
-        copies, computed = (table[table["stream"] == name] for name in ("in", "compute"))
-        ahead = sum(
-            ((computed["begin_ms"] < copy.end_ms) & (copy.begin_ms < computed["end_ms"])).any()
-            for copy in copies.itertuples()
-        )
+        submit = pipeline.submit
+        pipeline.submit = lambda x: _done(submit(x))
+    spans = at.tables["overlap"] = pipeline.spans(torch.zeros(20, count, *size, dtype=torch.uint8))
     pipeline.close()
+    alone, ahead = (copies_beside(own) for _, own in spans.groupby("in_flight"))
     assert ahead >= 3, f"{ahead} of 20 copies ran while a batch was computed"
-    return {"copies beside a graph": int(ahead), "of": 20}
+    assert not alone, f"{alone} copies ran while the batch before them was computed, which had been waited for"
+    return {"copies beside a graph": ahead, "of": 20}
+
+
+def copies_beside(spans: pd.DataFrame) -> int:
+    """How many copies to the device ran while something was computed."""
+    copies, computed = (spans[spans["stream"] == name] for name in ("in", "compute"))
+    return sum(
+        int(((computed["begin_ms"] < copy.end_ms) & (copy.begin_ms < computed["end_ms"])).any())
+        for copy in copies.itertuples()
+    )
+
+
+def _done(future: Future) -> Future:
+    future.result()
+    return future
 
 
 def _heavy(x: torch.Tensor) -> torch.Tensor:
@@ -325,77 +322,181 @@ def memory(at: Setting) -> dict:
 
 
 def speed(at: Setting) -> dict:
-    """Images/s: of the graph alone on pixels that lie there, and from the host's memory to logits there."""
-    rows, summary = [], {}
-    names = ["vit_shapes20"] if at.dry else list(PUBLISHED)
-    for name in names:
-        model = at.shapes20 if at.dry else load_model(name, "random")
-        for engine_name, precision in [("eager", "fp32")] if at.dry else _pairs():
-            try:
-                engine = at.engine(model, engine_name, precision)
-            except Exception as error:
-                rows.append({"model": name, "engine": engine_name, "precision": precision, "status": str(error)[:200]})
-                continue
-            for batch in (1, 4) if at.dry else BATCHES:
-                row = {"model": name, "engine": engine_name, "precision": precision, "batch": batch}
-                rows.append(row | _rates(at, engine, batch) | {"status": "ok"})
-            engine.close()
-    table = at.tables["speed"] = pd.DataFrame(rows)
-    good = table[table["status"] == "ok"]
+    """Images/s of the graph alone on pixels that lie there, and from the host's memory to logits there; and of timm's
+    own module, eager and under torch.compile. The latter comes last, as it takes longest: a time-out loses only that.
+    """
+    base, large = ("vit_shapes20", "vit_shapes20") if at.dry else PUBLISHED
+    rows: list[dict] = []
+    load = cache(lambda name: at.shapes20 if at.dry else load_model(name, "random"))
+    try:
+        with suppress(TimeIsUp):
+            for name, engine, precision, batches in _plan(base, large, at.dry):
+                if engine == "timm":
+                    rows += [_of_timm(at, load(name), precision, batch, "eager") for batch in batches]
+                else:
+                    _of_engine(at, load(name), engine, precision, batches, rows)
+        _of_compiled(at, load(base), rows)
+    finally:
+        table = at.tables["speed"] = pd.DataFrame(rows)
     if at.faulty:
-        good = good.assign(resident_images_per_s=float("nan"))
-    assert len(good) and (good["resident_images_per_s"] > 0).all(), table.to_string()
-    for name, rows_of in good.groupby("model"):
-        best = rows_of.loc[rows_of["resident_images_per_s"].idxmax()]
-        summary[name] = (
-            f"{best['resident_images_per_s']:.0f} images/s at {best['batch']}, published {PUBLISHED.get(name)}"
-        )
-    if not at.dry:
-        _hold_against_targets(good, summary)
-    return summary
+        table["relative_l2"] *= 1e6
+    own, good = table[~table["engine"].str.startswith("timm")], table[table["status"] == "ok"]
+    wrong = own[~((own["status"] == "ok") & (own["relative_l2"] <= own["most_l2"]) & (own["resident_ms"] > 0))]
+    assert len(own) and wrong.empty, wrong.to_string()
+    at.tables["targets"] = targets = _targets(at, good, base, large)
+    return {f"{each.target} {each.goal:g}": f"{each.value:.3g} ({each.met})" for each in targets.itertuples()}
 
 
-def _pairs() -> list[tuple[str, str]]:
-    return [("eager", "bf16"), ("eager", "fp16"), ("inductor", "bf16"), ("inductor", "fp16"), ("eager", "fp32")]
+def _plan(base: str, large: str, dry: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """Model, engine, precision and batch sizes, by what is wanted most."""
+    if dry:
+        return [(base, "timm", "fp32", (1, 4)), (base, "eager", "fp32", (1, 4))]
+    few = (1, 32, 128)
+    return [
+        (base, "eager", "fp16", BATCHES),
+        (base, "timm", "fp16", (1, 8, 32, 64, 256)),
+        (large, "eager", "fp16", few),
+        (base, "inductor", "fp16", BATCHES),
+        (large, "inductor", "fp16", few),
+        (base, "eager", "bf16", BATCHES),
+        (base, "eager", "fp32", (1, 64)),
+    ]
+
+
+def _of_engine(at: Setting, model: Model, name: str, precision: str, batches: tuple[int, ...], rows: list) -> None:
+    """A row per batch size, with the error of the logits beside those of the CPU in fp32."""
+    known = {"model": model.info.tag, "engine": name, "precision": precision}
+    try:
+        engine = at.engine(model, name, precision)
+        x = model.info.random_pixels(2)
+        expected = EagerEngine(model, "fp32", device="cpu", threads=cores())(x)
+        # As at ``verify``, whose tolerance may follow the noise of random weights up to twice.
+        known |= {"relative_l2": relative_l2(engine(x), expected), "most_l2": 2 * TOLERANCES[precision].logits_l2}
+        for batch in batches:
+            rows.append(known | {"batch": batch, "status": "ok"} | _rates(at, engine, batch))
+        engine.close()
+    except Exception as error:
+        rows.append(known | {"status": f"{type(error).__name__}: {error}"[:200]})
 
 
 def _rates(at: Setting, engine: Engine, batch: int) -> dict:
-    sets = list(engine.info.random_pixels(4, batch))
-    sets = sets if at.dry else [x.pin_memory() for x in sets]
-    calls = 4 if at.dry else max(20, 2048 // batch)
-    submitted(engine, sets)
+    sets = engine.info.random_pixels(4, batch, pinned=not at.dry)
+    pipeline, device = engine.pipeline, engine.pipeline._device
+    graph = pipeline._graphs[min(size for size in pipeline._sizes if size >= batch)]
+    submitted(engine, sets)  # no zeros are to lie where the graph reads
+
+    def call() -> None:
+        device.replay(graph)
+        if at.dry:
+            device.finish()
+
+    seconds = _seconds_each(at, call, None if at.dry else device._streams["compute"])
+    calls = 4 if at.dry else max(10, int(0.5 / seconds))
     start = time.perf_counter()
     submitted(engine, [sets[k % len(sets)] for k in range(calls)])
     copied = batch * calls / (time.perf_counter() - start)
-    graph, device = (
-        engine.pipeline._graphs[min(s for s in engine.pipeline._sizes if s >= batch)],
-        engine.pipeline._device,
-    )
-    device.finish()
-    start = time.perf_counter()
-    for _ in range(calls):
-        device.replay(graph)
-    device.finish()
-    seconds = (time.perf_counter() - start) / calls
-    found = {"resident_images_per_s": batch / seconds, "resident_ms": 1e3 * seconds, "images_per_s": copied}
-    return found | {"tflops": batch / seconds * engine.info.flops_per_image / 1e12}
+    before = gpu_joules() if batch == BATCHES[-1] else None  # NVML counts on in steps of up to a tenth of a second
+    found = _resident(at, engine.info.flops_per_image, engine.precision, batch, seconds) | {"images_per_s": copied}
+    if before is not None:
+        calls = int(2 / seconds) + 1
+        for _ in range(calls):
+            call()
+        device.finish()
+        found["joules_per_image"] = (gpu_joules() - before) / (calls * batch)
+    return found
 
 
-def _hold_against_targets(good: pd.DataFrame, summary: dict) -> None:
-    """What was aimed at, met or missed; a speed that is missed is no fault of what is right."""
-    base = good[good["model"] == "vit_base_patch16_224"]
-    at_1, at_256 = (base[base["batch"] == batch] for batch in (1, 256))
-    ratio = (at_256["images_per_s"] / at_256["resident_images_per_s"]).max()
-    for what, value, met in (
-        ("ms at batch 1, below 0.8", at_1["resident_ms"].min(), at_1["resident_ms"].min() < 0.8),
-        (
-            "images/s at 256, 12,500",
-            at_256["resident_images_per_s"].max(),
-            at_256["resident_images_per_s"].max() > 12500,
-        ),
-        ("of the resident rate with copies, 0.97", ratio, ratio >= 0.97),
-    ):
-        summary[what] = f"{value:.3g} ({'met' if met else 'missed'})"
+def _resident(at: Setting, flops_per_image: int, precision: str, batch: int, seconds: float) -> dict:
+    rate = batch * flops_per_image / seconds
+    found = {"resident_images_per_s": batch / seconds, "resident_ms": 1e3 * seconds}
+    return found | {"tflops": rate / 1e12, "mfu": rate / at.roof(precision)}
+
+
+def _seconds_each(at: Setting, call: Callable, stream: torch.cuda.Stream | None = None) -> float:
+    """Of one of many calls in a row, by the GPU's events in ``stream`` (dry: by the host's clock); the median of ten
+    such rows, after a warm-up. No result is kept, as torch.compile's graphs would not be replayed over it."""
+
+    def of_row(calls: int) -> float:
+        def row() -> None:
+            for _ in range(calls):
+                call()
+
+        return (_seconds if at.dry else _gpu_seconds)(row) / calls
+
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        of_row(1 if at.dry else 5)
+        calls = max(1, int(0.05 / of_row(1)))
+        return statistics.median(of_row(calls) for _ in range(3 if at.dry else 10))
+
+
+def _of_timm(at: Setting, model: Model, precision: str, batch: int, how: str) -> dict:
+    """A row of timm's module as anybody runs it, on pixels that are normalised and lie there: it is spared what an
+    engine does to them. It is called in this thread, the one that imported Inductor, as CUDA graphs of torch.compile
+    ask for. how: "eager", or a mode of torch.compile, which in a dry run is torch's backend that compiles nothing."""
+    dtype = TORCH_TYPES[precision]
+    module = copy.deepcopy(model.module).to(at.where, dtype)
+    x = torch.randn(batch, *model.info.preprocessing.input_size, device=at.where, dtype=dtype)
+    if how != "eager":
+        torch.compiler.reset()  # each batch size is compiled for itself
+        options = {"backend": "eager"} if at.dry else {"mode": how}
+        module = torch.compile(module, fullgraph=True, dynamic=False, **options)
+    with torch.no_grad():
+        seconds = _seconds_each(at, lambda: module(x))
+    known = {"model": model.info.tag, "engine": f"timm {how}", "precision": precision, "batch": batch, "status": "ok"}
+    return known | _resident(at, model.info.flops_per_image, precision, batch, seconds)
+
+
+def _of_compiled(at: Setting, model: Model, rows: list[dict]) -> None:
+    """Rows of timm's module under torch.compile, as far as the time goes. Its caches are kept for the next run."""
+    if at.cache and at.cache.exists():
+        torch.compiler.load_cache_artifacts(at.cache.read_bytes())
+    precision, compiled = _compared(at)
+    for mode, batch in compiled:
+        try:
+            if time.perf_counter() > at.deadline:
+                raise TimeIsUp("no time was left")
+            rows.append(_of_timm(at, model, precision, batch, mode))
+        except (Exception, TimeIsUp) as error:
+            known = {"model": model.info.tag, "engine": f"timm {mode}", "precision": precision, "batch": batch}
+            rows.append(known | {"status": f"not measured: {type(error).__name__}: {error}"[:200]})
+    signal.setitimer(signal.ITIMER_REAL, 0)  # the rest takes moments
+    if at.cache and (saved := torch.compiler.save_cache_artifacts()) and len(saved[0]) <= MOST_BYTES:
+        at.cache.write_bytes(saved[0])
+
+
+def _compared(at: Setting) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """The precision in which engines and timm are compared, and modes of torch.compile with their batch sizes."""
+    return ("fp32", (("reduce-overhead", 4), ("max-autotune", 1))) if at.dry else ("fp16", COMPILED)
+
+
+def _targets(at: Setting, good: pd.DataFrame, base: str, large: str) -> pd.DataFrame:
+    """The goals for an H100 or H200 and what was reached, NaN where it was not measured."""
+    precision, compiled = _compared(at)
+    own = good[~good["engine"].str.startswith("timm")]
+
+    def best(rows: pd.DataFrame, what: str = "resident_images_per_s", **of: object) -> float:
+        for name, value in of.items():
+            rows = rows[rows[name] == value]
+        return rows[what].max()
+
+    of_base, of_large, most = own[own["model"] == base], own[own["model"] == large], own["batch"].max()
+    found = [("ms at batch 1, at most", of_base.loc[of_base["batch"] == 1, "resident_ms"].min(), 0.8)]
+    for how, batch, goal in [("eager", 1, 5.0), *((mode, batch, 1.0) for mode, batch in compiled)]:
+        theirs = best(good, engine=f"timm {how}", precision=precision, batch=batch)
+        ours = best(of_base, precision=precision, batch=batch)
+        found.append((f"times timm {how} at batch {batch}, at least", ours / theirs, goal))
+    for name, rows, goal in ((base, of_base, 12_500), (large, of_large, 1_148)):
+        found.append((f"{name}: of the roof, at least", best(rows, "mfu"), 0.55))
+        found.append((f"{name}: images/s, at least", best(rows), goal))
+        published = PUBLISHED.get(name, math.nan)
+        found.append((f"{name}: times the published A100's, at least", best(rows) / published, 1.0))
+    with_copies = of_base[of_base["batch"] == most].nlargest(1, "resident_images_per_s")
+    share = (with_copies["images_per_s"] / with_copies["resident_images_per_s"]).max()
+    found.append((f"of the resident rate with copies at batch {most:.0f}, at least", share, 0.97))
+    table = pd.DataFrame(found, columns=["target", "value", "goal"])
+    below = table["target"].str.endswith("at most")
+    met = (table["value"] <= table["goal"]).where(below, table["value"] >= table["goal"])
+    return table.assign(met=met.map({True: "met", False: "missed"}).where(table["value"].notna(), "not measured"))
 
 
 STEPS: dict[str, tuple[Callable[[Setting], dict], int]] = {  # and its limit in seconds
@@ -408,27 +509,29 @@ STEPS: dict[str, tuple[Callable[[Setting], dict], int]] = {  # and its limit in 
     "overlap": (overlap, 30),
     "memory": (memory, 30),
     "roofs": (roofs, 60),
-    "speed": (speed, 240),
+    "speed": (speed, 360),
 }
 
 
 def run(steps: list[str], at: Setting, out: Path | None) -> bool:
     """Run the steps; whether all of them passed."""
-    results, done = {}, True
+    results, done, begun = {}, True, time.perf_counter()
 
     def late(*_) -> None:
-        raise TimeoutError("it took longer than its limit")
+        raise TimeIsUp("it took longer than its limit")
 
     signal.signal(signal.SIGALRM, late)
     for name in steps:
         work, limit = STEPS[name]
         at.step, start = name, time.perf_counter()
-        signal.alarm(10 * limit if at.dry else limit)
+        limit = 10 * limit if at.dry else max(1.0, min(limit, begun + TOTAL_S - start))
+        at.deadline = start + limit - 1
+        signal.setitimer(signal.ITIMER_REAL, limit, 5)  # and again, as an exception in a callback is lost
         try:
             numbers, passed = work(at), True
-        except Exception as error:  # the next step may still say something
+        except (Exception, TimeIsUp) as error:  # the next step may still say something
             numbers, passed = {"why": f"{type(error).__name__}: {error}"}, False
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         seconds = time.perf_counter() - start
         shown = ", ".join(
             f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
@@ -451,6 +554,7 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(STEPS), help="which, by commas")
     parser.add_argument("--fault", default="", choices=["", *STEPS], help="the step that has to find a planted fault")
     parser.add_argument("--out", type=Path, help="a folder for gpu.json and the tables; data/results/<GPU> by default")
+    parser.add_argument("--cache", type=Path, help="a file of torch.compile's caches: read if it is there, and written")
     arguments = parser.parse_args()
     unknown = set(arguments.steps.split(",")) - set(STEPS)
     if unknown or not arguments.dry and not torch.cuda.is_available():
@@ -459,7 +563,7 @@ def main() -> None:
     out = arguments.out
     if not arguments.dry and out is None:
         out = data_path("results") / re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    sys.exit(not run(steps, Setting(arguments.dry, arguments.fault), out))
+    sys.exit(not run(steps, Setting(arguments.dry, arguments.fault, arguments.cache), out))
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ def _benchmark(out: Path, against: Path | None = None, **options) -> int:
         gate.check_baseline(baseline)
         asked = {name: own.default for name, own in signature(vitdemo.benchmark).parameters.items()} | options
         models = [vitdemo.load_model(name, asked["weights"]).info for name in asked["models"]]
-        pairs, sizes = choose_pairs(asked["engines"]), asked["device_batch_sizes"]
+        pairs, sizes = choose_pairs(asked["engines"], asked["device"]), asked["device_batch_sizes"]
         gate.check_overlap(baseline, models, pairs, sizes, asked["replicas"])
     began = time.time()
     options["data"] = _data_of(options)

@@ -18,6 +18,7 @@ from vitdemo.course import (
 )
 from vitdemo.course.looks import top5, with_preprocessing
 from vitdemo.course.view import LEAST, MOST, WINDOW, patches_to_hide, second_look
+from vitdemo.machine import describe_machine, machine_record
 from vitdemo.paths import data_path
 from vitdemo.plots.dataset import thumbnail
 
@@ -188,6 +189,13 @@ def test_measured_beside_published():
     assert vit.loc["PyTorch 1.12 eager", "speedup"] == 1
     mixed = measured[(measured["precision"] == "int8")]
     assert len(mixed) and mixed["speedup"].isna().all(), "int8 has no eager beside it"
+
+
+def test_what_a_gpu_measured_is_named_after_it():
+    rows = merge([data_path("results/intel-xeon-amx-2-cores")]).head(2).assign(device=["cpu", "cuda"])
+    record = machine_record() | {"cpu": "a processor", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"}
+    found = measured_and_published(rows.assign(machine=describe_machine(record)), published_performance().head(0))
+    assert found["hardware"].tolist() == ["a processor, 16 cores", "NVIDIA H100 80GB HBM3"]
 
 
 def test_rows_that_failed_are_not_shown():

@@ -20,12 +20,14 @@ from tqdm import tqdm
 from vitdemo.dataset.dataset import open_again
 from vitdemo.engines.artifacts import Recipe, artifacts_root
 from vitdemo.engines.contract import Engine
+from vitdemo.engines.pipeline import gpu_joules
 from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
 from vitdemo.machine import now, peak_memory_bytes
 
 INPUTS = 4  # sets of pixels, used in rotation, so that the next set is not in the CPU's cache from its last use
 EXPLORE_S = 1.0
+ENERGY_S = 2.0  # a GPU updates its energy counter in steps of up to a tenth of a second
 STABLE, LAST = 0.05, 3  # an engine is warm when the last 3 calls lie within this fraction of their median
 
 
@@ -54,7 +56,7 @@ class EngineBench:
 
     def first_call(self, device_batch_size: int) -> float:
         """The seconds of a call on new pixels of this batch size, which later calls use too."""
-        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size)
+        self._pixels = self.engine.info.random_pixels(INPUTS, device_batch_size, pinned=self.engine.device == "cuda")
         return self.step()
 
     def step(self) -> float:
@@ -102,6 +104,16 @@ class EngineBench:
         if self.engine.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return peak_memory_bytes() if sys.platform == "linux" else None
+
+    def joules_per_image(self) -> float | None:
+        """What the GPU's whole board uses, over ENERGY_S of calls; None on a CPU, and where NVML does not tell."""
+        if self.engine.device != "cuda" or (before := gpu_joules()) is None:
+            return None
+        begin, images = now(), 0
+        while now() - begin < ENERGY_S:
+            self.step()
+            images += len(self._pixels[0])
+        return (gpu_joules() - before) / images
 
 
 def open_bench(source: Recipe, threads: int) -> EngineBench:

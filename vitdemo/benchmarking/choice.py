@@ -102,7 +102,7 @@ def choose(
         ranges = set(spread(len(data), min(256, len(data) // 4)))
         calibration = data.take(sorted(ranges)) if ranges else None
         data = data.take([i for i in range(len(data)) if i not in ranges])
-    engines = [str(pair) for pair in choose_pairs(engines) if find_engines()[pair.engine].script]
+    engines = [str(pair) for pair in choose_pairs(engines, "cpu") if find_engines()[pair.engine].script]
     options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
     options |= dict(engines=engines, weights=weights, calibration=calibration, out=out / "sweeps")
     rows = benchmark(name, data=data, **options)

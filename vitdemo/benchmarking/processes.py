@@ -88,6 +88,8 @@ class ReplicaBench(EngineBench):
     def peak_memory_bytes(self) -> None:
         """None, because it is not measured with replicas."""
 
+    joules_per_image = peak_memory_bytes
+
     def ask(self, name: str, *arguments):
         """As ``Worker.ask``."""
         try:

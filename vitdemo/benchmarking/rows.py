@@ -22,8 +22,8 @@ replicas device_batch_size batch status turns build_s load_s first_run_s second_
 p90_ms p99_ms mean_ms std_ms images_per_s speedup_over_eager_fp32 speedup_over_eager_fp32_low
 speedup_over_eager_fp32_high speedup_over_eager_fp32_pairs speedup_equal_precision speedup_equal_precision_low
 speedup_equal_precision_high speedup_equal_precision_pairs tflops roof_tflops of_roof of_roof_low of_roof_high mfu
-mfu_convention peak_memory_bytes accuracy top1 images calibrated_on_scored agreement relative_l2 artifact measured
-machine commit""".split()
+mfu_convention peak_memory_bytes joules_per_image accuracy top1 images calibrated_on_scored agreement relative_l2
+artifact measured machine commit""".split()
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Measured:
         warm_up_s: the calls before the timed ones.
         rounds: the seconds of each call, one list per round, empty for a round in which the pair did not run.
         roof: the FLOP/s of plain matrix products, one number per round, NaN where they were not measured.
-        peak_memory_bytes: None where it was not measured.
+        peak_memory_bytes, joules_per_image: None where not measured.
     """
 
     pair: Pair
@@ -55,6 +55,7 @@ class Measured:
     rounds: list[list[float]] = field(default_factory=list)
     roof: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+    joules_per_image: float | None = None
 
     @property
     def batch(self) -> int:
@@ -141,6 +142,7 @@ def _latency(measured: Measured) -> dict:
         "std_ms": float(np.std(measured.calls)) * 1e3,
         "images_per_s": measured.rate,
         "peak_memory_bytes": measured.peak_memory_bytes,
+        "joules_per_image": measured.joules_per_image,
     }
 
 

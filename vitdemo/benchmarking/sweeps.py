@@ -127,6 +127,7 @@ class SweepRun:
             if not candidate.ended:
                 with suppress(Failed):
                     measured.peak_memory_bytes = candidate.bench.ask("peak_memory_bytes")
+                    measured.joules_per_image = candidate.bench.ask("joules_per_image")
         return [measured for _, measured in taking]
 
     def _has_roof(self, candidate: Candidate) -> bool:
@@ -321,6 +322,8 @@ def benchmark(
       ran. ``mfu``: the rate of all calls over roof_tflops. ``mfu_convention``: how operations are counted, and what the
       peak is.
     - ``peak_memory_bytes``: the largest resident size of the pair's process so far, since the engine was ready.
+    - ``joules_per_image``: the energy of the GPU's whole board, over two more seconds of calls; empty on a CPU, and
+      where NVML, the driver's library, does not report it.
     - ``accuracy``: top-1 and agreement for people, or why they are missing. ``top1``: a fraction. ``images``: the
       number of images for top1 and agreement. ``calibrated_on_scored``: how many of them were used to find the ranges
       of int8.
@@ -333,7 +336,7 @@ def benchmark(
         VitdemoError: for bad input, before anything is measured.
     """
     names = [str(models)] if isinstance(models, (Path, str)) else list(map(str, models))
-    pairs, sizes = choose_pairs(engines), list(device_batch_sizes)
+    pairs, sizes = choose_pairs(engines, device), list(device_batch_sizes)
     for size in sizes:
         at_least_1(device_batch_sizes=size)
     if not sizes:

@@ -84,7 +84,8 @@ LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a sweep that fit on a screen, and for skipped or failed rows the reason.
+    """The columns of a sweep that fit on a screen, with a GPU's energy where it was measured, and the reason in rows that
+    were skipped or failed.
 
     Args:
         rows: rows of ``benchmark`` or ``merge``.
@@ -93,6 +94,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     names += ["speedup_equal_precision", "speedup_over_eager_fp32", "speedup_over_eager_fp32_pairs", "of_roof"]
     measured = rows["status"] == OK
     note = rows["status"].mask(measured, rows["turns"].replace("together", ""))
+    names += [name for name in ("joules_per_image",) if name in rows and rows[name].notna().any()]
     return rows[[*names, "top1", "agreement", "relative_l2"]].assign(note=note).rename(columns=SHORT)
 
 

@@ -161,7 +161,8 @@ def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = 
     Returns:
         One row per measurement or publication.
 
-        - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores. ``system``: by what.
+        - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores, or the GPU.
+          ``system``: by what.
         - ``model``, ``precision``, ``batch``: the architecture; images in the whole batch.
         - ``latency_ms``: a batch's, the median where measured. ``images_per_s``: all images over all seconds.
         - ``speedup``: over eager PyTorch at equal precision, same hardware, model and batch; NaN where there is none.
@@ -178,13 +179,13 @@ def architecture_of(rows: pd.DataFrame) -> pd.Series:
 
 
 def _measured(rows: pd.DataFrame) -> pd.DataFrame:
-    said = rows["accuracy"].str.replace("not measured.*", "not measured", regex=True)
+    parts = rows["machine"].str.split(", ")  # of ``describe_machine``
     return rows.rename(columns={"engine": "system", "p50_ms": "latency_ms"}).assign(
         origin=MEASURED,
-        hardware=rows["machine"].str.split(", ").str[:2].str.join(", "),
+        hardware=parts.str[:2].str.join(", ").where(rows["device"] != "cuda", parts.str[-2]),
         model=architecture_of(rows),
         speedup=rows["speedup_equal_precision"].where(rows["engine"] != EAGER.engine, 1.0),
-        accuracy=said,
+        accuracy=rows["accuracy"].str.replace("not measured.*", "not measured", regex=True),
     )[COLUMNS]
 
 

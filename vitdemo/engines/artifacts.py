@@ -88,9 +88,8 @@ def _values(value: object) -> Iterator[str | None]:
     elif inspect.isclass(value) or inspect.isroutine(value):
         yield _source(value)
     else:
-        yield re.sub(
-            r" at 0x[0-9a-f]+", "", repr(sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value)
-        )
+        ordered = sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(ordered))
 
 
 # The folder of the artifacts; listing and clearing it.
@@ -373,10 +372,8 @@ class Recipe:
         except (VitdemoError, OSError):
             raise
         except Exception as error:
-            own = f"{self.cls.name} {self.precision} of {self.info.tag}"
-            raise VitdemoError(
-                f"{own}: {what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
-            ) from error
+            why = f"{what} ({reason_of(error)}); see `vitdemo doctor`, or take another engine"
+            raise VitdemoError(f"{self.cls.name} {self.precision} of {self.info.tag}: {why}") from error
 
     def _check_room(self, folder: Path) -> None:
         """Raise VitdemoError where a build needs more disk or memory than is free.
@@ -418,19 +415,14 @@ def _listed(names: Iterable[str]) -> str:
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
     """Print one line to stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
-    answers, native = cls.answers(device), _listed(cls.native(device)) or "nothing"
+    answers, has = cls.answers(device), _listed(cls.native(device)) or "nothing"
+    own = f"{cls.name} {precision}"
     if precision not in answers:
-        raise VitdemoError(f"{cls.name} {precision}: not on the device {device!r}, where it has {_listed(answers)}")
+        raise VitdemoError(f"{own}: not on the device {device!r}, where it has {_listed(answers)}")
     if (support := answers[precision]) == ABSENT:
-        raise VitdemoError(
-            f"{cls.name} {precision}: absent here, the runtime would compute in another precision; native to it: "
-            f"{native}"
-        )
+        raise VitdemoError(f"{own}: absent here, the runtime would compute in another precision; native to it: {has}")
     if support == EMULATED:
-        print(
-            f"{cls.name} {precision}: emulated here, slower than fp32; native to {cls.name} here: {native}",
-            file=sys.stderr,
-        )
+        print(f"{own}: emulated here, slower than fp32; native to {cls.name} here: {has}", file=sys.stderr)
 
 
 def _files(folder: Path) -> dict[str, dict]:

@@ -155,10 +155,8 @@ def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[s
 
     flops: Counter[str] = Counter()
     options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
-    # Freezing needs inference mode, which torch recognises by disabled gradients.
-    beside = (
-        None if re.search(r"\s", str(package.parent)) else package.parent
-    )  # the compiler's command would be split at blanks
+    # Freezing needs inference mode, which torch recognises by disabled gradients. The compiler's command breaks at blanks.
+    beside = None if re.search(r"\s", str(package.parent)) else package.parent
     with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)

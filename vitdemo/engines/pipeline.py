@@ -7,9 +7,11 @@ pixels of the next batch and the logits of the last one are copied. Four waits, 
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import CDLL, byref, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from threading import Lock
 
+import pandas as pd
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,6 +23,7 @@ WAITS = ("slot", "copied in", "computed", "copied out")
 # its versions gave NaN, or read beyond their memory, for lengths such as a ViT's 197 tokens (pytorch #138649, #169849).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WARM_UP = 3  # calls before a capture, in which libraries choose and load their kernels; a graph must not contain that
+NVML = "libnvidia-ml.so.1"  # comes with the driver
 
 
 class Cuda:
@@ -103,15 +106,59 @@ class Cuda:
         torch.cuda.synchronize()
 
 
+class Timed:
+    """Another device that also keeps, by its own events, when each copy and each graph began and ended."""
+
+    def __init__(self, device: Cuda):
+        self._device, self._origin, self._spans, self._batch = device, device.event(), [], -1
+        device.record("compute", self._origin)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._device, name)
+
+    def copy(self, stream: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        """As the device's."""
+        self._batch += stream == "in"  # a batch begins with its only copy there
+        self._keep(stream, lambda: self._device.copy(stream, target, source))
+
+    def replay(self, graph: Callable[[], None]) -> None:
+        """As the device's."""
+        self._keep("compute", lambda: self._device.replay(graph))
+
+    def _keep(self, stream: str, queue: Callable[[], None]) -> None:
+        begin, end = self._device.event(), self._device.event()
+        self._device.record(stream, begin)
+        queue()
+        self._device.record(stream, end)
+        self._spans.append((stream, self._batch, begin, end))
+
+    def table(self) -> pd.DataFrame:
+        """Wait for the device; a row for each copy and graph, in milliseconds since this was made."""
+        self._device.finish()
+        rows = [(*span[:2], *map(self._origin.elapsed_time, span[2:])) for span in self._spans]
+        return pd.DataFrame(rows, columns=["stream", "batch", "begin_ms", "end_ms"])
+
+
+def gpu_joules() -> float | None:
+    """The energy that the whole board of the GPU here has used since its driver was loaded, as NVML counts it from
+    Volta on; None where it does not tell. *Not run.* NVML is asked itself, as torch needs a package to do that.
+    https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
+    """
+    try:
+        nvml, board, millijoules = CDLL(NVML), c_void_p(), c_ulonglong()
+        uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, byref(board))
+        failed = failed or nvml.nvmlDeviceGetTotalEnergyConsumption(board, byref(millijoules))
+    except (OSError, AttributeError):  # neither NVML nor, in an old one, this counter
+        return None
+    return None if failed else millijoules.value / 1000
+
+
 def gpu_record() -> dict:
     """The facts on which machine code for this machine's GPU depends, as a dict for JSON."""
-    properties = torch.cuda.get_device_properties()
-    return {
-        "name": properties.name,
-        "capability": [properties.major, properties.minor],
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    gpu = torch.cuda.get_device_properties()
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {"name": gpu.name, "capability": [gpu.major, gpu.minor], **versions}
 
 
 @dataclass
@@ -158,15 +205,9 @@ class Pipeline:
         self._pixels = device.empty((most, *input_size), torch.uint8)
         outputs = compute(self._pixels[:1].zero_()).shape[1]
         self._logits = device.empty((most, outputs), torch.float32)
-        self._slots = [
-            Slot(
-                device.empty((most, *input_size), torch.uint8),
-                device.empty((most, outputs), torch.float32),
-                device.pinned((most, outputs), torch.float32),
-                {name: device.event() for name in WAITS[1:]},
-            )
-            for _ in range(SLOTS)
-        ]
+        of_pixels, of_logits = (self._pixels.shape, torch.uint8), (self._logits.shape, torch.float32)
+        taken = [(device.empty(*of_pixels), device.empty(*of_logits), device.pinned(*of_logits)) for _ in range(SLOTS)]
+        self._slots = [Slot(*buffers, {name: device.event() for name in WAITS[1:]}) for buffers in taken]
 
     def _work(self, compute: Callable, size: int) -> None:
         self._logits[:size].copy_(compute(self._pixels[:size]))
@@ -200,6 +241,29 @@ class Pipeline:
     def _result(self, slot: Slot, count: int) -> torch.Tensor:
         self._device.wait("copied out", slot.events["copied out"])
         return slot.fetched[:count].clone()
+
+    def spans(self, batches: torch.Tensor) -> pd.DataFrame:
+        """When the device copied and computed each of ``batches``, by its own events: first with each one waited for
+        before the next is submitted, then with SLOTS of them on their way.
+
+        Args:
+            batches: uint8[N, B, 3, H, W], B at most the largest of the sizes.
+
+        Returns:
+            The rows of ``Timed.table`` with ``in_flight``, 1 or SLOTS.
+        """
+        device, tables = self._device, []
+        pixels = device.pinned(batches.shape, torch.uint8).copy_(batches)
+        self.submit(pixels[0]).result()
+        for in_flight in (1, SLOTS):
+            self._device = Timed(device)
+            for x in pixels:
+                future = self.submit(x)
+                if in_flight == 1:
+                    future.result()
+            tables.append(self._device.table().assign(in_flight=in_flight))
+            self._device = device
+        return pd.concat(tables, ignore_index=True)
 
     def close(self) -> None:
         """Wait for batches in flight and stop the thread; the next batch starts another one."""

@@ -41,7 +41,7 @@ class Roof:
     """The highest throughput that plain matrix products reached.
 
     flops_per_s: 2 x multiply-accumulates per second, integer ones where the precision is int8. shape, runtime: the
-    shape of the product that reached it, and the name of the engine that computed it. threads: the CPU threads used.
+    shape of the product that reached it, and the name of the engine that computed it. threads: the CPU threads used, 0 on a GPU.
     measured: the time of the measurement.
     """
 
@@ -53,11 +53,9 @@ class Roof:
     measured: str
 
     def __str__(self) -> str:
-        m, k, n = self.shape
-        return (
-            f"roof: {self.flops_per_s / 1e12:.2f} TFLOP/s in {self.precision}, reached by {self.runtime} with "
-            f"[{m}, {k}] x [{k}, {n}] on {self.threads} threads, measured {self.measured}"
-        )
+        (m, k, n), where = self.shape, f"{self.threads} threads" if self.threads else "the GPU"
+        what = f"{self.flops_per_s / 1e12:.2f} TFLOP/s in {self.precision}, reached by {self.runtime}"
+        return f"roof: {what} with [{m}, {k}] x [{k}, {n}] on {where}, measured {self.measured}"
 
 
 def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = "cpu", fresh: bool = False) -> Roof:
@@ -95,11 +93,14 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
     return replace(kept[key], shape=tuple(kept[key].shape))
 
 
-def memory_bandwidth() -> float:
-    """The memory bandwidth of all cores in bytes per second, for copying one array to another; the best of five."""
+def memory_bandwidth(device: str = "cpu") -> float:
+    """The memory bandwidth in bytes per second, for copying one array to another; the best of five.
+
+    With all cores, or of the GPU's own memory where ``device`` is "cuda" (*not run*).
+    """
     torch.set_num_threads(cores())
-    source, target = torch.zeros(COPIED // 4), torch.empty(COPIED // 4)
-    return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5)[:5])
+    source, target = (torch.zeros(COPIED // 4, device=device) for _ in range(2))
+    return 2 * COPIED / min(_timed(lambda: target.copy_(source), seconds=0.5, device=device)[:5])
 
 
 def _key(precision: str, shapes: list[Shape], device: str) -> str:
@@ -154,7 +155,8 @@ class Products:
         self._calls = {key: self._calls[key] for key in fastest[:keep]}
         runtime, shape = fastest[0]
         measured = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        return Roof(self.precision, rates[runtime, shape], shape, runtime, cores(), measured)
+        threads = 0 if self._device == "cuda" else cores()
+        return Roof(self.precision, rates[runtime, shape], shape, runtime, threads, measured)
 
 
 def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape]) -> dict[tuple[str, Shape], Call]:

@@ -42,7 +42,7 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
         VitdemoError: for a device_batch_size below 1.
     """
     at_least_1(device_batch_size=device_batch_size)
-    pixels = engine.info.random_pixels(INPUTS, device_batch_size)
+    pixels = engine.info.random_pixels(INPUTS, device_batch_size, pinned=engine.device == "cuda")
     cold = not engine.has_run
     first_s, second_s = (_call_s(engine, x) for x in pixels[:2])
     first_run_s = (engine.load_s or 0.0) + first_s if cold else None

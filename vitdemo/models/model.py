@@ -46,10 +46,13 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     outputs: int = 0
 
-    def random_pixels(self, *counts: int) -> torch.Tensor:
-        """Random pixels, uint8[*counts, C, H, W], the same in every call."""
+    def random_pixels(self, *counts: int, pinned: bool = False) -> torch.Tensor:
+        """Random pixels, uint8[*counts, C, H, W], the same in every call.
+
+        ``pinned`` is for an engine on a GPU, which copies pinned memory while it computes, as in ``evaluate``.
+        """
         shape, generator = (*counts, *self.preprocessing.input_size), torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, pin_memory=pinned)
 
 
 class Model:

@@ -18,6 +18,7 @@ from vitdemo.stats import unaccounted_s, wilson_interval
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito's palette, safe for colour-blind readers
 PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999", "#0072B2")
+STREAMS = {"in": "copies to the GPU", "compute": "the graph", "out": "copies to the host"}  # of ``Cuda``
 
 
 def plot_predictions(evaluation: Evaluation, indices: Sequence[int], columns: int = 6) -> Figure:
@@ -139,6 +140,28 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     ax.invert_yaxis()
     ax.set(xlabel="milliseconds since the first of these batches began")
     ax.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def plot_overlap(spans: pd.DataFrame) -> Figure:
+    """When a GPU copied and computed some batches, a line per stream, consecutive batches in two colours: above with
+    each batch waited for before the next is submitted, below with several on their way.
+
+    Args:
+        spans: of ``Pipeline.spans``.
+    """
+    figure, axes = plt.subplots(2, figsize=(9, 3.6), layout="constrained", sharex=True)
+    for ax, (in_flight, run) in zip(axes, spans.groupby("in_flight"), strict=True):
+        start, batches = run["begin_ms"].min(), run["batch"].nunique()
+        for y, stream in enumerate(STREAMS):
+            own = run[run["stream"] == stream]
+            bars = list(zip(own["begin_ms"] - start, own["end_ms"] - own["begin_ms"], strict=True))
+            ax.broken_barh(bars, (y - 0.4, 0.8), facecolors=[(RIGHT, WRONG)[batch % 2] for batch in own["batch"]])
+        ax.set_yticks(range(len(STREAMS)), STREAMS.values())
+        ax.invert_yaxis()
+        taken = f"{batches} batches in {run['end_ms'].max() - start:.2f} ms"
+        ax.set_title(f"{taken}, {in_flight} on its way at a time", loc="left", fontsize=10)
+    axes[-1].set(xlabel="milliseconds since the first copy began")
     return figure
 
 
