@@ -1,7 +1,10 @@
 """Figures of one picture: what is answered, where the model looks, and where two engines differ."""
 
+import base64
+import io
 from collections.abc import Sequence
-from textwrap import shorten
+from html import escape
+from textwrap import fill, shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,9 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitdemo.benchmarking.pairs import EAGER
-from vitdemo.benchmarking.rows import OK
-from vitdemo.benchmarking.tables import COMPARED, published_performance
 from vitdemo.course.attention import class_attention
 from vitdemo.course.looks import PictureResult, name_in
 from vitdemo.dataset.dataset import Dataset
@@ -23,25 +23,25 @@ from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 # Okabe and Ito's palette, safe for colour-blind readers.
 ANSWER, OTHER, CANDIDATE, REFERENCE, NEITHER = "#0072B2", "#BBBBBB", "#0072B2", "#D55E00", "#666666"
 HEAT = "inferno"
+DPI = 72  # of a figure in a widget
 
 
 def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figure:
-    """One row per look: the pixels, the rollout over them, and the top-5 as bars.
+    """Looks side by side, one column each: the pixels, the rollout over them, and below both the top-5 as bars.
 
     Args:
         looks: as ``look_at`` gives them, by the name that stands above each.
-        blue: which class (its index) stands out in all of them, by default the answer of the first row.
+        blue: which class (its index) stands out in all of them, by default the answer of the first look.
     """
-    figure = plt.figure(figsize=(9, 2.9 * len(looks)))
     blue = next(iter(looks.values())).top5["class"].iloc[0] if blue is None else blue
-    height = 1 / len(looks)
+    figure, width = plt.figure(figsize=(4.4 * len(looks), 4.6)), 1 / len(looks)
     for k, (name, look) in enumerate(looks.items()):
-        bottom = 1 - (k + 1) * height
-        figure.text(0.01, bottom + 0.92 * height, shorten(name, 100, placeholder=" …"), fontsize=9.5)
-        pictures = figure.add_axes((0.01, bottom + 0.02 * height, 0.5, 0.87 * height))
+        left = k * width
+        figure.text(left + 0.02 * width, 0.93, fill(shorten(name, 100, placeholder=" …"), 52), fontsize=9.5)
         tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
+        pictures = figure.add_axes((left + 0.02 * width, 0.43, 0.96 * width, 0.47))
         _show_tiles(pictures, tiles, columns=2, width=34)
-        _show_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), blue)
+        _show_top5(look.top5, figure.add_axes((left + 0.02 * width, 0.1, 0.94 * width, 0.32)), blue)
     return figure
 
 
@@ -143,58 +143,15 @@ def _show_tiles(ax: Axes, tiles: dict[str, np.ndarray], columns: int, width: int
     ax.set_anchor("W")
 
 
-MEASURED, PUBLISHED = "measured", "published"
-COLUMNS = ["origin", "hardware", "system", "model", "precision", "batch", "latency_ms", "images_per_s", "speedup"]
-COLUMNS += ["accuracy"]
-
-
-def measured_and_published(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Rows that were measured here beside those that others have published.
-
-    Rates of different hardware cannot be compared; speedups at equal precision sooner can. Rows without a measurement
-    are left out.
+def html_of(figure: Figure, alt: str) -> str:
+    """A figure as an HTML image; the figure is closed.
 
     Args:
-        rows: as ``benchmark`` or ``merge`` gives them.
-        published: as ``published_performance()`` gives them, which is the default.
-
-    Returns:
-        One row per measurement or publication.
-
-        - ``origin``: measured, or published. ``hardware``: on what, the processor and its cores. ``system``: by what.
-        - ``model``, ``precision``, ``batch``: the architecture; images in the whole batch.
-        - ``latency_ms``: a batch's, the median where measured. ``images_per_s``: all images over all seconds.
-        - ``speedup``: over eager PyTorch at equal precision, same hardware, model and batch; NaN where there is none.
-        - ``accuracy``: as it was given, or that it was not measured or not published.
+        figure: matplotlib's.
+        alt: its text for those who cannot see it.
     """
-    published = published_performance() if published is None else published
-    tables = [_measured(rows[rows["status"] == OK]), _published(published[published["images_per_s"].notna()])]
-    return pd.concat([table for table in tables if len(table)], ignore_index=True)
-
-
-def architecture_of(rows: pd.DataFrame) -> pd.Series:
-    """Each row's model without the tag of its weights."""
-    return rows["model"].str.split(".").str[0]
-
-
-def _measured(rows: pd.DataFrame) -> pd.DataFrame:
-    said = rows["accuracy"].str.replace("not measured.*", "not measured", regex=True)
-    return rows.rename(columns={"engine": "system", "p50_ms": "latency_ms"}).assign(
-        origin=MEASURED,
-        hardware=rows["machine"].str.split(", ").str[:2].str.join(", "),
-        model=architecture_of(rows),
-        speedup=rows["speedup_equal_precision"].where(rows["engine"] != EAGER.engine, 1.0),
-        accuracy=said,
-    )[COLUMNS]
-
-
-def _published(rows: pd.DataFrame) -> pd.DataFrame:
-    base = rows[rows["baseline"]].drop_duplicates(COMPARED).set_index(COMPARED)
-    own = pd.MultiIndex.from_frame(rows[COMPARED])
-    of_base = base[["images_per_s", "precision"]].reindex(own).set_axis(rows.index)
-    equal = of_base["precision"] == rows["precision"]
-    return rows.assign(
-        origin=PUBLISHED,
-        speedup=(rows["images_per_s"] / of_base["images_per_s"]).where(equal),
-        accuracy=rows["top1_percent"].map("{:.1f} % top-1".format).where(rows["top1_percent"].notna(), "not published"),
-    )[COLUMNS]
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
+    plt.close(figure)
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="max-width: 100%">'
