@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
+from vitdemo.course.panel import REST_S, Panel
 
 from tests.course.hostile import HOSTILE, picture
 from tests.native import is_native
@@ -30,7 +31,6 @@ from vitdemo import (
     published_performance,
 )
 from vitdemo.course import benchmark_explorer, browse, dataset_browser, image_explorer, view
-from vitdemo.course.panel import REST_S, Panel
 from vitdemo.engines import artifacts
 
 COARSER = "eager:bf16" if is_native("eager", "bf16") else "onnx:int8"

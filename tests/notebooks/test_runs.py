@@ -58,8 +58,8 @@ def course(tmp_path_factory):
     folder.mkdir()
     where = "import os, sys; print(sys.executable, os.getcwd(), limit, sep='\\n')"
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '999'], start_new_session=True).pid)"
-    widget = "import ipywidgets; from vitdemo.course.panel import Panel\nipywidgets.IntSlider()"
-    panel = "Panel({}, lambda say: 'drawn', [])"
+    widget = "import ipywidgets; from vitdemo.course.widgets import Panel\nipywidgets.IntSlider()"
+    panel = "Panel({}, lambda say: 'drawn')"
     make_notebook(folder, "00_good", where, FIGURE, orphan, widget, leave(), panel)
     make_notebook(folder, "01_raises", leave(), "raise ValueError('first line\\nthe number is wrong')", "1")
     make_notebook(folder, "02_lazy", "1")
