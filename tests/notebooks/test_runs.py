@@ -261,6 +261,19 @@ def test_nothing_but_skipped_notebooks_is_no_success(folder):
     assert [result.status for result in report.notebooks] == ["skipped"] and not report.ok
 
 
+def test_exercises_are_solved_where_nobody_is_there_unless_told_otherwise(tmp_path):
+    exercise = "from vitdemo.course import check\nanswer = 'far off' if solve else None\n"
+    exercise += "check('01_dataset', 1, index_of_id=answer, devkit=None)"
+    make_notebook(tmp_path, "00_asks", leave(), exercise, parameters="solve = False  # whether to solve")
+    for parameters, said in (
+        ({}, "hint: a dict from ID to index"),
+        ({"solve": False}, "not done yet: `index_of_id` is"),
+    ):
+        out = tmp_path / f"out{len(parameters)}"
+        (asks,) = run_notebooks(parameters=parameters, out=out, notebooks=tmp_path).notebooks
+        assert asks.error.startswith(f"cell 4: ExerciseError: ✗ exercise 1 of 2: {said}"), asks.error
+
+
 def test_a_cell_may_take_its_time_only_where_nobody_knows_it():
     assert cell_timeout_s("bundled", {"limit": 3}) == cell_timeout_s("smoke", {}) == 600
     assert cell_timeout_s("imagenet", {}) is cell_timeout_s("bundled", {"model": "vit_large_patch16_384"}) is None
