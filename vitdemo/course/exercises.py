@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from inspect import getfullargspec
+from traceback import format_exception_only
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import crop_picture
 from vitdemo.dataset.devkit import Devkit
 from vitdemo.engines.contract import Engine
-from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.errors import VitdemoError
 from vitdemo.evaluation.evaluation import Evaluation, evaluate
 from vitdemo.models.model import Model
 from vitdemo.verification.verification import verify
@@ -48,7 +49,7 @@ def check(notebook: str, number: int, **given: object) -> None:
     except ExerciseError as error:
         wrong = str(error)
     except Exception as error:  # whatever an answer of another kind, or a function that is one, raises
-        wrong = f"hint: with your answer comes {type(error).__name__}: {reason_of(error)}"
+        wrong = f"hint: with your answer comes {format_exception_only(error)[-1].strip()}"
     else:
         _right.add((notebook, number))
         print(f"✓ {name}: right. {shows}")
