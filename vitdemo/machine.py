@@ -4,12 +4,14 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from math import ceil
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -40,6 +42,14 @@ class Phases:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
+
+
+def message_stream() -> TextIO:
+    """Where messages of what takes its time go: to stderr, in a notebook's kernel to stdout.
+
+    JupyterLab shows what comes on stderr on red, as if it were an error.
+    """
+    return sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
 
 
 def peak_memory_bytes() -> int:

@@ -108,13 +108,14 @@ class Lab:
             self._ask("DELETE", f"sessions/{session['id']}")
 
     def copy(self, name: str, before: str | None = None, **values) -> str:
-        """Give a copy of notebook ``name`` the values of the profile `smoke`, or these; return its file's name.
+        """Give a copy of notebook ``name`` the values of a smoke run, solved, or these; return its file's name.
 
         before: words of the first cell that the copy does not have any more.
         Whenever its parameters are set, its results go to another new folder ``results/NAME-…``.
         """
         known = read_notebook(NOTEBOOKS / f"{name}.ipynb").parameters
-        values = {key: value for key, value in (PROFILES["smoke"] | values).items() if key in known}
+        values = {"solve": True} | PROFILES["smoke"] | values
+        values = {key: value for key, value in values.items() if key in known}
         content = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
         (cell,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
         lines = [f"{key} = {value!r}" for key, value in values.items()]

@@ -51,11 +51,21 @@ def test_a_solution_is_folded_until_it_is_clicked(open_lesson):
     expect(solution).to_be_visible()
 
 
+def test_an_exercise_that_waits_stops_the_run_and_the_end_says_so(open_lesson):
+    lesson = open_lesson("00_tour", solve=False)
+    lesson.run_all()
+    lesson.wait_until_done()
+    (line,) = lesson.errors()
+    assert line.strip().startswith("✗ exercise 1 of 1: not done yet: `singly` is None") and "\n" not in line.strip()
+    expect(lesson.prompt("finish(")).to_have_text("[ ]:")
+    assert lesson.text("finish(") == ""
+
+
 def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesson, lab):
     lesson = open_lesson("00_tour", limit=300)
     lesson.run_all()
     expect(lesson.prompt("engine = convert(")).to_have_text(re.compile(r"\d"))
-    expect(lesson.prompt("assert equal >=")).to_have_text("[*]:")
+    expect(lesson.prompt('check("00_tour"')).to_have_text("[*]:")
     lesson.restart_and_run_all()
     lesson.wait_until_done()
     assert_walked_to_its_end(lesson)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -132,13 +133,35 @@ def test_seed_shuffles_the_runs(game):
     assert sorted(game.bugs.values()) == sorted(BUGS) and list(game.bugs.values()) != list(BUGS)
 
 
-def test_findings_are_those_of_the_checks(game):
-    found = game.findings("set_faults", "paid_once", runs=["run B", NO_BUG])
-    assert found.index.tolist() == ["run B", NO_BUG] and found.columns.tolist() == ["set_faults", "paid_once"]
-    assert found.loc[NO_BUG].tolist() == ["", ""]
-    for check, runs in (("set_fault", None), ("paid_once", ["run Z"])):
+def test_each_question_is_one_check_of_one_run(game):
+    fresh = replace(game, asked={})
+    assert fresh.ask("set_faults", NO_BUG) == f"{NO_BUG}, set_faults: nothing found"
+    padded = next(run for run, bug in game.bugs.items() if bug == PADDED)
+    assert fresh.ask("set_faults", padded) == f"{padded}, set_faults: {TABLE[PADDED]['set_faults']}"
+    fresh.ask("set_faults", padded)
+    assert len(fresh.asked) == 2, "the same question once more is no further one"
+    for check, run in (("set_fault", NO_BUG), ("paid_once", "run Z")):
         with pytest.raises(VitdemoError, match=r"there is no '(set_fault|run Z)'; there are "):
-            game.findings(check, runs=runs)
+            fresh.ask(check, run)
+
+
+def test_the_transcript_has_for_each_run_the_check_that_sees_its_bug(game):
+    found = game.transcript()
+    assert found.index.tolist() == list(game.runs)
+    assert found.loc[NO_BUG].tolist() == ["", ""]
+    assert found["check"].drop(NO_BUG).to_dict() == {run: SEEN_BY[bug] for run, bug in game.bugs.items()}
+    for run, bug in game.bugs.items():
+        assert TABLE[bug][SEEN_BY[bug]] in found.loc[run, "says"]
+
+
+def test_a_guess_is_scored_without_a_word_on_which_are_right(game):
+    first, second, *_ = game.bugs
+    assert game.score(game.bugs) == "8 of 8 are right"
+    assert game.score(dict.fromkeys(game.bugs)) == game.score({}) == "0 of 8 are right"
+    assert game.score(game.bugs | {first: game.bugs[second]}) == "7 of 8 are right"
+    assert game.score({first: "a bad day"}) == f"{first}: 'a bad day' is none of the 8; take a name from BUGS"
+    assert game.score({"run Z": DROPPED}) == "'run Z' is no run of this hunt"
+    assert game.score({"run Z": None}) == "0 of 8 are right", "without OpenVINO there are fewer runs"
 
 
 def test_hint_helps_without_giving_the_answer_away(game):
@@ -146,11 +169,10 @@ def test_hint_helps_without_giving_the_answer_away(game):
     first, second, *_ = game.bugs
     swapped = game.bugs | {first: game.bugs[second], second: game.bugs[first]}
     said = game.hint(swapped)
-    assert said.startswith(f"6 of 8 are right; {first}: see what {SEEN_BY[game.bugs[first]]} says of it")
+    assert said == f"6 of 8 are right; {first}: ask {SEEN_BY[game.bugs[first]]}"
     assert not [bug for bug in BUGS if bug in said]
     assert game.hint({}).startswith("0 of 8") and game.hint(dict.fromkeys(game.bugs)).startswith("0 of 8")
-    assert game.hint({first: "a bad day"}) == f"{first}: 'a bad day' is none of the 8; take a name from BUGS"
-    assert game.hint({"run Z": DROPPED}) == "'run Z' is no run of this hunt"
+    assert game.hint({first: "a bad day"}).startswith(f"{first}: 'a bad day' is none of the 8; take a name from BUGS")
 
 
 def test_without_openvino_two_bugs_are_left_out_and_said(vit_shapes20, shapes20, monkeypatch, capsys):

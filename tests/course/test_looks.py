@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests.course.hostile import HOSTILE, picture
-from vitdemo import VitdemoError, convert, fast_crop, load_model, merge, published_performance, reference_crop
+from vitdemo import (
+    VitdemoError,
+    convert,
+    fast_crop,
+    load_model,
+    merge,
+    published_performance,
+    reference_crop,
+)
 from vitdemo.course import (
     answers_masked,
     answers_under,

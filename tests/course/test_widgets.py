@@ -1,4 +1,4 @@
-"""The widgets without a browser, as a kernel holds them: every control, bad input, and how long an answer takes."""
+"""The image explorer without a browser, as a kernel holds it: every control, bad input, and how long it takes."""
 
 import asyncio
 import json
@@ -18,19 +18,9 @@ import pytest
 
 from tests.course.hostile import HOSTILE, picture
 from tests.native import is_native
-from vitdemo import (
-    ImageNetVal,
-    VitdemoError,
-    convert,
-    data_path,
-    extract,
-    find_engines,
-    load_model,
-    merge,
-    published_performance,
-)
-from vitdemo.course import benchmark_explorer, browse, dataset_browser, image_explorer, view
-from vitdemo.course.panel import REST_S, Panel
+from vitdemo import VitdemoError, convert, data_path, extract, find_engines, load_model
+from vitdemo.course import image_explorer, view
+from vitdemo.course.widgets import REST_S, Panel
 from vitdemo.engines import artifacts
 
 COARSER = "eager:bf16" if is_native("eager", "bf16") else "onnx:int8"
@@ -49,12 +39,9 @@ CHANGES = {  # every control of the image explorer, and a value that it does not
     "patches": 100,
     "down": (0, 50),
     "across": (0, 50),
-    "picture": "upload",
     "against": "openvino:fp32",
     "among": 9,
 }
-
-NO_ANSWER = ("model", "picture")  # a name that is none, and no upload yet
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +91,7 @@ def test_opens_with_an_answer(explorer, shapes20):
     assert said(explorer).startswith("done in")
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("model", "picture", "against", "among")])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("model", "against", "among")])
 def test_every_control_changes_what_is_shown(explorer, name):
     set_(explorer, **{"crop_pct": {"crop": "center"}, "patches": {"hide": "what is looked at most"}}.get(name, {}))
     if name in ("down", "across"):
@@ -140,15 +127,45 @@ def test_an_extracted_data_set(explorer, shapes20, tmp_path):
     assert said(explorer).startswith("done in") and explorer.shown.value == before, "the same picture from elsewhere"
 
 
+def there(panel: Panel) -> set[str]:
+    """The controls that a reader sees."""
+    return {name for name, control in panel.controls.items() if control.layout.display != "none"}
+
+
+def test_only_the_controls_that_count_are_there(explorer):
+    pictures = {"data", "index", "upload", "model", "engine", "precision", "show", "scaling", "crop", "hide"}
+    assert there(explorer) == pictures
+    for values, more in (
+        (dict(crop="squash"), {"crop_pct"}),
+        (dict(hide="what is looked at least"), {"crop_pct", "patches"}),
+        (dict(crop="as the weights want it", hide="a window"), {"down", "across"}),
+        (dict(show="block by block"), {"down", "across"}),
+    ):
+        set_(explorer, **values)
+        assert there(explorer) == pictures | more, values
+    set_(explorer, show="two engines")
+    assert there(explorer) == {"data", "model", "engine", "precision", "show", "against", "among"}
+
+
+def test_a_control_that_is_not_there_would_change_nothing(explorer):
+    for name in sorted(set(explorer.controls) - there(explorer)):
+        before = explorer.shown.value
+        set_(explorer, **{name: CHANGES[name]})
+        assert said(explorer).startswith("done in") and explorer.shown.value == before, name
+
+
+def test_before_and_after_stand_side_by_side(explorer):
+    assert len(images_in(explorer)) == 1 and "Change" in explorer.shown.value
+    set_(explorer, hide="what is looked at most")
+    (_, before), (_, after) = images_in(explorer)
+    assert "as the weights want it" in before and "changed: 40 patches hidden" in after
+    assert "display: flex" in explorer.shown.value
+
+
 def test_an_upload(explorer):
-    set_(explorer, picture="upload")
-    assert said(explorer).startswith("✗ upload: no picture yet")
-    set_(explorer, picture="data set")
     set_(explorer, upload=uploaded("mine.png", picture()))
-    assert explorer.controls["picture"].value == "upload"
     assert "mine.png" in images_in(explorer)[0][1] and said(explorer).startswith("done in")
     set_(explorer, index=3)
-    assert explorer.controls["picture"].value == "data set"
     assert "mine.png" not in explorer.shown.value
 
 
@@ -158,8 +175,6 @@ def test_the_same_file_once_more(explorer):
         assert "mine.png" in images_in(explorer)[0][1]
         set_(explorer, index=index)
         assert "mine.png" not in images_in(explorer)[0][1]
-    set_(explorer, picture="upload")
-    assert "mine.png" in images_in(explorer)[0][1], "what was uploaded last stays at hand"
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -240,7 +255,7 @@ def test_bad_arguments(shapes20):
 def counter(draw) -> tuple[Panel, ipywidgets.IntText]:
     """A panel of one number, of which ``draw`` makes HTML, and its control."""
     control = ipywidgets.IntText(0)
-    return Panel({"index": control}, lambda say, index: draw(index) or str(index), [["index"]]), control
+    return Panel({"index": control}, lambda say, index: draw(index) or str(index)), control
 
 
 def elsewhere(do) -> None:
@@ -363,18 +378,20 @@ def test_a_mistyped_model_costs_nothing_of_what_is_loaded(explorer):
     assert said(explorer).startswith("done in")
 
 
-def test_a_cell_can_draw_at_once(shapes20):
-    async def cell():
-        panel = displayed(dataset_browser(shapes20))
-        set_(panel, page=2)
-        panel.refresh()
-        first = panel.shown.value
-        await asyncio.sleep(2 * REST_S)
-        assert panel.shown.value == first
-        panel.close()
-        return first
+def test_a_cell_can_draw_at_once():
+    drawn = []
 
-    assert "page 2 of" in asyncio.run(cell())
+    async def cell():
+        panel, control = counter(drawn.append)
+        displayed(panel)
+        control.value = 2
+        panel.refresh()
+        assert panel.shown.value == "2"
+        await asyncio.sleep(2 * REST_S)
+        panel.close()
+
+    asyncio.run(cell())
+    assert drawn == [0, 2]
 
 
 def test_whatever_goes_wrong_is_one_line():
@@ -382,7 +399,7 @@ def test_whatever_goes_wrong_is_one_line():
         raise {"runtime": RuntimeError("a\nb"), "memory": MemoryError(), "nothing": ValueError()}[error]
 
     control = ipywidgets.Dropdown(options=("runtime", "memory", "nothing"))
-    panel = displayed(Panel({"error": control}, fail, [["error"]]))
+    panel = displayed(Panel({"error": control}, fail))
     assert said(panel) == "✗ a"
     control.value = "memory"
     assert said(panel).startswith("✗ out of memory; take a smaller batch or model")
@@ -394,87 +411,24 @@ def test_leaves_no_thread_and_no_figure(shapes20, vit_shapes20, capfd):
     for precision in find_engines()["openvino"].native():
         convert(vit_shapes20, "openvino", precision)  # the first build starts torch's own threads, for good
     threads, figures = set(threading.enumerate()), plt.get_fignums()
-    panels = [displayed(image_explorer(shapes20)), displayed(dataset_browser(shapes20))]
+    panel = displayed(image_explorer(shapes20))
     for name, value in CHANGES.items():
-        set_(panels[0], **{name: value})
-        assert said(panels[0]).startswith("✗ " if name in NO_ANSWER else "done in"), f"{name}: {said(panels[0])}"
-        set_(panels[0], model="vit_shapes20", picture="data set")
-    set_(panels[0], against="eager:fp32", show="two engines")
-    assert said(panels[0]).startswith("done in")
-    for panel in panels:
-        panel.close()
+        set_(panel, **{name: value})
+        assert said(panel).startswith("✗ " if name == "model" else "done in"), f"{name}: {said(panel)}"
+        set_(panel, model="vit_shapes20")
+    set_(panel, against="eager:fp32", show="two engines")
+    assert said(panel).startswith("done in")
+    panel.close()
     assert set(threading.enumerate()) <= threads and plt.get_fignums() == figures
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    return merge([data_path("results/intel-xeon-amx-2-cores")])
-
-
-def test_controls_are_native_and_have_labels(shapes20, recorded):
-    for panel in (image_explorer(shapes20), dataset_browser(shapes20), benchmark_explorer(recorded)):
-        for name, control in panel.controls.items():
-            assert control.description, name
-            assert type(control).__module__.startswith("ipywidgets.widgets"), name
-        shown = [control for box in panel.children[:-2] for control in box.children]
-        assert set(shown) == set(panel.controls.values()), "a control is nowhere to be seen"
-
-
-def test_benchmark_explorer(recorded):
-    panel = displayed(benchmark_explorer(recorded))
-    assert "openvino" in panel.shown.value and "within 100 ms" in panel.shown.value
-    for show in ("latency and throughput", "speedups over eager"):
-        set_(panel, show=show)
-        assert len(images_in(panel)) == 1 and said(panel).startswith("done in")
-    set_(panel, show="table", batch=8, precision="int8", model="vit_shapes20")
-    assert set(re.findall(r"<td[^>]*>(fp32|bf16|int8)</td>", panel.shown.value)) == {"int8"}
-    set_(panel, budget_ms=0.1)
-    assert "none (which engine: none is right enough in 0.1 ms" in panel.shown.value
-    set_(panel, precision="all", batch="all", budget_ms=100.0, loss=0.0)
-    assert "with at most 0 % of top-1 lost" in panel.shown.value
-
-
-def test_benchmark_explorer_shows_published_models_too(recorded):
-    panel = displayed(benchmark_explorer(recorded))
-    for model in published_performance().query("images_per_s.notna()")["model"].unique():
-        set_(panel, model=model)
-        assert "published" in panel.shown.value and said(panel).startswith("done in"), model
-    set_(panel, model="resnet18", show="latency and throughput")
-    assert "no row has images_per_s" in said(panel)
-    set_(panel, model="vit_base_patch16_224")
-    assert said(panel).startswith("done in")
-
-
-def test_dataset_browser(shapes20):
-    panel = displayed(dataset_browser(shapes20, per_page=8))
-    assert len(images_in(panel)) == 8 and "page 1 of 125" in panel.shown.value
-    set_(panel, page=125)
-    assert "ILSVRC2012_val_00001000.JPEG" in panel.shown.value
-    set_(panel, label=3)
-    assert panel.controls["page"].value == 1 and "page 1 of 7" in panel.shown.value
-    assert all("faded egg" in alt for _, alt in images_in(panel))
-    set_(panel, page=7)
-    assert len(images_in(panel)) == 2
-
-
-def test_browsing(shapes20):
-    table = browse(shapes20, label=3, page=2, per_page=20)
-    own = [i for i, label in enumerate(shapes20.labels) if label == 3]
-    assert table["index"].tolist() == own[20:40] and set(table["class"]) == {"faded egg"}
-    assert table["file"].tolist() == [shapes20.files[i] for i in own[20:40]]
-    with pytest.raises(VitdemoError, match="page 4: there are 1 to 3"):
-        browse(shapes20, label=3, page=4, per_page=20)
-
-
-def test_a_file_that_the_disk_does_not_give(tmp_path):
-    extract(data_path("shapes20"), tmp_path / "extracted")
-    data = ImageNetVal(tmp_path / "extracted")
-    path = data.path / data[1].class_id / data.files[1]
-    path.unlink()
-    path.mkdir()  # reading a folder fails as a bad sector does
-    panel = displayed(dataset_browser(data))
-    assert len(images_in(panel)) == 12 and "unreadable" in panel.shown.value
+def test_controls_are_native_and_have_labels(shapes20):
+    panel = image_explorer(shapes20)
+    for name, control in panel.controls.items():
+        assert control.description, name
+        assert type(control).__module__.startswith("ipywidgets.widgets"), name
+    assert set(panel.children[0].children) == set(panel.controls.values()), "a control is nowhere to be seen"
 
 
 @pytest.mark.soak

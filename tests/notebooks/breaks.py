@@ -238,14 +238,14 @@ BREAKS = {
             name("same", lambda same: same - 1),
         ],
         [
-            name("findings", lambda found: found.assign(set_faults="4 missing")),
-            name("findings", lambda found: found.assign(set_faults="", diagnose="")),
-        ],
-        [
             *undone("suspects"),
             name("suspects", lambda bugs: bugs | {"run A": bugs["run B"], "run B": bugs["run A"]}),
             name("suspects", lambda bugs: bugs | {"run C": "a bad day"}),
             name("suspects", lambda bugs: {run: bugs[run] for run in list(bugs)[1:]}),
+        ],
+        [
+            name("transcript", lambda found: found.assign(says="4 missing")),
+            name("transcript", lambda found: found.assign(says="")),
         ],
         [
             name("stays", lambda stays: None),

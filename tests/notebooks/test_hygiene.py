@@ -3,12 +3,14 @@
 import ast
 import importlib
 import re
+from inspect import getfullargspec
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from tests.notebooks.exercises import PARTS, answers_of, exercises, names_given
+from vitdemo.course.exercises import EXERCISES
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 FRONTS = ("vitdemo", "vitdemo.imagenet", "vitdemo.plots", "vitdemo.course")
@@ -120,19 +122,53 @@ def test_a_learner_s_own_answer_is_what_goes_on(notebook):
         for statement in [statement for cell in solutions for statement in python_of(cell).body]:
             given = names_given(statement) & answers_of(stub)
             guard = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
-            assert given <= {guard.removesuffix(" is None")}, f"overwrites an answer:\n{ast.unparse(statement)}"
+            assert guard.startswith("solve") or not given, f"solves without being told to:\n{ast.unparse(statement)}"
+            assert given <= {guard.removeprefix("solve and ").removesuffix(" is None")}, (
+                f"overwrites an answer:\n{ast.unparse(statement)}"
+            )
             filled |= given
         assert filled == answers_of(stub), "the solution leaves an answer out"
         assert not names_given(python_of(check)) & answers_of(stub), f"overwrites an answer:\n{check.source}"
 
 
-def test_the_check_of_an_exercise_says_what_is_not_done_and_gives_a_hint(notebook):
-    for stub, _, check in exercises(notebook):
-        asserts = [node for node in ast.walk(python_of(check)) if isinstance(node, ast.Assert) and node.msg]
-        undone = [ast.unparse(node.test) for node in asserts if "not done yet: " in ast.unparse(node.msg)]
-        for name in answers_of(stub):
-            assert any(f"{name} is not None" in test for test in undone), f"does not ask for {name}:\n{check.source}"
-        assert "hint: " in check.source, check.source
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_check_of_an_exercise_is_the_library_s_and_holds_no_answer(path):
+    found = exercises(nbformat.read(path, as_version=nbformat.NO_CONVERT))
+    assert len(found) == len(EXERCISES[path.stem])
+    for number, ((stub, _, check), expect) in enumerate(zip(found, EXERCISES[path.stem], strict=True), 1):
+        (statement,) = python_of(check).body
+        assert ast.unparse(statement).startswith(f"check({path.stem!r}, {number}, "), check.source
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in statement.value.keywords}
+        arguments = getfullargspec(expect)
+        assert set(given) == {*arguments.args, *arguments.kwonlyargs}
+        assert {given[name] for name in arguments.args} == set(arguments.args) == answers_of(stub)
+
+
+def test_a_check_that_passes_says_so(notebook):
+    of_exercises = [check.id for *_, check in exercises(notebook)]
+    for cell in tagged(notebook, "check"):
+        if cell.id not in of_exercises:
+            last = ast.unparse(python_of(cell).body[-1])
+            assert last.startswith("print(") and "✓" in last, cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_wait_unless_told_otherwise_and_the_end_counts_them(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    (cell,) = tagged(notebook, "parameters")
+    assert "\nsolve = False  # " in cell.source
+    assert [cell.source for cell in code_cells(notebook) if "finish(" in cell.source] == [f'finish("{path.stem}")']
+    assert "Summary" in text_of(notebook).split("\n## ")[-1] and "finish(" in notebook.cells[-1].source
+
+
+def test_a_guess_is_optional_and_held_against_what_comes_out(notebook):
+    """Read from the top: each guess is compared before the next one is made."""
+    turns = ""
+    for cell in code_cells(notebook):
+        turns += "?" * bool(re.search(r"^my_guess = None  # .+\?$", cell.source, re.MULTILINE))
+        turns += "!" * ("compare_guess(my_guess, " in cell.source)
+    sections = len(re.findall(r"^## \d+\. ", text_of(notebook), re.MULTILINE))
+    assert re.fullmatch(r"(\?!)+", turns) and len(turns) // 2 >= sections // 2, turns
 
 
 def test_its_code_cells_are_short(notebook):

@@ -58,8 +58,8 @@ def course(tmp_path_factory):
     folder.mkdir()
     where = "import os, sys; print(sys.executable, os.getcwd(), limit, sep='\\n')"
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '999'], start_new_session=True).pid)"
-    widget = "import ipywidgets; from vitdemo.course.panel import Panel\nipywidgets.IntSlider()"
-    panel = "Panel({}, lambda say: 'drawn', [])"
+    widget = "import ipywidgets; from vitdemo.course.widgets import Panel\nipywidgets.IntSlider()"
+    panel = "Panel({}, lambda say: 'drawn')"
     make_notebook(folder, "00_good", where, FIGURE, orphan, widget, leave(), panel)
     make_notebook(folder, "01_raises", leave(), "raise ValueError('first line\\nthe number is wrong')", "1")
     make_notebook(folder, "02_lazy", "1")
@@ -259,6 +259,19 @@ def test_nothing_but_skipped_notebooks_is_no_success(folder):
     make_notebook(folder, "02_needs", "1", said=REPORT | {"needs": ["no_such_runtime"]})
     report = run_notebooks(["02"], out=folder / "out", notebooks=folder)
     assert [result.status for result in report.notebooks] == ["skipped"] and not report.ok
+
+
+def test_exercises_are_solved_where_nobody_is_there_unless_told_otherwise(tmp_path):
+    exercise = "from vitdemo.course import check\nanswer = 'far off' if solve else None\n"
+    exercise += "check('01_dataset', 1, index_of_id=answer, devkit=None)"
+    make_notebook(tmp_path, "00_asks", leave(), exercise, parameters="solve = False  # whether to solve")
+    for parameters, said in (
+        ({}, "hint: a dict from ID to index"),
+        ({"solve": False}, "not done yet: `index_of_id` is"),
+    ):
+        out = tmp_path / f"out{len(parameters)}"
+        (asks,) = run_notebooks(parameters=parameters, out=out, notebooks=tmp_path).notebooks
+        assert asks.error.startswith(f"cell 4: ExerciseError: ✗ exercise 1 of 2: {said}"), asks.error
 
 
 def test_a_cell_may_take_its_time_only_where_nobody_knows_it():

@@ -43,9 +43,21 @@ def test_a_copy_is_the_lesson_without_its_solutions(students):
     assert sorted(path.stem for path in students.glob("*.ipynb")) == LESSONS
     for name in LESSONS:
         lesson = read(COURSE / f"{name}.ipynb")
-        kept = [cell for cell in lesson.cells if "solution" not in tags(cell)]
+        kept = [cell for cell in lesson.cells if not {"solution", "about-solutions"} & set(tags(cell))]
         copied = read(students / f"{name}.ipynb")
+        (parameters,) = [cell for cell in kept if "parameters" in tags(cell)]
+        lines = parameters.source.splitlines()
+        parameters.source = "\n".join(line for line in lines if not line.startswith("solve = "))
         assert copied.cells == kept and len(kept) < len(lesson.cells) and copied.metadata == lesson.metadata
+
+
+def test_a_copy_does_not_speak_of_what_it_does_not_have(students):
+    for name in LESSONS:
+        texts = [cell.source for cell in read(students / f"{name}.ipynb").cells]
+        assert [text for text in texts if re.search(r"solution|folded|three dots|\bsolve\b", text)] == [], name
+
+
+def test_the_readme_of_the_copies_is_the_course_s(students):
     assert (students / "README.md").read_bytes() == (COURSE / "README.md").read_bytes()
 
 
@@ -139,6 +151,7 @@ class Sitting:
         (parameters,) = [cell for cell in self.cells.values() if "parameters" in tags(cell)]
         given = PROFILES["smoke"] | {"out": str(out)}
         lines = [f"{name} = {value!r}" for name, value in given.items() if f"\n{name} = " in parameters.source]
+        lines.append("solve = True")  # for the solutions that are pasted in
         parameters.source = "\n".join([parameters.source, *lines])
         place = {"metadata": {"path": str(path.parent)}}
         self.client = NotebookClient(self.copy, kernel_manager_class=OwnKernel, resources=place)

@@ -1,7 +1,7 @@
 """The bug hunt: runs with one planted bug each, under names that say nothing, and which check must find which bug."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from string import ascii_uppercase
 
 import numpy as np
@@ -48,10 +48,12 @@ CHECKS: dict[str, Callable[[BuggyRun], str]] = {  # the library's function -> wh
 
 @dataclass(frozen=True)
 class Hunt:
-    """Runs by name, NO_BUG's first. bugs: which bug each of the others has: the solution."""
+    """Runs by name, NO_BUG's first. bugs: which bug each of the others has: the solution. asked: what the checks that
+    were asked have said, by check and run; "" where a check found nothing."""
 
     runs: dict[str, BuggyRun]
     bugs: dict[str, str]
+    asked: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def reports(self) -> pd.DataFrame:
@@ -59,23 +61,47 @@ class Hunt:
         printed = pd.DataFrame({name: run.report for name, run in self.runs.items()}).T
         return printed.astype({"images": int, "correct": int})
 
-    def findings(self, *checks: str, runs: Iterable[str] | None = None) -> pd.DataFrame:
-        """What the library's checks say of the runs: one row per run, one column per check, "" where nothing.
+    def score(self, suspects: dict[str, str | None]) -> str:
+        """How many runs are given their bug; or a name that there is not.
 
         Args:
-            checks: names of CHECKS.
-            runs: names of runs; None is all.
+            suspects: name of a run -> name of a bug, or None.
+        """
+        for name, bug in suspects.items():
+            if bug is not None and name not in self.bugs:
+                return f"{name!r} is no run of this hunt"
+            if bug is not None and bug not in BUGS:
+                return f"{name}: {bug!r} is none of the {len(BUGS)}; take a name from BUGS"
+        right = sum(suspects.get(name) == bug for name, bug in self.bugs.items())
+        return f"{right} of {len(self.bugs)} are right"
+
+    def ask(self, check: str, run: str) -> str:
+        """What one check of the library says of one run, in a line.
+
+        Args:
+            check: a name of CHECKS.
+            run: a name of ``runs``.
 
         Raises:
             VitdemoError: for a check or a run that is not there.
         """
-        names = list(self.runs if runs is None else runs)
-        for given, known in ((checks, CHECKS), (names, self.runs)):
-            for name in given:
-                if name not in known:
-                    raise VitdemoError(f"bug hunt: there is no {name!r}; there are {', '.join(known)}")
-        found = {name: {check: CHECKS[check](self.runs[name]) for check in checks} for name in names}
-        return pd.DataFrame.from_dict(found, orient="index", columns=list(checks))
+        for name, known in ((check, CHECKS), (run, self.runs)):
+            if name not in known:
+                raise VitdemoError(f"bug hunt: there is no {name!r}; there are {', '.join(known)}")
+        if (check, run) not in self.asked:
+            self.asked[check, run] = CHECKS[check](self.runs[run])
+        return f"{run}, {check}: {self.asked[check, run] or 'nothing found'}"
+
+    def transcript(self) -> pd.DataFrame:
+        """Of each run the first of CHECKS that finds something, and what it says; "" where none does."""
+        rows = {run: {"check": "", "says": ""} for run in self.runs}
+        for run in self.runs:
+            for check in CHECKS:
+                self.ask(check, run)
+                if self.asked[check, run]:
+                    rows[run] = {"check": check, "says": self.asked[check, run]}
+                    break
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def hint(self, suspects: dict[str, str | None]) -> str:
         """Of which run to think again, and which check to ask; "" where each run has its own bug.
@@ -83,16 +109,8 @@ class Hunt:
         Args:
             suspects: name of a run -> name of a bug, or None.
         """
-        for name in suspects:
-            if name not in self.bugs:
-                return f"{name!r} is no run of this hunt"
-            if suspects[name] is not None and suspects[name] not in BUGS:
-                return f"{name}: {suspects[name]!r} is none of the {len(BUGS)}; take a name from BUGS"
-        wrong = [name for name, bug in self.bugs.items() if suspects.get(name) != bug]
-        if not wrong:
-            return ""
-        right = len(self.bugs) - len(wrong)
-        return f"{right} of {len(self.bugs)} are right; {wrong[0]}: see what {SEEN_BY[self.bugs[wrong[0]]]} says of it"
+        wrong = next((name for name, bug in self.bugs.items() if suspects.get(name) != bug), None)
+        return f"{self.score(suspects)}; {wrong}: ask {SEEN_BY[self.bugs[wrong]]}" if wrong else ""
 
 
 def hunt(model: Model, data: Dataset, seed: int = 0) -> Hunt:

@@ -1,7 +1,10 @@
 """Figures of one picture: what is answered, where the model looks, and where two engines differ."""
 
+import base64
+import io
 from collections.abc import Sequence
-from textwrap import shorten
+from html import escape
+from textwrap import fill, shorten
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,25 +26,25 @@ from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
 # Okabe and Ito's palette, safe for colour-blind readers.
 ANSWER, OTHER, CANDIDATE, REFERENCE, NEITHER = "#0072B2", "#BBBBBB", "#0072B2", "#D55E00", "#666666"
 HEAT = "inferno"
+DPI = 72  # of a figure in a widget
 
 
 def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figure:
-    """One row per look: the pixels, the rollout over them, and the top-5 as bars.
+    """Looks side by side, one column each: the pixels, the rollout over them, and below both the top-5 as bars.
 
     Args:
         looks: as ``look_at`` gives them, by the name that stands above each.
-        blue: which class (its index) stands out in all of them, by default the answer of the first row.
+        blue: which class (its index) stands out in all of them, by default the answer of the first look.
     """
-    figure = plt.figure(figsize=(9, 2.9 * len(looks)))
     blue = next(iter(looks.values())).top5["class"].iloc[0] if blue is None else blue
-    height = 1 / len(looks)
+    figure, width = plt.figure(figsize=(4.4 * len(looks), 4.6)), 1 / len(looks)
     for k, (name, look) in enumerate(looks.items()):
-        bottom = 1 - (k + 1) * height
-        figure.text(0.01, bottom + 0.92 * height, shorten(name, 100, placeholder=" …"), fontsize=9.5)
-        pictures = figure.add_axes((0.01, bottom + 0.02 * height, 0.5, 0.87 * height))
+        left = k * width
+        figure.text(left + 0.02 * width, 0.93, fill(shorten(name, 100, placeholder=" …"), 52), fontsize=9.5)
         tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
+        pictures = figure.add_axes((left + 0.02 * width, 0.43, 0.96 * width, 0.47))
         _show_tiles(pictures, tiles, columns=2, width=34)
-        _show_top5(look.top5, figure.add_axes((0.54, bottom + 0.18 * height, 0.44, 0.66 * height)), blue)
+        _show_top5(look.top5, figure.add_axes((left + 0.02 * width, 0.1, 0.94 * width, 0.32)), blue)
     return figure
 
 
@@ -141,6 +144,20 @@ def _show_tiles(ax: Axes, tiles: dict[str, np.ndarray], columns: int, width: int
     ax.imshow(canvas)
     ax.set_axis_off()
     ax.set_anchor("W")
+
+
+def html_of(figure: Figure, alt: str) -> str:
+    """A figure as an HTML image; the figure is closed.
+
+    Args:
+        figure: matplotlib's.
+        alt: its text for those who cannot see it.
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
+    plt.close(figure)
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="max-width: 100%">'
 
 
 MEASURED, PUBLISHED = "measured", "published"

@@ -15,11 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
 from vitdemo.course.attention import attention_maps, mask_patches, most_looked_at, patch_grid, rollout
-from vitdemo.course.figures import plot_blocks, plot_disagreements, plot_looks
+from vitdemo.course.figures import html_of, plot_blocks, plot_disagreements, plot_looks
 from vitdemo.course.looks import PictureResult, disagreements, look_at, names_of, reference_of, with_preprocessing
-from vitdemo.course.panel import html_of
 from vitdemo.dataset.dataset import Dataset, open_data
-from vitdemo.dataset.decoding import Preprocessing, crop_picture
+from vitdemo.dataset.decoding import CROP_MODES, Preprocessing, crop_picture
 from vitdemo.engines.artifacts import convert
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
@@ -29,7 +28,6 @@ from vitdemo.verification.comparison import compare_answers
 
 OWN = "as the weights want it"
 ANSWER, BLOCKS, TWO_ENGINES = "answer", "block by block", "two engines"
-DATA, UPLOAD = "data set", "upload"
 AS_TRAINED = "the weights' own"
 SCALINGS = {
     AS_TRAINED: {},
@@ -38,6 +36,16 @@ SCALINGS = {
     "none (0 and 1)": {"mean": (0.0,) * 3, "std": (1.0,) * 3},
 }
 NOTHING, MOST, LEAST, WINDOW = "nothing", "what is looked at most", "what is looked at least", "a window"
+
+ALWAYS = ("data", "model", "engine", "precision", "show")  # these controls count in any case
+COUNTS_AT = {  # of a single picture, these only at such values of another control
+    "against": ("show", ()),
+    "among": ("show", ()),
+    "crop_pct": ("crop", CROP_MODES),
+    "patches": ("hide", (MOST, LEAST)),
+    "down": ("hide", (WINDOW,)),
+    "across": ("hide", (WINDOW,)),
+}
 
 KEPT_ENGINES = 3  # each holds its weights
 Say = Callable[[str], None]
@@ -48,7 +56,7 @@ class ImageView:
     """Holds what took long to get: the data set, the model and its engines, and the last look and comparison."""
 
     def __init__(self, data: Dataset, calibration: Path | str | None = None):
-        self._data, self._calibration, self._uploaded = {str(data.path): data}, calibration, ()
+        self._data, self._calibration = {str(data.path): data}, calibration
         last = lru_cache(maxsize=1)
         self.model, self.engine = last(self._model), lru_cache(KEPT_ENGINES)(self._engine)
         self.apart = last(self._apart)
@@ -62,11 +70,10 @@ class ImageView:
             values: of the controls in ``image_explorer``, by their names.
         """
         self._say, asked = say, SimpleNamespace(**values)
-        self._uploaded = asked.upload or self._uploaded
         data, model, pair = self._opened(asked.data), self.model(asked.model), Pair(asked.engine, asked.precision)
         if asked.show == TWO_ENGINES:
             return self._engines_apart(data, model, pair, Pair(*asked.against.split(":")), asked.among)
-        file, content, truth = picture_of(data, asked.picture, asked.index, self._uploaded)
+        file, content, truth = picture_of(data, asked.index, asked.upload)
         picture = self.engine(model, pair), model, data, file, content
         first = self.first_look(*picture)
         wanted = replace(model.info.preprocessing, **SCALINGS[asked.scaling])
@@ -81,8 +88,9 @@ class ImageView:
             return head + f"<p>{escape(how)}</p>" + html_of(plot_blocks(model, last), text)
         blue = first.top5["class"].iloc[0]
         # The first is drawn once for all that is changed beside it.
-        looks = (look_html(name, look, file, blue) for name, look in changed.items())
-        return head + self.first_html(*picture) + "".join(looks)
+        looks = [look_html(name, look, file, blue) for name, look in changed.items()]
+        beside = "".join(looks) or "<p>Change <i>mean and std</i> or <i>crop</i>, or <i>hide</i> patches.</p>"
+        return f'{head}<div style="display: flex; flex-wrap: wrap">{self.first_html(*picture)}{beside}</div>'
 
     def _opened(self, path: str) -> Dataset:
         if path not in self._data:
@@ -134,21 +142,33 @@ def look_html(name: str, look: PictureResult, file: str, blue: int) -> str:
     return f"<div>{html_of(plot_looks({name: look}, blue), alt)}</div>"
 
 
-def picture_of(images: Dataset, picture: str, index: int, upload: tuple) -> tuple[str, bytes, str]:
+def counts(name: str, values: dict[str, Any]) -> bool:
+    """Whether a control changes what is shown.
+
+    Args:
+        name: the control's, in ``image_explorer``.
+        values: of all controls, by their names.
+    """
+    if name in ALWAYS:
+        return True
+    if values["show"] == TWO_ENGINES:
+        return name in ("against", "among")
+    other, wanted = COUNTS_AT.get(name, ("show", (ANSWER, BLOCKS)))
+    return values[other] in wanted
+
+
+def picture_of(images: Dataset, index: int, upload: tuple) -> tuple[str, bytes, str]:
     """File name, bytes, and what it is, where that is known.
 
     Args:
         images: the data set.
-        picture: DATA or UPLOAD.
         index: of the image in the data set.
-        upload: the value of the upload's control.
+        upload: the value of the upload's control: where it holds a picture, that is taken.
 
     Raises:
-        VitdemoError: where nothing was uploaded yet, and for an index that is not there.
+        VitdemoError: for an index that is not there.
     """
-    if picture == UPLOAD:
-        if not upload:
-            raise VitdemoError("upload: no picture yet; press Upload and choose a file")
+    if upload:
         return upload[0]["name"], bytes(upload[0]["content"]), ""
     if index >= len(images):
         raise VitdemoError(f"image {index}: the data set has 0 to {len(images) - 1}")

@@ -1,32 +1,143 @@
-"""The course's widgets: each a thin skin over functions that a notebook can call as well."""
+"""The image explorer: controls, and beside them what is drawn of their values between two cells."""
 
+import asyncio
 import io
+import signal
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from html import escape
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import ipywidgets as widgets
-import pandas as pd
+import matplotlib.pyplot as plt
+from IPython.display import Javascript, display
 
-from vitdemo.benchmarking.choice import choose_engine
 from vitdemo.benchmarking.pairs import NULL_ENGINE, choose_pairs
-from vitdemo.benchmarking.tables import published_performance, styled
 from vitdemo.course import view
-from vitdemo.course.figures import architecture_of, measured_and_published
-from vitdemo.course.panel import Panel, html_of, image_html
 from vitdemo.dataset.dataset import Dataset
-from vitdemo.dataset.decoding import CROP_MODES, image_facts
-from vitdemo.dataset.samples import Sample, UnreadableFile
+from vitdemo.dataset.decoding import CROP_MODES
 from vitdemo.engines.contract import find_engines
-from vitdemo.errors import VitdemoError
+from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.machine import now
 from vitdemo.paths import MODELS
-from vitdemo.plots.benchmarking import plot_latency_throughput, plot_speedups
-from vitdemo.plots.dataset import short_names, thumbnail
 
-ALL = "all"
-TABLE, LATENCY, SPEEDUPS = "table", "latency and throughput", "speedups over eager"
-STYLE = {"description_width": "initial"}
-WIDE, NARROW, ONE_LINE = (widgets.Layout(width=width) for width in ("24em", "14em", "max-content"))
-BUTTONS = {"layout": ONE_LINE, "style": {"button_width": "auto"}}
+REST_S = 0.02  # how long the controls must rest: of a rapid series of changes only the last is drawn
+# JupyterLab takes arrows and letters for its shortcuts (x cuts a cell), also in a control, unless it is told not to.
+OWN_KEYS = """setTimeout(() =>  // once the output is on the page
+    element.closest('.jp-OutputArea')?.addEventListener('focusin', event =>
+        event.target.setAttribute('data-lm-suppress-shortcuts', 'true')), 100)"""
+
+
+class Panel(widgets.HBox):
+    """Controls, and beside them what is drawn of their values: when it is displayed, and anew whenever one changes.
+
+    What goes wrong is said in a line above, and what was drawn last stays. It is drawn in the thread that made the
+    panel, in a kernel the main one, between two cells: what JupyterLab reports of a control may come in a thread beside
+    it (a subshell), while a cell runs. So no thread is left behind, and of all changes that come while something is
+    drawn only the last is. Interrupting the kernel stops what is being drawn.
+
+    Args:
+        controls: by their names, from the top.
+        draw: called as ``draw(say, **values)``, with the controls' values by their names; gives HTML. ``say(text)``
+            puts a line above it.
+    """
+
+    def __init__(self, controls: dict[str, widgets.Widget], draw: Callable[..., str]):
+        self.controls, self._draw, self._due, self._loop = controls, draw, None, _running_loop()
+        self._interruptible = False
+        self.status, self.shown = widgets.HTML(), widgets.HTML()
+        column = widgets.VBox([*controls.values()], layout=widgets.Layout(flex="0 0 17em"))
+        beside = widgets.VBox([self.status, self.shown], layout=widgets.Layout(flex="1 1 24em", min_width="0"))
+        super().__init__([column, beside], layout=widgets.Layout(flex_flow="row wrap"))
+        for control in controls.values():
+            control.observe(self._changed, "value")
+
+    def _changed(self, _) -> None:
+        self.say("working …")
+        if self._loop is None:  # no kernel
+            self.refresh()
+        elif self._loop is _running_loop():
+            self._wait_for_rest()
+        else:
+            self._loop.call_soon_threadsafe(self._wait_for_rest)
+
+    def _wait_for_rest(self) -> None:
+        if self.comm is None:  # closed meanwhile
+            return
+        if self._due:
+            self._due.cancel()
+        self._due = self._loop.call_later(REST_S, self._refresh_between_cells)
+
+    def _refresh_between_cells(self) -> None:
+        if current_thread() is not main_thread():  # where no signals arrive
+            return self.refresh()
+        before = signal.signal(signal.SIGINT, self._interrupt)  # a kernel ignores it between its cells
+        try:
+            self._interruptible = True
+            self.refresh()
+            self._interruptible = False
+        except KeyboardInterrupt:  # the line has said so
+            pass
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_) -> None:
+        """Once, and only where it is caught: outside it would end the kernel."""
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
+
+    def refresh(self) -> None:
+        """Draw now. Called by itself when it is displayed and after a change; in a cell that sets a value, by you."""
+        if self._due:
+            self._due.cancel()
+        self._due, start = None, now()
+        self.say("working …")
+        below = " (below: what was drawn before)" if self.shown.value else ""
+        open_figures = set(plt.get_fignums())
+        try:
+            values = {name: control.value for name, control in self.controls.items()}
+            # Engines say what they build. Interactive figures would be shown, and closed, by a subshell's next message.
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), plt.ioff():
+                self.shown.value = self._draw(self.say, **values)
+            self.say(f"done in {1e3 * (now() - start):.0f} ms")
+        except Exception as error:  # whatever a runtime raises: a traceback would end up where nobody sees it
+            self.say(f"✗ {reason_of(error)}{below}")
+        except KeyboardInterrupt:
+            self.say(f"✗ stopped; change something to go on{below}")
+            raise
+        finally:
+            for number in set(plt.get_fignums()) - open_figures:
+                plt.close(number)
+
+    def _ipython_display_(self, **_) -> None:
+        display(self._repr_mimebundle_(), raw=True)
+        display(Javascript(OWN_KEYS))
+        if not self.shown.value:  # now that what it says meanwhile can be read
+            self.refresh()
+
+    def close(self) -> None:
+        """Take it off the page, with all that is in it."""
+        if self._due:
+            self._due.cancel()
+        for box in self.children:
+            for control in box.children:
+                control.close()
+            box.close()
+        super().close()
+
+    def say(self, text: str) -> None:
+        """Put one line above what is shown."""
+        self.status.value = f"<span>{escape(text)}</span>"
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """This thread's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def image_explorer(
@@ -38,9 +149,10 @@ def image_explorer(
 ) -> Panel:
     """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
 
-    Shown: the top-5, the rollout, and both under another preprocessing or with patches hidden (``second_look``); the
-    attention block by block (``plot_blocks``); or the images that two engines see most differently
-    (``disagreements``). The first draws within a third of a second for vit_shapes20, once it is loaded.
+    Shown: the top-5 and the rollout, and beside them both under another preprocessing or with patches hidden
+    (``second_look``); the attention block by block (``plot_blocks``); or the images that two engines see most
+    differently (``disagreements``). Of the controls those are there that count. The first draws within a third of a
+    second for vit_shapes20, once it is loaded.
 
     Args:
         data: the data set that it opens with.
@@ -57,25 +169,20 @@ def image_explorer(
     def keep_precisions(_) -> None:
         controls["precision"].options = tuple(find_engines()[controls["engine"].value].answers())
 
-    def show_upload(change) -> None:
-        if change["new"]:
-            controls["picture"].value = view.UPLOAD
-
     def show_data(_) -> None:
-        controls["picture"].value = view.DATA
-        controls["upload"].value = ()  # else the same file, uploaded once more, would be no change
+        controls["upload"].value = ()  # and the same file, uploaded once more, is a change
+
+    def show_those_that_count(_=None) -> None:
+        values = {name: control.value for name, control in controls.items()}
+        for name, control in controls.items():
+            control.layout.display = None if view.counts(name, values) else "none"
 
     controls["engine"].observe(keep_precisions, "value")
-    controls["upload"].observe(show_upload, "value")
     controls["index"].observe(show_data, "value")
-    lines = (
-        ("data", "picture", "index", "upload"),
-        ("model", "engine", "precision"),
-        ("show", "against", "among"),
-        ("scaling", "crop", "crop_pct"),
-        ("hide", "patches", "down", "across"),
-    )
-    return Panel(controls, view.ImageView(data, calibration).draw, lines)
+    for name in ("show", "crop", "hide"):
+        controls[name].observe(show_those_that_count, "value")
+    show_those_that_count()
+    return Panel(controls, view.ImageView(data, calibration).draw)
 
 
 def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[str, widgets.Widget]:
@@ -86,162 +193,27 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
         raise VitdemoError(f"{engine}:{precision}: no such engine; there are {', '.join(others)}")
     choices = tuple(engines[engine].answers())
     beside = next(name for name in others if name != f"{engine}:{precision}")
-    slide = dict(continuous_update=False, style=STYLE)
-    typed = slide | {"layout": WIDE}
     crops, shows = (view.AS_TRAINED, *CROP_MODES), (view.ANSWER, view.BLOCKS, view.TWO_ENGINES)
     hides = view.NOTHING, view.MOST, view.LEAST, view.WINDOW
-    return {
-        "data": widgets.Text(str(data.path), description="data set", **typed),
-        "picture": widgets.ToggleButtons(options=(view.DATA, view.UPLOAD), description="from", **BUTTONS),
-        "index": widgets.BoundedIntText(0, 0, 10**7, description="image", layout=NARROW, continuous_update=True),
-        "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB", layout=ONE_LINE),
-        "model": widgets.Combobox(value=model, options=tuple(MODELS), description="model", **typed),
-        "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine", layout=NARROW),
-        "precision": widgets.Dropdown(options=choices, value=precision, description="precision", layout=NARROW),
-        "show": widgets.ToggleButtons(options=shows, description="show", **BUTTONS),
-        "against": widgets.Dropdown(options=others, value=beside, description="beside", layout=NARROW),
-        "among": widgets.BoundedIntText(64, 1, 10**7, description="images", layout=NARROW),
-        "scaling": widgets.Dropdown(options=tuple(view.SCALINGS), description="mean and std", style=STYLE),
-        "crop": widgets.Dropdown(options=crops, description="crop", layout=WIDE),
-        "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **slide),
-        "hide": widgets.Dropdown(options=hides, description="hide", layout=WIDE),
-        "patches": widgets.IntSlider(40, 1, 196, description="patches", **slide),
-        "down": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="window down, %", **slide),
-        "across": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="across, %", **slide),
-    }
-
-
-def benchmark_explorer(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Panel:
-    """Measured rows, as ``benchmark`` or ``merge`` gives them, beside published ones: a table, or one of two figures.
-
-    Above it the engine that ``choose_engine`` names of the measured rows, for a latency and a loss of accuracy.
-
-    Args:
-        rows: as ``benchmark`` or ``merge`` gives them.
-        published: as ``published_performance()`` gives them, which is the default.
-    """
-    published = published_performance() if published is None else published
-    table = measured_and_published(rows, published)
-    models = list(dict.fromkeys(table["model"]))
+    late = {"continuous_update": False}
     controls = {
-        "model": widgets.Dropdown(options=models, description="model", layout=WIDE),
-        "show": widgets.ToggleButtons(options=(TABLE, LATENCY, SPEEDUPS), description="show", **BUTTONS),
-        "precision": widgets.Dropdown(options=(ALL, *dict.fromkeys(table["precision"])), description="precision"),
-        "batch": widgets.Dropdown(options=(ALL, *sorted(map(int, set(table["batch"])))), description="batch"),
-        "budget_ms": widgets.BoundedFloatText(100.0, min=0.1, max=1e6, description="at most, ms", style=STYLE),
-        "loss": widgets.BoundedFloatText(1.0, min=0, max=100, step=0.1, description="top-1 lost, %", style=STYLE),
+        "data": widgets.Text(str(data.path), description="data set", **late),
+        "index": widgets.BoundedIntText(0, 0, 10**7, description="image", continuous_update=True),
+        "upload": widgets.FileUpload(accept="image/*", description="Upload, up to 10 MB"),
+        "model": widgets.Combobox(value=model, options=tuple(MODELS), description="model", **late),
+        "engine": widgets.Dropdown(options=tuple(engines), value=engine, description="engine"),
+        "precision": widgets.Dropdown(options=choices, value=precision, description="precision"),
+        "show": widgets.Dropdown(options=shows, description="show"),
+        "against": widgets.Dropdown(options=others, value=beside, description="compare with"),
+        "among": widgets.BoundedIntText(64, 1, 10**7, description="images"),
+        "scaling": widgets.Dropdown(options=tuple(view.SCALINGS), description="mean and std"),
+        "crop": widgets.Dropdown(options=crops, description="crop"),
+        "crop_pct": widgets.FloatSlider(0.9, min=0.3, max=1.0, step=0.05, description="crop_pct", **late),
+        "hide": widgets.Dropdown(options=hides, description="hide"),
+        "patches": widgets.IntSlider(40, 1, 196, description="patches", **late),
+        "down": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="down, %", **late),
+        "across": widgets.IntRangeSlider(value=(25, 75), min=0, max=100, step=5, description="across, %", **late),
     }
-
-    def draw(_, *, model: str, show: str, precision: str, batch: object, budget_ms: float, loss: float) -> str:
-        own = rows[architecture_of(rows) == model]
-        chosen = f"<p>{escape(_choice(own, budget_ms, loss))}</p>"
-        if show == TABLE:
-            shown = _only(table[table["model"] == model], precision, batch).drop(columns="model")
-            look = "max-height: 32em; overflow: auto; line-height: 1.2"
-            return f'{chosen}<div style="{look}">{styled(shown).to_html()}</div>'
-        theirs = published[published["model"] == model]
-        own = _only(own, precision, batch)
-        figure = plot_latency_throughput(own) if show == LATENCY else plot_speedups(own, theirs)
-        return chosen + html_of(figure, f"{show}: {model}")
-
-    return Panel(controls, draw, (("model", "show"), ("precision", "batch"), ("budget_ms", "loss")))
-
-
-def _only(table: pd.DataFrame, precision: str, batch: object) -> pd.DataFrame:
-    """The rows of a precision and a batch size."""
-    table = table if precision == ALL else table[table["precision"] == precision]
-    return table if batch == ALL else table[table["batch"] == batch]
-
-
-def _choice(rows: pd.DataFrame, budget_ms: float, loss: float) -> str:
-    what = f"of all precisions and batches, within {budget_ms:g} ms and with at most {loss:g} % of top-1 lost"
-    try:
-        best = choose_engine(rows, budget_ms, loss / 100)
-    except VitdemoError as error:
-        return f"{what}: none ({error})" if len(rows) else "of this model nothing was measured here"
-    found = f"{best['engine']} {best['precision']}, batch {best['batch']}, {best['images_per_s']:.1f} images/s"
-    return f"{what}: {found} on {best['machine']}; {best['accuracy']}"
-
-
-def dataset_browser(data: Dataset, per_page: int = 12) -> Panel:
-    """The images of a data set, by class and page by page, with what their files say (``browse``).
-
-    Args:
-        data: the data set.
-        per_page: images on a page.
-    """
-    classes = [(ALL, None), *((name, label) for label, name in enumerate(short_names(data)))]
-    controls = {
-        "label": widgets.Dropdown(options=classes, description="class", layout=WIDE),
-        "page": widgets.BoundedIntText(1, 1, pages_of(data, None, per_page), description="page", layout=NARROW),
-    }
-
-    def first_page(_) -> None:
-        controls["page"].value = 1
-        controls["page"].max = pages_of(data, controls["label"].value, per_page)
-
-    def draw(_, *, label: int | None, page: int) -> str:
-        shown = browse(data, label, page, per_page)
-        tiles = shown[["index", "class"]].itertuples(index=False, name=None)
-        pictures = "".join(_tile(data, index, name) for index, name in tiles)
-        facts = shown.to_html(index=False, border=0)
-        pages = f"<p>page {page} of {pages_of(data, label, per_page)}</p>"
-        return f'{pages}<div style="display: flex; flex-wrap: wrap; gap: 8px">{pictures}</div>{facts}'
-
-    controls["label"].observe(first_page, "value")
-    return Panel(controls, draw, (("label", "page"),))
-
-
-def _tile(data: Dataset, index: int, name: str) -> str:
-    small = io.BytesIO()
-    picture = thumbnail(sample_of(data, index).image)
-    picture.resize((120, 120)).save(small, "JPEG", quality=85)
-    caption = f'<figcaption style="width: 120px; font-size: 80%">{index}: {escape(name)}</figcaption>'
-    image = image_html(small.getvalue(), "jpeg", f"image {index}, {name}")
-    return f'<figure style="margin: 0">{image}{caption}</figure>'
-
-
-# A page of a data set: which images, and what their files say of themselves.
-
-
-def pages_of(data: Dataset, label: int | None = None, per_page: int = 12) -> int:
-    """How many pages ``browse`` has; at least 1."""
-    return max(1, -(-len(_chosen(data, label)) // per_page))
-
-
-def browse(data: Dataset, label: int | None = None, page: int = 1, per_page: int = 12) -> pd.DataFrame:
-    """A page of the images of a class, or of all.
-
-    Args:
-        data: the data set.
-        label: the class's index; None is all of them.
-        page: which one, from 1.
-        per_page: images on a page.
-
-    Returns:
-        One row per image, in the data set's order: index, class (its first name), and the columns of ``image_facts``.
-
-    Raises:
-        VitdemoError: for a page that is not there.
-    """
-    pages = pages_of(data, label, per_page)
-    if not 1 <= page <= pages:
-        raise VitdemoError(f"page {page}: there are 1 to {pages}")
-    indices = _chosen(data, label)[(page - 1) * per_page : page * per_page]
-    names = short_names(data)
-    table = image_facts([sample_of(data, i) for i in indices])
-    table.insert(0, "index", indices)
-    table.insert(2, "class", [names[data.labels[i]] for i in indices])
-    return table
-
-
-def _chosen(data: Dataset, label: int | None) -> list[int]:
-    return [i for i, own in enumerate(data.labels) if label is None or own == label]
-
-
-def sample_of(data: Dataset, i: int) -> Sample:
-    """``data[i]``, without bytes where the disk does not give them."""
-    try:
-        return data[i]
-    except UnreadableFile as unreadable:
-        return unreadable.sample
+    for control in controls.values():
+        control.layout.width = "auto"
+    return controls

@@ -1,5 +1,6 @@
 """Student copies of the notebooks: the course without its solutions, to be handed out."""
 
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,8 @@ README = "README.md"
 def write_workshop(out: Path | str) -> list[Path]:
     """Write the notebooks without their solutions into ``out``, with their pictures and README; the copies' paths.
 
-    A copy keeps each exercise's empty cell and its check, and no output of a session. It runs in any folder, with the
+    A copy keeps each exercise's empty cell and its check, and has neither words about solutions (cells tagged
+    `about-solutions`, the parameter ``solve``) nor outputs of a session. It runs in any folder, with the
     library and the data of this clone. The course's own notebooks are only read.
 
     Args:
@@ -47,7 +49,11 @@ def write_workshop(out: Path | str) -> list[Path]:
 
 def _without_solutions(path: Path):
     notebook = nbformat.read(path, as_version=4)
-    for step in (TagRemovePreprocessor(remove_cell_tags=["solution"], enabled=True), ClearOutputPreprocessor()):
+    remove = TagRemovePreprocessor(remove_cell_tags=["solution", "about-solutions"], enabled=True)
+    for step in (remove, ClearOutputPreprocessor()):
         notebook, _ = step.preprocess(notebook, {})
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = re.sub(r"^solve = .*\n", "", cell.source, flags=re.MULTILINE)
     notebook.metadata.pop("widgets", None)
     return notebook

@@ -4,7 +4,6 @@ import errno
 import glob
 import hashlib
 import os
-import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
 from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
 from vitdemo.errors import VitdemoError, named_errors
+from vitdemo.machine import message_stream
 from vitdemo.paths import user_path
 
 # These errors mean that a file was removed after indexing, or that the process has no file handles or memory left. They
@@ -165,7 +165,7 @@ def open_again(address: tuple) -> Dataset:
 def open_data(
     path: Path | str, *, split: str = "val", labels: Path | str | None = None, progress: bool = True
 ) -> Dataset:
-    """Open a labelled data set. Which files are read and which are left out is printed to stderr.
+    """Open a labelled data set. Which files are read and which are left out is printed.
 
     ``path`` is one of
     - a folder with one folder per class, with any names, or with such folders in its ``val/``, ``validation/`` or
@@ -200,7 +200,7 @@ def open_data(
         raise VitdemoError(f"{data.path}: {counts}, names, sizes or labels differ; {trees.AGAIN}")
     notes = ([f"{tree.relative_to(path)}/ is read"] if tree and tree != path else []) + [*index.notes]
     if progress and notes and record is None:
-        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+        print(f"{path}: {'; '.join(notes)}", file=message_stream())
     return data
 
 
@@ -305,5 +305,5 @@ def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | d
         return {str(path): Item("", "", path.stat().st_size)}
     listing = list_folder(path)
     if progress and (notes := listing.notes()):
-        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+        print(f"{path}: {'; '.join(notes)}", file=message_stream())
     return {f"{path}/{name}": Item("", "", size) for name, (size, _) in listing.images.items()}

@@ -34,7 +34,7 @@ from vitdemo.engines.calibration import Calibration, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
 from vitdemo.engines.pipeline import gpu_record
 from vitdemo.errors import VitdemoError, at_least_1, named_errors, reason_of
-from vitdemo.machine import cores, free_memory_bytes, installed_version, now
+from vitdemo.machine import cores, free_memory_bytes, installed_version, message_stream, now
 from vitdemo.models.loading import weights_sha256
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.paths import PART, cache_root
@@ -337,7 +337,7 @@ class Recipe:
                 except VitdemoError:  # this machine lacks something, which a new build would lack too
                     raise
                 except Exception as error:  # runtimes raise many types for a damaged file; the remedy is the same
-                    print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=sys.stderr)
+                    print(f"{folder}: cannot be used ({reason_of(error)}); building it again", file=message_stream())
             self._build(folder)
             with self._named("it was built, and cannot be loaded"):
                 return self.load(folder, threads)
@@ -347,7 +347,7 @@ class Recipe:
         shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
         self._check_room(folder.parent)
         partial.mkdir()
-        print(f"building {self.cls.name} {self.precision} of {self.info.tag}, once", file=sys.stderr)
+        print(f"building {self.cls.name} {self.precision} of {self.info.tag}, once", file=message_stream())
         try:
             start = now()
             pixels = self.calibration.pixels if self.calibration else None
@@ -414,7 +414,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @cache
 def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> None:
-    """Print one line to stderr, once, for an emulated precision. Raises VitdemoError for an absent one."""
+    """Print one line, once, for an emulated precision. Raises VitdemoError for an absent one."""
     answers, has = cls.answers(device), _listed(cls.native(device)) or "nothing"
     own = f"{cls.name} {precision}"
     if precision not in answers:
@@ -422,7 +422,7 @@ def _say_what_is_not_native(cls: type[Engine], precision: str, device: str) -> N
     if (support := answers[precision]) == ABSENT:
         raise VitdemoError(f"{own}: absent here, the runtime would compute in another precision; native to it: {has}")
     if support == EMULATED:
-        print(f"{own}: emulated here, slower than fp32; native to {cls.name} here: {has}", file=sys.stderr)
+        print(f"{own}: emulated here, slower than fp32; native to {cls.name} here: {has}", file=message_stream())
 
 
 def _files(folder: Path) -> dict[str, dict]:

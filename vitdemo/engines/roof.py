@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from torch import nn
 from vitdemo.engines.contract import Engine, find_engines, precisions_here
 from vitdemo.engines.graph import watched
 from vitdemo.errors import VitdemoError
-from vitdemo.machine import cores, machine_record, now
+from vitdemo.machine import cores, machine_record, message_stream, now
 from vitdemo.models.model import Model
 from vitdemo.paths import cache_root, replacing
 from vitdemo.precisions import MASKS, NATIVE, Call, Shape, torch_product
@@ -82,7 +81,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     if fresh or key not in kept:
         products = Products(precision, shapes, device)
-        print(f"measuring this machine's roof in {precision}, once", file=sys.stderr)
+        print(f"measuring this machine's roof in {precision}, once", file=message_stream())
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
         rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
         kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)

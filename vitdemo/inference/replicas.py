@@ -27,7 +27,7 @@ from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
 from vitdemo.inference.actor import Place, Replica, Shard, installed
 from vitdemo.inference.cluster import Share, connect, loss_of, place_replicas
 from vitdemo.inference.schedule import Schedule
-from vitdemo.machine import now
+from vitdemo.machine import message_stream, now
 from vitdemo.models.classes import match_classes
 
 
@@ -154,7 +154,8 @@ class Replicas(AbstractContextManager):
             raise VitdemoError(f"{engine.info.tag}: replicas build the engine again, so it must come from convert")
         self.engine, self.data = engine, match_classes(engine.info, data)
         self._address, self._cores_each, self._deadline_s = self.data.address, cores_each, deadline_s
-        print(f"starting Ray and {count} replicas" if count > 1 else "starting Ray and a replica", file=sys.stderr)
+        what = f"{count} replicas" if count > 1 else "a replica"
+        print(f"starting Ray and {what}", file=message_stream())
         begin = now()
         self._ray = connect(ray_address)
         self.ray_start_s, begin = now() - begin, now()
