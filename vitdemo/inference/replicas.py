@@ -59,7 +59,7 @@ class ReplicaState:
     precision_ran: dict[str, float] = field(default_factory=dict)
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
-    lost: int = 0
+    losses: list[tuple[float, int]] = field(default_factory=list)  # when by ``now``, and the images in hand
     images: int = 0
     ranges: int = 0
     busy_s: float = 0.0
@@ -83,7 +83,7 @@ class ReplicaState:
 
     def forget_run(self) -> None:
         """Begin to count anew."""
-        self.images, self.ranges, self.busy_s, self.lost = 0, 0, 0.0, 0
+        self.images, self.ranges, self.busy_s, self.losses = 0, 0, 0.0, []
 
     def record(self, wall_s: float) -> dict:
         """Of a run that took ``wall_s``: its machine and cores, images and ranges that it brought back, ``busy_s``
@@ -91,6 +91,7 @@ class ReplicaState:
         ``images_per_s`` (over ``busy_s``), the precision that ran there, its process's peak memory."""
         own = ("host", "cores", "images", "ranges", "busy_s", "idle_s", "images_per_s", "precision_ran")
         found = vars(self) | {"images_per_s": self.images_per_s, "idle_s": wall_s - self.busy_s}
+        found |= {"lost": len(self.losses)}
         return {"replica": self.number} | {name: found[name] for name in (*own, "peak_memory_bytes", "lost")}
 
 
@@ -209,13 +210,17 @@ class Replicas(AbstractContextManager):
             wall_s: seconds that the run took.
 
         Returns:
-            ``count``, ``schedule``; ``lost``: replicas that died or hung and were replaced; ``ray_start_s``,
-            ``start_s``: starting Ray, and the replicas, in no rate; ``each``: by replica, see ``ReplicaState.record``.
+            ``count``, ``schedule``; ``lost``: replicas that died or hung and were replaced; ``losses``: of each of them
+            the replica's number, the second of the run, and how many images it had in hand, which were done again;
+            ``ray_start_s``, ``start_s``: starting Ray, and the replicas, in no rate; ``each``: by replica, see
+            ``ReplicaState.record``.
         """
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
-        lost = sum(slot.lost for slot in self.slots)
+        began = now() - wall_s
+        losses = [(slot.number, at - began, images) for slot in self.slots for at, images in slot.losses]
         each = [slot.record(wall_s) for slot in self.slots]
-        return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
+        lost = {"lost": len(losses), "losses": losses}
+        return {"count": len(each), "schedule": schedule, **lost, **started, "each": each}
 
     def run(self, images: int, schedule: Schedule, **how: Any) -> Iterator[Shard]:
         """The rows of every image exactly once, a shard for each range, as they come back.
@@ -354,7 +359,7 @@ class Replicas(AbstractContextManager):
         """End a slot's replica, hand its ranges to others, and start a successor."""
         first = slot.tasks[0].indices
         self._failed.update({first or slot.number, slot.number})
-        slot.lost += 1
+        slot.losses.append((now(), sum(len(task.indices) for task in slot.tasks if task.indices)))
         if max(self._failed[first], self._failed[slot.number]) >= ATTEMPTS:
             what = f"doing images {first.start} to {first.stop - 1}" if first else "starting"
             raise VitdemoError(f"replica {slot.number} was lost {ATTEMPTS} times, last while {what}: {reason}")
