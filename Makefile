@@ -15,8 +15,9 @@ help:
 demo: $(BIN)/.vitdemo
 	$(BIN)/vitdemo run 00 01 03
 
+# The clone is the root of JupyterLab's file browser, so that it reaches runs/.
 lab: $(BIN)/.vitdemo
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 # The runtimes' own tests are a process apart: one that breaks it must not take the others along. What the first has
 # built is there for the second.
@@ -84,6 +85,7 @@ clean:
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[engines,parallel]'
+	$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements 2>/dev/null # a question about news
 	@touch $@
 
 $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo

@@ -83,7 +83,7 @@ def write_readme(name: str) -> None:
     with replacing(README) as file:
         file.write(before + BEGIN.format(name) + readme_table(rows) + END + rest.partition(END)[2])
     with replacing(FIGURE, "wb") as file:
-        plot_latency_throughput(rows).savefig(file, dpi=90, format="png")
+        plot_latency_throughput(rows).savefig(file, format="png")
 
 
 if __name__ == "__main__":

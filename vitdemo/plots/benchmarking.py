@@ -52,8 +52,7 @@ def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> 
     Raises:
         VitdemoError: where no row was measured.
     """
-    titles = "equal precision", "mixed: over eager fp32"
-    figure, panels = _panels(rows, "speedup over eager", columns=2, titles=titles)
+    figure, panels = _panels(rows, "speedup over eager", titles=("equal precision", "mixed: over eager fp32"))
     for (equal, own), (mixed, _) in zip(panels[::2], panels[1::2], strict=True):
         for pair, line in _lines(own[own["engine"] != EAGER.engine]):
             _with_interval(equal, line, "speedup_equal_precision", engine_look(*pair))
@@ -90,7 +89,7 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
             ax.annotate(f"roof {precision}", (x[-1], roof), (-2, 3), textcoords="offset points", ha="right")
         for pair, line in _lines(own):
             ax.plot(_intensity(line), line["tflops"], **engine_look(*pair) | {"linestyle": ""})
-        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
+        ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte of weights and pixels", ylabel="TFLOP/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
     return _with_legend(figure, panels)
 
@@ -132,16 +131,15 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
         for pair, line in _lines(own):
             look = engine_look(*pair)
             ax.plot(line["batch"], line["p50_ms"], **look)
-            guesses = [predicted_ms(row) for _, row in line.iterrows()]
             thin = look | {"marker": "x", "markersize": 9, "linewidth": 0.7, "label": None}
-            ax.plot(line["batch"], guesses, **thin)
+            ax.plot(line["batch"], line.apply(predicted_ms, axis=1), **thin)
         _batch_axis(ax)
         ax.set(yscale="log", ylabel="latency of a batch, ms")
         _plain_numbers(ax.yaxis)
     return _with_legend(figure, panels)
 
 
-def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", columns: int = 1, titles=("",)):
+def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", titles=("",)):
     """A figure, and its axes with the rows of each: a line of panels a sweep, so a machine and a model."""
     good = rows[(rows["status"] == OK) & rows[needed].notna()]
     if good.empty:
@@ -150,7 +148,7 @@ def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", column
         good = good.assign(**{name: good[name].fillna(default) if name in good else default})
     apart = [name for name in ("machine", "model", "weights", "replicas", "file") if name in good]
     groups = [(own.iloc[0], own) for _, own in good.groupby(apart, sort=False)]
-    figure, axes = new_figure(3.8 * len(groups), len(groups), columns, squeeze=False)
+    figure, axes = new_figure(3.8 * len(groups), len(groups), len(titles), squeeze=False)
     panels = []
     for line, (first, own) in zip(axes, groups, strict=True):
         shared = f", {first['replicas']} replicas" if first["replicas"] > 1 else ""

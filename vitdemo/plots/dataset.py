@@ -6,7 +6,6 @@ from pathlib import Path
 from textwrap import fill
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
@@ -32,7 +31,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **how):
     return plt.subplots(rows, columns, figsize=(WIDTH, height), dpi=DPI, layout="constrained", **how)
 
 
-def words_alone(text: str) -> Figure:
+def says(text: str) -> Figure:
     """A figure that only says something."""
     figure = plt.figure(figsize=(5, 1), dpi=DPI)
     figure.text(0.5, 0.5, text, ha="center", va="center")
@@ -116,19 +115,6 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
     named = zip(("the file", *preprocessings), sizes, strict=True)
     captions = [f"{name}\n{width} x {height} px" for name, (width, height) in named]
     return picture_grid([thumbnail(jpeg), *crops], captions, columns=1 + len(crops))
-
-
-def plot_class_histogram(data: Dataset) -> Figure:
-    """How many images each class of ``data`` has, as bars; classes are named where there are at most 30."""
-    counts = np.bincount(data.labels, minlength=len(data.classes))
-    figure, ax = new_figure(3.4)
-    ax.bar(range(len(counts)), counts, color=GREY, width=0.8 if len(counts) < 100 else 1.0)
-    ax.set(xlabel="class index (rank of the wnid)", ylabel="images")
-    ax.set_title(f"{counts.sum()} images, {len(counts)} classes")
-    if len(counts) <= 30:
-        ax.set_xticks(range(len(counts)), short_names(data), rotation=60, ha="right")
-        ax.set_xlabel("class, in the order of the wnids")
-    return figure
 
 
 def folder_preview(path: Path | str, entries: int = 4) -> str:

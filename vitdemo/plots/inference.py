@@ -13,17 +13,7 @@ from vitdemo.evaluation.evaluation import Evaluation
 from vitdemo.evaluation.metrics import describe_threads
 from vitdemo.inference.loop import batches_of
 from vitdemo.inference.schedule import SyncSchedule
-from vitdemo.plots.dataset import (
-    GREY,
-    LINE,
-    RIGHT,
-    WRONG,
-    new_figure,
-    picture_grid,
-    short_names,
-    thumbnail,
-    words_alone,
-)
+from vitdemo.plots.dataset import GREY, LINE, RIGHT, WRONG, new_figure, picture_grid, says, short_names, thumbnail
 from vitdemo.plots.verification import engine_look
 from vitdemo.stats import unaccounted_s, wilson_interval
 
@@ -57,7 +47,7 @@ def plot_mistakes(evaluation: Evaluation, count: int = 10) -> Figure:
     rows = evaluation.rows
     wrong = rows[(rows["correct"] == 0) & (rows["error"] == "")].nlargest(count, "probability_1")
     if wrong.empty:
-        return words_alone(f"no mistakes in {len(rows)} images")
+        return says(f"no mistakes in {len(rows)} images")
     return plot_predictions(evaluation, wrong.index, columns=5)
 
 
@@ -135,12 +125,9 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     shown = times.iloc[middle : middle + batches]
     figure, ax = new_figure(1.3 + 0.22 * len(shown))
     start = shown["decode_began"].min()
-    parts = {
-        "decoding": ("decode_began", "decode_ended", DECODING),
-        "decoded, waiting": ("decode_ended", "submitted", GREY),
-        "engine": ("submitted", "finished", _engine_color(evaluation)),
-    }
-    for label, (begin, end, color) in parts.items():
+    parts = {"decoding": DECODING, "decoded, waiting": GREY, "engine": _engine_color(evaluation)}
+    moments = ("decode_began", "decode_ended", "submitted", "finished")
+    for (label, color), begin, end in zip(parts.items(), moments, moments[1:], strict=False):
         left, width = (shown[begin] - start) * 1e3, (shown[end] - shown[begin]) * 1e3
         ax.barh(range(len(shown)), width, left=left, color=color, height=0.7, label=label)
     ax.set_yticks(range(len(shown)), [f"batch {k}" for k in shown.index])
@@ -195,8 +182,8 @@ def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
             ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=_engine_color(evaluation), edgecolor="white")
         title = f"{name}: {evaluation.metrics['wall_s']:.1f} s"
         for replica, at_s, images in evaluation.metrics["replicas"]["losses"]:
-            ended = evaluation.times.query("replica == @replica and finished <= @at_s")["finished"].max()
-            left = np.nan_to_num(ended)  # it may be lost before it brought anything back
+            came_back = evaluation.times.query("replica == @replica and finished <= @at_s")["finished"]
+            left = max(came_back, default=0.0)
             ax.barh(replica, at_s - left, left=left, height=0.8, color="white", edgecolor=WRONG, hatch="//")
             ax.vlines(at_s, replica - 0.5, replica + 0.5, color=WRONG, linewidth=3)
             title += f"; at {at_s:.1f} s replica {replica} lost {images} images (hatched), done again"
@@ -218,8 +205,7 @@ def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Fi
     """
     figure, ax = new_figure(3.8)
     x = table["replicas"]
-    ideal = one_core * table["cores"]
-    ax.plot(x, ideal, color=GREY, linestyle="--", marker="_", label="ideal: one core x cores in use")
+    ax.plot(x, one_core * table["cores"], color=GREY, linestyle="--", marker="_", label="ideal: one core x cores used")
     ax.axhline(one_process, color="black", linestyle=":", label="one process, all cores")
     ax.plot(x, table["images_per_s"], color="black", marker="o", label="measured")
     ax.set_xscale("log", base=2)
@@ -231,33 +217,29 @@ def plot_scaling(table: pd.DataFrame, one_process: float, one_core: float) -> Fi
 
 
 def plot_time(evaluation: Evaluation, alone: dict) -> Figure:
-    """How long an image takes: by the engine alone, and from file to answer, with what the loop did meanwhile.
+    """How long a run's images take: by the engine alone, and from file to answer, where the loop was meanwhile.
 
     Args:
         evaluation: of this session.
         alone: of the same engine, by ``run_random_input``.
     """
-    m = evaluation.metrics
-    each_ms, alone_ms = 1e3 / m["session_images"], 1e3 / alone["images_per_s"]
-    engine_ms, color = m["compute_wait_s"] * each_ms, _engine_color(evaluation)
-    parts = {
-        "engine, as when alone": (min(alone_ms, engine_ms), dict(color=color)),
-        "engine, slower than alone": (max(0.0, engine_ms - alone_ms), dict(color="white", edgecolor=color, hatch="//")),
-        "waiting for images": (m["decode_wait_s"] * each_ms, dict(color=DECODING)),
-        "making and writing rows": (m["postprocess_s"] * each_ms, dict(color=WRITING)),
-    }
-    wall_ms, left = m["wall_s"] * each_ms, 0.0
-    parts["the rest"] = unaccounted_s(wall_ms, [ms for ms, _ in parts.values()]), dict(color=GREY)
+    m, color, left = evaluation.metrics, _engine_color(evaluation), 0.0
+    alone_s, engine_s = m["session_images"] / alone["images_per_s"], m["compute_wait_s"]
+    parts = {"engine, as when alone": min(alone_s, engine_s), "engine, slower than alone": max(0, engine_s - alone_s)}
+    parts |= {"waiting for images": m["decode_wait_s"], "making and writing rows": m["postprocess_s"]}
+    parts["the rest"] = unaccounted_s(m["wall_s"], parts.values())
     figure, ax = new_figure(3.2)
-    ax.barh(0, alone_ms, color=color)
-    for name, (ms, look) in parts.items():
-        ax.barh(1, ms, left=left, label=f"{name}: {ms:.2f} ms", **look)
-        left += ms
+    ax.barh(0, alone_s, color=color)
+    for (name, s), each in zip(parts.items(), (color, "white", DECODING, WRITING, GREY), strict=True):
+        hatch = "//" if each == "white" else ""
+        ax.barh(1, s, left=left, color=each, edgecolor=color, linewidth=0, hatch=hatch, label=f"{name}: {s:.2f} s")
+        left += s
     rates = f"engine alone\n{alone['images_per_s']:.0f} images/s", f"file to answer\n{m['images_per_s']:.0f} images/s"
     ax.set_yticks(range(2), rates)
     ax.invert_yaxis()
     what = f"{m['model']}, {m['engine']} {m['precision']}, {describe_threads(m)}"
-    ax.set(xlabel="milliseconds per image", title=f"{alone_ms / wall_ms:.0%} of the engine's rate: {what}")
+    ax.set_title(f"{alone_s / m['wall_s']:.0%} of the engine's rate: {what}")
+    ax.set_xlabel(f"seconds for {m['session_images']} images")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
-from vitdemo.plots.dataset import GREY, RIGHT, WRONG, new_figure, picture_grid, short_names, thumbnail, words_alone
+from vitdemo.plots.dataset import GREY, RIGHT, WRONG, new_figure, picture_grid, says, short_names, thumbnail
 from vitdemo.verification.tolerances import RANDOM, REAL, Report
 
 # One colour per engine, of the palette that ``plots.dataset`` begins with; one line and marker per precision.
@@ -41,9 +41,8 @@ def plot_error_over_depth(reports: Sequence[Report]) -> Figure:
     Raises:
         VitdemoError: for reports without layers, or with those of different models.
     """
-    pairs = {(report.engine, report.precision): report for report in reports}
     kind = REAL if all(REAL in set(report.layers["kind"]) for report in reports) else RANDOM
-    tables = {pair: report.layers[report.layers["kind"] == kind] for pair, report in pairs.items()}
+    tables = {(each.engine, each.precision): each.layers[each.layers["kind"] == kind] for each in reports}
     layers = max((list(table["layer"]) for table in tables.values()), key=len, default=[])
     if not layers or any(table.empty or not set(table["layer"]) <= set(layers) for table in tables.values()):
         raise VitdemoError("error over depth: give reports of one model, of engines that show their layers")
@@ -76,7 +75,7 @@ def plot_flips(report: Report, data: Dataset, count: int = 12) -> Figure:
     """
     if report.flips.empty:
         images = report.overall.set_index("kind")["images"].get(REAL, 0)
-        return words_alone(f"no answer flipped in {images} images")
+        return says(f"no answer flipped in {images} images")
     labelled = report.info.classes is not None  # else nobody knows what its outputs mean
     names, captions, colors = [shorten(name, 22, placeholder=" …") for name in short_names(data)], [], []
     for flip in report.flips.head(count).itertuples():
