@@ -37,8 +37,8 @@ def examine_for_workshop() -> tuple[list[str], bool]:
     """
     lines = [line for look in (_packages, _data, _room) for line in _looked(look)]
     missing, skipped = ([line[9:] for line in lines if line.startswith(word)] for word in ("missing", "skipped"))
-    verdict = f"NOT READY: {'; '.join(missing)}" if missing else "READY"
-    return [verdict, *(f"  leave out {each}" for each in skipped)], not missing
+    verdict = [f"NOT READY: {'; '.join(missing)}" if missing else "READY"]
+    return verdict + [f"  leave out {each}" for each in skipped], not missing
 
 
 NOTEBOOK_GB, ALL_ENGINES_GB = 2, 6  # of memory for a notebook (and of disk for the course), and for 05 with all engines

@@ -12,8 +12,6 @@ from vitdemo.course.notebooks import NOTEBOOKS, choose_notebooks
 from vitdemo.errors import named_errors
 from vitdemo.paths import PART, claim_folder, user_path
 
-STUDENTS = NOTEBOOKS / "students.md"  # what their folder has as its README.md
-
 
 def write_workshop(out: Path | str) -> list[Path]:
     """Write the notebooks without their solutions into ``out``, with their pictures and a README; the copies' paths.
@@ -33,7 +31,7 @@ def write_workshop(out: Path | str) -> list[Path]:
         (part / "img").mkdir()
         for picture in (NOTEBOOKS / "img").glob("[!.]*"):
             shutil.copy(picture, part / "img")
-        shutil.copy(STUDENTS, part / "README.md")
+        shutil.copy(NOTEBOOKS / "students.md", part / "README.md")
         for lesson in lessons:
             text = nbformat.writes(_without_solutions(lesson.path)) + "\n"
             (part / lesson.path.name).write_text(text, encoding="utf-8")

@@ -231,8 +231,9 @@ def plot_time(evaluation: Evaluation, alone: dict) -> Figure:
     figure, ax = new_figure(3.2)
     ax.barh(0, alone_s, color=color)
     for (name, s), each in zip(parts.items(), (color, "white", DECODING, WRITING, GREY), strict=True):
-        hatch = "//" if each == "white" else ""
-        ax.barh(1, s, left=left, color=each, edgecolor=color, linewidth=0, hatch=hatch, label=f"{name}: {s:.2f} s")
+        ax.barh(
+            1, s, left=left, color=each, edgecolor=color, hatch="//" * (each == "white"), label=f"{name}: {s:.2f} s"
+        )
         left += s
     rates = f"engine alone\n{alone['images_per_s']:.0f} images/s", f"file to answer\n{m['images_per_s']:.0f} images/s"
     ax.set_yticks(range(2), rates)
