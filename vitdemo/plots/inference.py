@@ -223,7 +223,7 @@ def plot_time(evaluation: Evaluation, alone: dict) -> Figure:
         evaluation: of this session.
         alone: of the same engine, by ``run_random_input``.
     """
-    m, color, left = evaluation.metrics, _engine_color(evaluation), 0.0
+    m, color, x = evaluation.metrics, _engine_color(evaluation), 0.0
     alone_s, engine_s = m["session_images"] / alone["images_per_s"], m["compute_wait_s"]
     parts = {"engine, as when alone": min(alone_s, engine_s), "engine, slower than alone": max(0, engine_s - alone_s)}
     parts |= {"waiting for images": m["decode_wait_s"], "making and writing rows": m["postprocess_s"]}
@@ -231,10 +231,8 @@ def plot_time(evaluation: Evaluation, alone: dict) -> Figure:
     figure, ax = new_figure(3.2)
     ax.barh(0, alone_s, color=color)
     for (name, s), each in zip(parts.items(), (color, "white", DECODING, WRITING, GREY), strict=True):
-        ax.barh(
-            1, s, left=left, color=each, edgecolor=color, hatch="//" * (each == "white"), label=f"{name}: {s:.2f} s"
-        )
-        left += s
+        ax.barh(1, s, left=x, color=each, edgecolor=color, hatch="//" * (each == "white"), label=f"{name}: {s:.2f} s")
+        x += s
     rates = f"engine alone\n{alone['images_per_s']:.0f} images/s", f"file to answer\n{m['images_per_s']:.0f} images/s"
     ax.set_yticks(range(2), rates)
     ax.invert_yaxis()
