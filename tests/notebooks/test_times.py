@@ -56,7 +56,7 @@ def test_an_agenda_leaves_the_time_that_its_sections_take(title):
     planned = [row for row in AGENDA.findall(agendas()[title]) if row[3].startswith("`")]
     assert planned
     for _, _, _, what, reading, exercise, _ in planned:
-        name, chosen, told = re.match(r"`(\w+)`(?:, sections? ([\d, and]+))?(?:, (exercises?))?", what).groups()
+        name, chosen, told = re.match(r"`(\w+)`(?:, sections? (\d(?:[\d, and]*\d)?))?(?:, (exercises?))?", what).groups()
         numbers, whole = set(re.findall(r"\d+", chosen or "")), not chosen
         sections = by_section(read(name))
         assert whole or numbers <= {title.split(".")[0] for title in sections}, f"{what}: no such section"
