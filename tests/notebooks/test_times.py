@@ -8,6 +8,7 @@ from tests.notebooks.times import EXERCISE, KIT, NOTEBOOKS, ROW, TOP, by_section
 
 SLACK = 4  # minutes: a sentence more or less does not turn a time that is rounded to five
 AGENDA = re.compile(r"^\| (\d+):(\d\d) \| (\d+) \| (.+?) \| *(\d*) *\| *(\d*) *\| (\d+) \|$", re.MULTILINE)
+PART = re.compile(r"`(\w+)`(?:, sections? (\d(?:[\d, and]*\d)?))?(?:, (exercises?))?")  # of a notebook
 
 
 def near(said: str, minutes: float) -> bool:
@@ -56,7 +57,7 @@ def test_an_agenda_leaves_the_time_that_its_sections_take(title):
     planned = [row for row in AGENDA.findall(agendas()[title]) if re.match(r"`\d\d_", row[3])]
     assert planned
     for _, _, _, what, reading, exercise, _ in planned:
-        name, chosen, told = re.match(r"`(\w+)`(?:, sections? (\d(?:[\d, and]*\d)?))?(?:, (exercises?))?", what).groups()
+        name, chosen, told = PART.match(what).groups()
         numbers, whole = set(re.findall(r"\d+", chosen or "")), not chosen
         sections = by_section(read(name))
         assert whole or numbers <= {title.split(".")[0] for title in sections}, f"{what}: no such section"
