@@ -19,7 +19,7 @@ WORDS_PER_MINUTE, CODE_LINE_S, FIGURE_S = 180, 5, 20
 THINKING_S, ANSWER_LINE_S = 300, 60  # of an exercise, and of each line of its solution
 DRAWS = re.compile(r"\b(?:plot_\w+|image_explorer|benchmark_explorer|dataset_browser)\(")
 PICTURE = re.compile(r"!\[.*?\]\(.*?\)")
-EXERCISE, UNREAD = "Exercise", "If something went wrong"  # in the last one one looks a symptom up
+EXERCISE, UNREAD = "Exercise", "If something went wrong"  # a table to look things up in, which nobody reads through
 TOP = re.compile(r"(?<=\*\*It takes\*\* )(\d+) minutes to read, (\d+) for the exercises?(?=,)")
 ROW = re.compile(r"(?<=\| )(\d+) min \| (\d+) min(?= \|)")
 
