@@ -16,8 +16,9 @@ help:
 demo: $(BIN)/.vitdemo
 	$(BIN)/vitdemo run 00 01 03
 
+# The clone is the root of JupyterLab's file browser, so that it reaches runs/.
 lab: $(BIN)/.vitdemo
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 # The executed course as pages that need nothing else, to be attached to a release or served; at most 12 MB.
 report: $(BIN)/.vitdemo
@@ -91,6 +92,7 @@ clean:
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(BIN)/.vitdemo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[engines,parallel]'
+	$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements 2>/dev/null # a question about news
 	@touch $@
 
 $(BIN)/.vitdemo-dev: $(BIN)/.vitdemo

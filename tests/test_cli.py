@@ -13,7 +13,19 @@ import time
 
 import pytest
 
-from vitdemo import VitdemoError, benchmark, convert, evaluate, extract, find_engines, load_model, merge, verify
+from vitdemo import (
+    VitdemoError,
+    benchmark,
+    convert,
+    evaluate,
+    extract,
+    find_engines,
+    load_model,
+    machine,
+    merge,
+    precisions,
+    verify,
+)
 from vitdemo.benchmarking.gate import compare
 from vitdemo.cli import COMMANDS as VERBS
 from vitdemo.cli import PARSER, main
@@ -63,6 +75,35 @@ def test_doctor_finds_missing_data(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("VITDEMO_DATA", str(tmp_path))
     assert main(["doctor"]) == 1
     assert f"missing  {tmp_path}/shapes20/vit_shapes20" in capsys.readouterr().out
+
+
+def workshop_says(capsys) -> tuple[int, list[str]]:
+    return main(["doctor", "--workshop"]), capsys.readouterr().out.splitlines()
+
+
+def test_doctor_has_a_verdict_for_a_workshop(capsys, monkeypatch, tmp_path):
+    code, lines = workshop_says(capsys)
+    assert (code, lines[0]) == (0, "READY") and all(line.startswith("  leave out ") for line in lines[1:])
+    monkeypatch.setenv("VITDEMO_DATA", str(tmp_path))
+    code, lines = workshop_says(capsys)
+    assert code == 1 and lines[0].startswith(f"NOT READY: {tmp_path}/shapes20/")
+
+
+def test_doctor_names_what_this_machine_must_leave_out(capsys, monkeypatch):
+    installed = machine.installed_version
+    monkeypatch.setattr(machine, "installed_version", lambda name: None if name == "ray" else installed(name))
+    monkeypatch.setattr(precisions, "torch_support", lambda: {"fp32": "native", "bf16": "emulated"})
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 3e9)
+    code, lines = workshop_says(capsys)
+    assert code == 0 and all(word in str(lines) for word in ("04: no ray", "bf16 and Inductor", "most of 05"))
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1e9)
+    assert workshop_says(capsys)[1][0] == "NOT READY: 2 GB of memory, 1.0 are free"
+
+
+def test_doctor_is_quick_for_a_workshop_as_it_loads_no_runtime_but_torch():
+    code = "import sys; from vitdemo.cli import main; main(['doctor', '--workshop']); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in modules and not {"openvino", "onnxruntime", "ray", "timm", "matplotlib"} & set(modules)
 
 
 def test_extract_then_evaluate_equals_evaluate_on_the_tar(capsys, tmp_path):

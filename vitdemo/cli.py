@@ -111,12 +111,12 @@ DATA = (
 # mistyped option appear at once.
 
 
-@verb()
-def _doctor() -> int:
+@verb(flag("--workshop", "a verdict in seconds: READY or NOT READY, and what to leave out on this machine"))
+def _doctor(workshop: bool = False) -> int:
     """List what is installed, what each notebook needs, and what will be skipped and why."""
-    from vitdemo.doctor import examine
+    from vitdemo.doctor import examine, examine_for_workshop
 
-    lines, ok = examine()
+    lines, ok = examine_for_workshop() if workshop else examine()
     print("\n".join(lines))
     return 0 if ok else 1
 
@@ -413,4 +413,4 @@ def _merge(folders: Sequence[Path], out: Path, layout: str | None = None) -> Non
 def _workshop(out: Path) -> None:
     """Write student copies of the notebooks, without the solutions."""
     copies = course.write_workshop(out)
-    print(f"{copies[0].parent}: {len(copies)} notebooks without solutions; open them with: jupyter lab {out}")
+    print(f"{copies[0].parent}: {len(copies)} notebooks without solutions; README.md there says how to open them")

@@ -4,11 +4,12 @@ Each section imports what it looks at: the doctor has to answer above all where 
 """
 
 import platform
+import shutil
 from collections.abc import Callable
 from importlib import metadata
 
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.paths import DEVKIT, MODELS, VAL_TAR, data_path
+from vitdemo.paths import DEVKIT, MODELS, REPOSITORY, VAL_TAR, data_path
 
 
 def examine() -> tuple[list[str], bool]:
@@ -29,15 +30,43 @@ def examine() -> tuple[list[str], bool]:
     return lines, not any(line.startswith("  missing") for line in lines)
 
 
+def examine_for_workshop() -> tuple[list[str], bool]:
+    """A verdict on this machine, in seconds, then what to leave out on it; and whether it is ready.
+
+    No runtime but torch is loaded, and the hub is not asked.
+    """
+    lines = [line for look in (_packages, _data, _room) for line in _looked(look)]
+    missing, skipped = ([line[9:] for line in lines if line.startswith(word)] for word in ("missing", "skipped"))
+    verdict = [f"NOT READY: {'; '.join(missing)}" if missing else "READY"]
+    return verdict + [f"  leave out {each}" for each in skipped], not missing
+
+
+NOTEBOOK_GB, ALL_ENGINES_GB = 2, 6  # of memory for a notebook (and of disk for the course), and for 05 with all engines
+PARTS = {"openvino": "OpenVINO in 02 and 05, two bugs of 06", "onnxruntime": "ONNX Runtime in 02 and 05", "ray": "04"}
+
+
+def _room() -> list[str]:
+    from vitdemo.machine import free_memory_bytes, installed_version
+    from vitdemo.precisions import NATIVE, torch_support
+
+    free = {"memory": free_memory_bytes() / 1e9, "disk": shutil.disk_usage(REPOSITORY).free / 1e9}
+    lines = [f"missing  {NOTEBOOK_GB} GB of {what}, {gb:.1f} are free" for what, gb in free.items() if gb < NOTEBOOK_GB]
+    lines += [f"skipped  {part}: no {name} here" for name, part in PARTS.items() if not installed_version(name)]
+    if torch_support()["bf16"] != NATIVE:
+        lines.append("skipped  bf16 and Inductor in 02 and 05, where they have no rows: no bf16 instructions here")
+    if free["memory"] < ALL_ENGINES_GB:
+        lines.append('skipped  most of 05: set engines = "openvino" and second_model = "" there, as memory is short')
+    return lines
+
+
 def _looked(look: Callable[[], list[str]]) -> list[str]:
     try:
         return look()
     except VitdemoError as error:
         return [f"missing  {error}"]
-    except ImportError as error:
-        return [f"missing  cannot be told without {error.name or error}: install again as the README says"]
     except Exception as error:  # packages that do not fit together fail in a dozen ways while they are imported
-        return [f"missing  cannot be told ({reason_of(error)}): install again as the README says"]
+        why = f"without {error.name or error}" if isinstance(error, ImportError) else f"({reason_of(error)})"
+        return [f"missing  cannot be told {why}: install again as the README says"]
 
 
 def _line(otherwise: str, look: Callable[..., object], *arguments: object) -> str:
@@ -62,15 +91,14 @@ def _machine() -> list[str]:
 def _packages() -> list[str]:
     from packaging.requirements import Requirement
 
+    from vitdemo.machine import installed_version
+
     lines = []
     for text in metadata.requires("vitdemo") or []:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            version = ""
+        version = installed_version(requirement.name)
         if version and requirement.specifier.contains(version, prereleases=True):
             lines.append(f"ok       {requirement.name} {version}")
         else:

@@ -32,7 +32,7 @@ def cache_root() -> Path:
 def runs_root() -> Path:
     """The folder for executed notebooks and their results: ``VITDEMO_RUNS``, or ``runs/`` of the clone."""
     own = REPOSITORY if IN_A_CLONE else Path.cwd()
-    return user_path(os.environ.get("VITDEMO_RUNS") or own / "runs")
+    return user_path(os.environ.get("VITDEMO_RUNS") or own / "runs").absolute()
 
 
 def data_path(name: str) -> Path:

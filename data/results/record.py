@@ -113,7 +113,7 @@ def write_tables(name: str) -> None:
         with replacing(path) as file:
             file.write(head + BEGIN.format(name) + table(rows) + END + rest.partition(END)[2])
     with replacing(FIGURE, "wb") as file:
-        plot_latency_throughput(rows).savefig(file, dpi=90, format="png")
+        plot_latency_throughput(rows).savefig(file, format="png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Renew the pictures that the notebooks open with: ``python -m notebooks.img.renew``.
+"""Renew the pictures that the notebooks open with: ``python -m notebooks.img.renew [NAME …]``, all by default.
 
 Each is the figure of the notebook's cell tagged `picture`, from a run on the bundled data, so that what a reader
 is promised is what the notebook draws.
@@ -7,6 +7,7 @@ is promised is what the notebook draws.
 import base64
 import io
 import sys
+from collections.abc import Sequence
 
 import nbformat
 from PIL import Image
@@ -19,9 +20,12 @@ from vitdemo.paths import replacing
 WIDTH = 900  # pixels: as wide as a page shows it
 
 
-def write_pictures() -> None:
-    """Run all notebooks and write ``notebooks/img/<name>.png``. Raises VitdemoError when one of them failed."""
-    report = run_notebooks()
+def write_pictures(names: Sequence[str] | None) -> None:
+    """Run these notebooks, None is all, and write ``notebooks/img/<name>.png``.
+
+    Raises VitdemoError for a name that there is not, and when a notebook failed.
+    """
+    report = run_notebooks(names)
     print(report)
     if not report.ok:
         raise VitdemoError(f"{report.index}: a notebook failed, so no picture was renewed")
@@ -37,6 +41,6 @@ def write_pictures() -> None:
 
 if __name__ == "__main__":
     try:
-        write_pictures()
+        write_pictures(sys.argv[1:] or None)
     except VitdemoError as error:
         sys.exit(f"vitdemo: {error}")

@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
-from vitdemo import VitdemoError, memory_bandwidth, published_performance
+from vitdemo import VitdemoError, memory_bandwidth, published_performance, styled, summary
 from vitdemo.plots import plot_accuracy_speed, plot_latency_throughput, plot_prediction, plot_roofline, plot_speedups
 
 FIGURES = {
@@ -39,6 +40,20 @@ def test_rows_without_a_measurement_are_left_out(draw, rows):
     draw(rows.assign(status=["failed: x"] + ["ok"] * (len(rows) - 1)))
     with pytest.raises(VitdemoError, match="no row has"):
         draw(rows.assign(status="failed: x"))
+
+
+def test_it_is_as_wide_as_a_page_and_its_letters_are_12_points_there(draw, rows):
+    figure = draw(rows)
+    figure.draw_without_rendering()  # which makes the labels of the axes
+    pixels = [text.get_fontsize() * figure.dpi / 72 for text in figure.findobj(Text) if text.get_text()]
+    assert figure.get_figwidth() * figure.dpi == 900 and min(pixels) >= 16
+
+
+def test_a_table_has_bars_behind_speedups_and_none_behind_rates(rows):
+    table = summary(rows)
+    bars = "linear-gradient"
+    assert bars in styled(table).to_html()
+    assert bars not in styled(table.drop(columns=[name for name in table if name.startswith("over eager")])).to_html()
 
 
 def test_every_point_is_there(rows):

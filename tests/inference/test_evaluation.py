@@ -23,7 +23,7 @@ from vitdemo.dataset.samples import Sample
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.metrics import covered_s, set_faults
 from vitdemo.paths import data_path
-from vitdemo.plots import plot_gallery, plot_predictions, plot_timeline
+from vitdemo.plots import plot_gallery, plot_predictions, plot_time, plot_timeline
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,16 @@ def test_times_of_every_batch(evaluation):
     assert 0 < m["decode_share"] and 0 < m["compute_share"] and m["decode_share"] + m["compute_share"] <= 1.05
     figure = plot_timeline(evaluation, batches=5)
     assert len(figure.axes[0].get_yticklabels()) == 5
+
+
+@pytest.mark.parametrize("faster", [2.0, 0.5])
+def test_the_time_from_file_to_answer_is_drawn_whole_below_the_engines_own(evaluation, faster):
+    m = evaluation.metrics
+    figure = plot_time(evaluation, {"images_per_s": faster * m["images_per_s"]})
+    alone, *parts = (bar.get_width() for bar in figure.axes[0].patches)
+    assert sum(parts) == pytest.approx(m["wall_s"]) and alone == pytest.approx(m["wall_s"] / faster)
+    assert parts[0] + parts[1] == pytest.approx(m["compute_wait_s"]) and min(parts) >= 0
+    assert f"{1 / faster:.0%} of the engine's rate" in figure.axes[0].get_title()
 
 
 def test_every_image_is_counted_once_the_partial_batch_too(evaluation, shapes20):

@@ -21,6 +21,7 @@ from vitdemo.engines.artifacts import artifacts_root
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.inference import cluster
 from vitdemo.machine import cores
+from vitdemo.plots import plot_replicas
 
 TAR = str(data_path("shapes20/shapes20_img_val.tar"))
 
@@ -41,6 +42,11 @@ def test_a_replica_that_hangs_is_replaced(one_thread, shapes20, alone, tmp_path)
         stop, out = partial(os.kill, first, signal.SIGSTOP), tmp_path / "out"
         run = evaluate_while(pool, one_thread, shapes20, stop, 8, out, limit=203)
         assert run.metrics["replicas"]["each"][0]["lost"] >= 1 and pool.pids[0] != first
+    replica, at_s, images = run.metrics["replicas"]["losses"][0]
+    assert replica == 0 and 0 < at_s < run.metrics["wall_s"] and 0 < images < 203
+    ax = plot_replicas({"hung": run}).axes[0]
+    (lost,) = [bar for bar in ax.patches if bar.get_hatch()][:1]
+    assert lost.get_x() + lost.get_width() == pytest.approx(at_s) and f"lost {images} images" in ax.get_title("left")
     assert predictions(run) == predictions(alone)
     assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE
 

@@ -13,8 +13,8 @@ from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.paths import data_path, replacing
 
 SHORT = {"speedup_equal_precision": "over eager, equal precision", "speedup_over_eager_fp32": "over eager fp32"}
+RATIOS = ("speedup", *SHORT.values())  # the columns whose rows may be compared, whatever the model and the batch
 SHORT |= {"speedup_over_eager_fp32_pairs": "rounds"}
-RATES = ("images_per_s", "QPS (im/s)", "Throughput (batch*inf/sec)")
 # Columns by which a row finds the eager row to compare with; `file` exists only after merge.
 SAME_RUN = ["model", "weights", "replicas", "device_batch_size", "machine", "file"]
 
@@ -84,8 +84,7 @@ LAYOUTS = {"ttmetal": ttmetal_table, "aitemplate": aitemplate_table}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a sweep that fit on a screen, with a GPU's energy where it was measured, and the reason in rows that
-    were skipped or failed.
+    """The columns of a sweep that fit on a screen, with a GPU's energy where it was measured, and reasons for failures.
 
     Args:
         rows: rows of ``benchmark`` or ``merge``.
@@ -141,10 +140,10 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def styled(table: pd.DataFrame) -> Styler:
-    """The table as a pandas Styler: four significant digits, and a bar behind each rate, transparent for dark pages."""
-    rates = [name for name in RATES if name in table]
+    """The table as a pandas Styler: four significant digits, and a bar for each speedup, transparent for dark pages."""
+    ratios = [name for name in RATIOS if name in table and table[name].notna().any()]
     style = table.style.format(lambda value: escape(_digits(value)), escape=None).hide(axis="index")
-    return style.bar(subset=rates, color="#4A90C480", vmin=0) if rates and len(table) else style
+    return style.bar(subset=ratios, color="#4A90C480", vmin=0) if ratios else style
 
 
 def page(table: pd.DataFrame) -> str:

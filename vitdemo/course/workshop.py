@@ -13,11 +13,9 @@ from vitdemo.course.notebooks import NOTEBOOKS, choose_notebooks
 from vitdemo.errors import named_errors
 from vitdemo.paths import PART, claim_folder, user_path
 
-README = "README.md"
-
 
 def write_workshop(out: Path | str) -> list[Path]:
-    """Write the notebooks without their solutions into ``out``, with their pictures and README; the copies' paths.
+    """Write the notebooks without their solutions into ``out``, with their pictures and a README; the copies' paths.
 
     A copy keeps each exercise's empty cell and its check, and has neither words about solutions (cells tagged
     `about-solutions`, the parameter ``solve``) nor outputs of a session. It runs in any folder, with the
@@ -35,7 +33,7 @@ def write_workshop(out: Path | str) -> list[Path]:
         (part / "img").mkdir()
         for picture in (NOTEBOOKS / "img").glob("[!.]*"):
             shutil.copy(picture, part / "img")
-        shutil.copy(NOTEBOOKS / README, part)
+        shutil.copy(NOTEBOOKS / "students.md", part / "README.md")
         for lesson in lessons:
             text = nbformat.writes(_without_solutions(lesson.path)) + "\n"
             (part / lesson.path.name).write_text(text, encoding="utf-8")

@@ -155,7 +155,7 @@ def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[s
 
     flops: Counter[str] = Counter()
     options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
-    # Freezing needs inference mode, which torch recognises by disabled gradients. The compiler's command breaks at blanks.
+    # Freezing needs inference mode, which torch recognises by disabled gradients. Blanks break the compiler's command.
     beside = None if re.search(r"\s", str(package.parent)) else package.parent
     with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
         try:

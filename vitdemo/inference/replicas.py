@@ -59,7 +59,7 @@ class ReplicaState:
     precision_ran: dict[str, float] = field(default_factory=dict)
     ready: bool = False
     tasks: deque[Task] = field(default_factory=deque)
-    lost: int = 0
+    losses: list[tuple[float, int]] = field(default_factory=list)  # when by ``now``, and the images in hand
     images: int = 0
     ranges: int = 0
     busy_s: float = 0.0
@@ -83,7 +83,7 @@ class ReplicaState:
 
     def forget_run(self) -> None:
         """Reset the counts for a new run."""
-        self.images, self.ranges, self.busy_s, self.lost = 0, 0, 0.0, 0
+        self.images, self.ranges, self.busy_s, self.losses = 0, 0, 0.0, []
 
     def record(self, wall_s: float) -> dict:
         """The record of this slot for a run of ``wall_s`` seconds.
@@ -94,6 +94,7 @@ class ReplicaState:
         """
         own = ("host", "cores", "images", "ranges", "busy_s", "idle_s", "images_per_s", "precision_ran")
         found = vars(self) | {"images_per_s": self.images_per_s, "idle_s": wall_s - self.busy_s}
+        found |= {"lost": len(self.losses)}
         return {"replica": self.number} | {name: found[name] for name in (*own, "peak_memory_bytes", "lost")}
 
 
@@ -213,14 +214,17 @@ class Replicas(AbstractContextManager):
             wall_s: the seconds of the run.
 
         Returns:
-            ``count``, ``schedule``; ``lost``: the number of replicas that died or hung and were replaced;
-            ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes; ``each``:
-            one record per replica, see ``ReplicaState.record``.
+            ``count``, ``schedule``; ``lost``: the number of replicas that died or hung and were replaced; ``losses``:
+            for each of them the replica's number, the second of the run, and the number of images that it had, which were
+            done again; ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes;
+            ``each``: one record per replica, see ``ReplicaState.record``.
         """
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
-        lost = sum(slot.lost for slot in self.slots)
+        began = now() - wall_s
+        losses = [(slot.number, at - began, images) for slot in self.slots for at, images in slot.losses]
         each = [slot.record(wall_s) for slot in self.slots]
-        return {"count": len(each), "schedule": schedule, "lost": lost, **started, "each": each}
+        lost = {"lost": len(losses), "losses": losses}
+        return {"count": len(each), "schedule": schedule, **lost, **started, "each": each}
 
     def run(self, images: int, schedule: Schedule, **how: Any) -> Iterator[Shard]:
         """Yield the rows of every image exactly once, one shard per range, in the order in which they return.
@@ -359,7 +363,7 @@ class Replicas(AbstractContextManager):
         """End a slot's replica, give its ranges back to the schedule, and start a successor."""
         first = slot.tasks[0].indices
         self._failed.update({first or slot.number, slot.number})
-        slot.lost += 1
+        slot.losses.append((now(), sum(len(task.indices) for task in slot.tasks if task.indices)))
         if max(self._failed[first], self._failed[slot.number]) >= ATTEMPTS:
             what = f"doing images {first.start} to {first.stop - 1}" if first else "starting"
             raise VitdemoError(f"replica {slot.number} was lost {ATTEMPTS} times, last while {what}: {reason}")

@@ -1,8 +1,9 @@
 """Figures of sweeps. Rows of several machines are never mixed: each machine has a panel of its own."""
 
 from collections.abc import Callable, Iterator
+from math import ceil
+from textwrap import fill
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,12 +14,12 @@ from matplotlib.ticker import LogFormatter
 from vitdemo.benchmarking.pairs import EAGER
 from vitdemo.benchmarking.rows import OK
 from vitdemo.errors import VitdemoError
+from vitdemo.plots.dataset import GREY, LINE, new_figure
 from vitdemo.plots.verification import DASHES, engine_look
 from vitdemo.precisions import BYTES
 from vitdemo.stats import wilson_interval
 
-GREY = "#777777"
-PUBLISHED = ("#D55E00", "#E69F00", "#56B4E9", "#999999")
+PUBLISHED = "x+*1"  # the markers of what others have published, all in grey
 
 
 def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
@@ -35,7 +36,7 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
         for pair, line in _lines(own):
             ax.plot(line["p50_ms"], line["images_per_s"], **engine_look(*pair))
             for point in line.iloc[[0, -1] if len(line) > 1 else [0]].itertuples():
-                ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points", size=7)
+                ax.annotate(point.batch, (point.p50_ms, point.images_per_s), (3, 3), textcoords="offset points")
         ax.set(xscale="log", yscale="log", xlabel="median latency of a batch, ms", ylabel="images/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
     return _with_legend(figure, panels)
@@ -51,15 +52,14 @@ def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> 
     Raises:
         VitdemoError: where no row was measured.
     """
-    titles = "equal precision", "mixed: over eager fp32"
-    figure, panels = _panels(rows, "speedup over eager", columns=2, titles=titles)
+    figure, panels = _panels(rows, "speedup over eager", titles=("equal precision", "mixed: over eager fp32"))
     for (equal, own), (mixed, _) in zip(panels[::2], panels[1::2], strict=True):
         for pair, line in _lines(own[own["engine"] != EAGER.engine]):
             _with_interval(equal, line, "speedup_equal_precision", engine_look(*pair))
         for pair, line in _lines(own[own["precision"] != EAGER.precision]):
             _with_interval(mixed, line, "speedup_over_eager_fp32", engine_look(*pair))
-        for (name, line), color in zip(_published_speedups(published), PUBLISHED, strict=False):
-            equal.plot(line.index, line, color=color, marker=".", linewidth=1, label=f"published: {name}")
+        for (name, line), marker in zip(_published_speedups(published), PUBLISHED, strict=False):
+            equal.plot(line.index, line, color=GREY, marker=marker, linewidth=1, label=f"published: {name}")
         for ax in (equal, mixed):
             ax.axhline(1, color=GREY, linewidth=0.8)
             _batch_axis(ax)
@@ -86,10 +86,10 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
         for precision, roof in own.groupby("precision")["roof_tflops"].median().items():
             ceiling = np.minimum(x * bytes_per_s / 1e12, roof)
             ax.plot(x, ceiling, color=GREY, linestyle=DASHES.get(precision, "-."), linewidth=1)
-            ax.annotate(f"roof {precision}", (x[-1], roof), (-2, 3), textcoords="offset points", size=8, ha="right")
+            ax.annotate(f"roof {precision}", (x[-1], roof), (-2, 3), textcoords="offset points", ha="right")
         for pair, line in _lines(own):
             ax.plot(_intensity(line), line["tflops"], **engine_look(*pair) | {"linestyle": ""})
-        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte of weights and pixels", ylabel="TFLOP/s")
+        ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte of weights and pixels", ylabel="TFLOP/s")
         _plain_numbers(ax.xaxis, ax.yaxis)
     return _with_legend(figure, panels)
 
@@ -131,16 +131,15 @@ def plot_prediction(rows: pd.DataFrame, predicted_ms: Callable[[pd.Series], floa
         for pair, line in _lines(own):
             look = engine_look(*pair)
             ax.plot(line["batch"], line["p50_ms"], **look)
-            guesses = [predicted_ms(row) for _, row in line.iterrows()]
             thin = look | {"marker": "x", "markersize": 9, "linewidth": 0.7, "label": None}
-            ax.plot(line["batch"], guesses, **thin)
+            ax.plot(line["batch"], line.apply(predicted_ms, axis=1), **thin)
         _batch_axis(ax)
         ax.set(yscale="log", ylabel="latency of a batch, ms")
         _plain_numbers(ax.yaxis)
     return _with_legend(figure, panels)
 
 
-def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", columns: int = 1, titles=("",)):
+def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", titles=("",)):
     """A figure, and its axes with the rows of each: a line of panels a sweep, so a machine and a model."""
     good = rows[(rows["status"] == OK) & rows[needed].notna()]
     if good.empty:
@@ -149,19 +148,19 @@ def _panels(rows: pd.DataFrame, title: str, needed: str = "images_per_s", column
         good = good.assign(**{name: good[name].fillna(default) if name in good else default})
     apart = [name for name in ("machine", "model", "weights", "replicas", "file") if name in good]
     groups = [(own.iloc[0], own) for _, own in good.groupby(apart, sort=False)]
-    size = (8 if columns == 1 else 10, 4.2 * len(groups))
-    figure, axes = plt.subplots(len(groups), columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = new_figure(3.8 * len(groups), len(groups), len(titles), squeeze=False)
     panels = []
     for line, (first, own) in zip(axes, groups, strict=True):
         shared = f", {first['replicas']} replicas" if first["replicas"] > 1 else ""
         what = f"{first['model']}, weights: {first['weights']}{shared}: {title}"
-        line[0].set_title(f"{what}\n{first['machine']}", loc="left", fontsize=9)
+        text = "\n".join(fill(each, LINE) for each in (what, first["machine"]))
+        line[0].set_title(text, loc="left", fontsize=10)
         for ax, name in zip(line, titles, strict=True):
             panels.append((ax, own))
             if not name:
                 ax.grid(alpha=0.3)
             else:
-                ax.text(0.98, 0.98, name, transform=ax.transAxes, ha="right", va="top", fontsize=9)
+                ax.text(0.98, 0.98, name, transform=ax.transAxes, ha="right", va="top")
     return figure, panels
 
 
@@ -211,5 +210,7 @@ def _plain_numbers(*axes: Axis) -> None:
 
 def _with_legend(figure: Figure, panels: list[tuple[Axes, pd.DataFrame]]) -> Figure:
     handles = {label: handle for ax, _ in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    columns = max(1, LINE // (max(map(len, handles)) + 9))
+    figure.set_figheight(figure.get_figheight() + 0.2 * ceil(len(handles) / columns))  # the axes keep their height
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
     return figure

@@ -1,11 +1,11 @@
-"""Figures and views of a data set: galleries, crops, class counts, the folder tree."""
+"""Figures and views of a data set, and what all figures share: their size, and what a colour means."""
 
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
@@ -13,6 +13,29 @@ from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, open_image, reference_crop, refusal
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
+# Okabe and Ito's palette, safe for colour-blind readers. In every figure of the course blue is right, vermilion is
+# wrong or lost, and grey is what a result is compared with, or waiting. `engine_look` has the colours of engines.
+RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#999999"
+WIDTH, DPI = 7.5, 120  # inches, and pixels of each: on a page of 900 pixels matplotlib's 10 points are 12 of the page's
+LINE = 100  # letters of that size in a line as wide as the figure
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1, **how):
+    """A figure as wide as a page, and its axes, as ``subplots`` gives them.
+
+    Args:
+        height: in inches.
+        rows, columns: of its axes.
+        how: what ``subplots`` takes besides.
+    """
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), dpi=DPI, layout="constrained", **how)
+
+
+def says(text: str) -> Figure:
+    """A figure that only says something."""
+    figure = plt.figure(figsize=(5, 1), dpi=DPI)
+    figure.text(0.5, 0.5, text, ha="center", va="center")
+    return figure
 
 
 def thumbnail(jpeg: bytes) -> Image.Image:
@@ -51,15 +74,16 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
     Returns:
         The Figure.
     """
-    rows = max(1, ceil(len(pictures) / columns))
-    size = 1.9 * columns, 2.15 * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    rows, side = max(1, ceil(len(pictures) / columns)), WIDTH / columns
+    wrapped = ["\n".join(fill(line, LINE // columns) for line in each.splitlines()) for each in captions]
+    height = side + 0.17 * (1.5 + max((text.count("\n") for text in wrapped), default=0))
+    figure, axes = new_figure(rows * height, rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     colors = colors or ["black"] * len(pictures)
-    for ax, picture, caption, color in zip(axes.flat, pictures, captions, colors, strict=False):
+    for ax, picture, caption, color in zip(axes.flat, pictures, wrapped, colors, strict=False):
         ax.imshow(picture)
-        ax.text(0.5, -0.03, caption, fontsize=8, color=color, ha="center", va="top", transform=ax.transAxes)
+        ax.text(0.5, -0.03, caption, color=color, ha="center", va="top", transform=ax.transAxes)
     return figure
 
 
@@ -91,19 +115,6 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
     named = zip(("the file", *preprocessings), sizes, strict=True)
     captions = [f"{name}\n{width} x {height} px" for name, (width, height) in named]
     return picture_grid([thumbnail(jpeg), *crops], captions, columns=1 + len(crops))
-
-
-def plot_class_histogram(data: Dataset) -> Figure:
-    """How many images each class of ``data`` has, as bars; classes are named where there are at most 30."""
-    counts = np.bincount(data.labels, minlength=len(data.classes))
-    figure, ax = plt.subplots(figsize=(9, 3.2), layout="constrained")
-    ax.bar(range(len(counts)), counts, color="#0072B2", width=0.8 if len(counts) < 100 else 1.0)
-    ax.set(xlabel="class index (rank of the wnid)", ylabel="images")
-    ax.set_title(f"{counts.sum()} images, {len(counts)} classes")
-    if len(counts) <= 30:
-        ax.set_xticks(range(len(counts)), short_names(data), rotation=60, ha="right", fontsize=8)
-        ax.set_xlabel("class, in the order of the wnids")
-    return figure
 
 
 def folder_preview(path: Path | str, entries: int = 4) -> str:
