@@ -37,7 +37,7 @@ HABITS = {  # what it is -> its pattern, and a sentence that has it
         "Engines are measured by turns.",
     ),
     "a sentence chained by colons and semicolons": (
-        r"(?:^|[.?!] )(?![-|*#`])(?:[^.?!:;|]*[;:] ){3}[^.?!:;|]*[a-z][.?!](?:\s|$)",
+        r"(?:^|[.?!] )(?![-|*#`])(?:[^.?!:;|]*[;:] ){3,}[^.?!:;|]*[a-z][.?!](?:\s|$)",
         "One rule: first the labels; then the images; last of all: the model.",
     ),
 }

@@ -40,8 +40,8 @@ class Roof:
     """The highest throughput that plain matrix products reached.
 
     flops_per_s: 2 x multiply-accumulates per second, integer ones where the precision is int8. shape, runtime: the
-    shape of the product that reached it, and the name of the engine that computed it. threads: the CPU threads used, 0 on
-    a GPU. measured: the time of the measurement.
+    shape of the product that reached it, and the name of the engine that computed it. threads: of the CPU, 0 on a GPU.
+    measured: the time of the measurement.
     """
 
     precision: str

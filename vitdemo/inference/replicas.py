@@ -215,8 +215,8 @@ class Replicas(AbstractContextManager):
 
         Returns:
             ``count``, ``schedule``; ``lost``: the number of replicas that died or hung and were replaced; ``losses``:
-            for each of them the replica's number, the second of the run, and the number of images that it had, which were
-            done again; ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes;
+            for each of them its number, the second of the run, and how many images it had, which were done again;
+            ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes;
             ``each``: one record per replica, see ``ReplicaState.record``.
         """
         started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
