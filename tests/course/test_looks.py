@@ -11,8 +11,6 @@ from vitdemo import (
     convert,
     fast_crop,
     load_model,
-    merge,
-    published_performance,
     reference_crop,
 )
 from vitdemo.course import (
@@ -21,13 +19,10 @@ from vitdemo.course import (
     crop_picture,
     disagreements,
     look_at,
-    measured_and_published,
     names_of,
 )
 from vitdemo.course.looks import top5, with_preprocessing
 from vitdemo.course.view import LEAST, MOST, WINDOW, patches_to_hide, second_look
-from vitdemo.machine import describe_machine, machine_record
-from vitdemo.paths import data_path
 from vitdemo.plots.dataset import thumbnail
 
 SETTINGS = dict(patches=40, down=(25, 75), across=(0, 50))
@@ -181,33 +176,3 @@ def test_what_is_looked_at_most_and_least(eager, vit_shapes20, pixels):
     most, least = (patches_to_hide(vit_shapes20, seen, hide, 98, (0, 0), (0, 0)) for hide in (MOST, LEAST))
     assert len(most) == len(least) == 98 and not set(most) & set(least)
     assert seen[most[0]] == seen.max() and seen[least[0]] == seen.min()
-
-
-def test_measured_beside_published():
-    rows = merge([data_path("results/intel-xeon-amx-2-cores")])
-    found = measured_and_published(rows)
-    measured, published = (found[found["origin"] == origin] for origin in ("measured", "published"))
-    assert len(measured) == (rows["status"] == "ok").sum()
-    assert measured["images_per_s"].tolist() == rows.loc[rows["status"] == "ok", "images_per_s"].tolist()
-    printed = published_performance()
-    assert len(published) == printed["images_per_s"].notna().sum()
-    a100 = published[(published["hardware"] == "NVIDIA A100-40GB") & (published["batch"] == 8)]
-    vit = a100[a100["model"] == "vit_base_patch16_224"].set_index("system")
-    assert vit.loc["AITemplate", "speedup"] == pytest.approx(3642.16 / 1439.03)
-    assert vit.loc["PyTorch 1.12 eager", "speedup"] == 1
-    mixed = measured[(measured["precision"] == "int8")]
-    assert len(mixed) and mixed["speedup"].isna().all(), "int8 has no eager beside it"
-
-
-def test_what_a_gpu_measured_is_named_after_it():
-    rows = merge([data_path("results/intel-xeon-amx-2-cores")]).head(2).assign(device=["cpu", "cuda"])
-    record = machine_record() | {"cpu": "a processor", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"}
-    found = measured_and_published(rows.assign(machine=describe_machine(record)), published_performance().head(0))
-    assert found["hardware"].tolist() == ["a processor, 16 cores", "NVIDIA H100 80GB HBM3"]
-
-
-def test_rows_that_failed_are_not_shown():
-    rows = merge([data_path("results/intel-xeon-amx-2-cores")])
-    failed = rows.assign(status="failed: out of memory")
-    found = measured_and_published(failed, published_performance().head(4))
-    assert (found["origin"] == "published").all() and len(found) == 4

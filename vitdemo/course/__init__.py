@@ -9,7 +9,7 @@ from vitdemo import front
 _NAMES_OF = {
     "course.attention": "attention_maps rollout most_looked_at mask_patches",
     "course.looks": "look_at names_of answers_under answers_masked disagreements",
-    "course.figures": "plot_looks plot_blocks plot_disagreements measured_and_published",
+    "course.figures": "plot_looks plot_blocks plot_disagreements",
     "course.widgets": "image_explorer",
     "course.buggy_scripts": "BUGS buggy_run",
     "course.bug_hunt": "hunt",
