@@ -338,8 +338,6 @@ def speed(at: Setting) -> dict:
         _of_compiled(at, load(base), rows)
     finally:
         table = at.tables["speed"] = pd.DataFrame(rows)
-    if at.faulty:
-        table["relative_l2"] *= 1e6
     own, good = table[~table["engine"].str.startswith("timm")], table[table["status"] == "ok"]
     wrong = own[~((own["status"] == "ok") & (own["relative_l2"] <= own["most_l2"]) & (own["resident_ms"] > 0))]
     assert len(own) and wrong.empty, wrong.to_string()
@@ -370,8 +368,9 @@ def _of_engine(at: Setting, model: Model, name: str, precision: str, batches: tu
         engine = at.engine(model, name, precision)
         x = model.info.random_pixels(2)
         expected = EagerEngine(model, "fp32", device="cpu", threads=cores())(x)
+        error = relative_l2(engine(x) * (1.05 if at.faulty else 1), expected)
         # As at ``verify``, whose tolerance may follow the noise of random weights up to twice.
-        known |= {"relative_l2": relative_l2(engine(x), expected), "most_l2": 2 * TOLERANCES[precision].logits_l2}
+        known |= {"relative_l2": error, "most_l2": 2 * TOLERANCES[precision].logits_l2}
         for batch in batches:
             rows.append(known | {"batch": batch, "status": "ok"} | _rates(at, engine, batch))
         engine.close()
