@@ -11,7 +11,6 @@ in hand goes to whoever is free.
 """
 
 import socket
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -362,7 +361,7 @@ class Replicas(AbstractContextManager):
         for task in slot.tasks:
             if task.indices is not None:
                 schedule.give_back(task.indices, slot.number)
-        tqdm.write(f"replica {slot.number} was lost ({reason}); a successor is starting", file=sys.stderr)
+        tqdm.write(f"replica {slot.number} was lost ({reason}); a successor is starting", file=message_stream())
         self._end([slot])
         self._start(slot)
 
