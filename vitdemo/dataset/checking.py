@@ -80,9 +80,9 @@ def check_images(
 ) -> ImageReport:
     """Read, hash and strictly decode each image once.
 
-    One thread per core decodes, without Python's lock. It computes all coefficients of an image, but only an eighth of
-    its pixels per side, because no step after the coefficients can fail. Each thread holds one image, which takes at
-    most 0.9 GB in addition to its file of at most 256 MiB.
+    One thread per core decodes, without Python's lock. It computes all coefficients of an image, but its pixels only at
+    1/8 of the size, because no step after the coefficients can fail. Each thread holds one image, which takes at most
+    0.9 GB in addition to its file of at most 256 MiB.
 
     An interrupted check writes nothing, so a report always covers one complete pass over the files.
 

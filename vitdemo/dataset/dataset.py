@@ -85,7 +85,7 @@ class Dataset:
 
     @cached_property
     def present(self) -> list[int] | None:
-        """The labels that have images, ascending; None where all labels have."""
+        """The labels that have images, ascending; None where all labels have some."""
         found = sorted(set(self.labels) - {-1})
         return found if len(found) < len(self.classes) else None
 

@@ -141,7 +141,7 @@ class UnreadableImage(Exception):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing with which a model was trained, in timm's names (``timm.data.resolve_model_data_config``).
+    """The preprocessing that a model's weights need, in timm's names (``timm.data.resolve_model_data_config``).
 
     Args:
         input_size: (3, H, W) in pixels.

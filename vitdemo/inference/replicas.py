@@ -11,7 +11,6 @@ successor is a new actor, and the unfinished ranges of a lost replica go to the 
 """
 
 import socket
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -370,7 +369,7 @@ class Replicas(AbstractContextManager):
         for task in slot.tasks:
             if task.indices is not None:
                 schedule.give_back(task.indices, slot.number)
-        tqdm.write(f"replica {slot.number} was lost ({reason}); a successor is starting", file=sys.stderr)
+        tqdm.write(f"replica {slot.number} was lost ({reason}); a successor is starting", file=message_stream())
         self._end([slot])
         self._start(slot)
 
