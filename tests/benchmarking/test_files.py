@@ -156,10 +156,6 @@ def test_numbers_for_people():
     assert "0.00432" in markdown(pd.DataFrame({"a": [0.00432]})), "tt-metal's tables print this as 0.00"
 
 
-def test_the_notebook_opens_the_readmes_rows():
-    assert f'data_path(\\"results/{shown()}\\")' in (REPOSITORY / "notebooks" / "06_explore.ipynb").read_text()
-
-
 def test_the_two_ratios_that_are_told_are_those_of_the_recorded_rows():
     told = r"OpenVINO fp32 is ([\d.]+) times as fast as eager on .* but (?:only )?([\d.]+) times"
     readme, numbers = ((REPOSITORY / path).read_text() for path in ("README.md", "docs/numbers.md"))
