@@ -138,7 +138,7 @@ def test_only_the_controls_that_count_are_there(explorer):
     for values, more in (
         (dict(crop="squash"), {"crop_pct"}),
         (dict(hide="what is looked at least"), {"crop_pct", "patches"}),
-        (dict(crop="as the weights want it", hide="a window"), {"down", "across"}),
+        (dict(crop="the weights' own", hide="a window"), {"down", "across"}),
         (dict(show="block by block"), {"down", "across"}),
     ):
         set_(explorer, **values)

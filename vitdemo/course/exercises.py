@@ -181,7 +181,8 @@ def _hidden(stays: dict[str, float], *, model: Model, engine: Engine, images: Da
         share = (engine(torch.stack(grey)).argmax(dim=1) == answers).float().mean().item()
         hint = f"{which}: hide the first 60 of most_looked_at(…)[::{turn}]; a share is a count / len(few)"
         _need(abs(stays.get(which, -1) - share) < 1.5 / len(crops), hint)
-    return f"The answer stays for {stays['most']:.0%} without the patches looked at most, {stays['least']:.0%} least"
+    most, least = (f"{stays[which]:.0%}" for which in ("most", "least"))
+    return f"The answer stays for {most} of the images with what is looked at most hidden, for {least} with the least"
 
 
 def _order(right_map: str, equal: int, *, engine: Engine, data: Dataset) -> str:

@@ -47,7 +47,7 @@ class Panel(widgets.HBox):
         self.controls, self._draw, self._due, self._loop = controls, draw, None, _running_loop()
         self._interruptible = False
         self.status, self.shown = widgets.HTML(), widgets.HTML()
-        column = widgets.VBox([*controls.values()], layout=widgets.Layout(flex="0 0 17em"))
+        column = widgets.VBox([*controls.values()], layout=widgets.Layout(flex="0 0 20em"))
         beside = widgets.VBox([self.status, self.shown], layout=widgets.Layout(flex="1 1 24em", min_width="0"))
         super().__init__([column, beside], layout=widgets.Layout(flex_flow="row wrap"))
         for control in controls.values():
@@ -216,4 +216,6 @@ def _controls(data: Dataset, model: str, engine: str, precision: str) -> dict[st
     }
     for control in controls.values():
         control.layout.width = "auto"
+        if hasattr(control.style, "description_width"):  # a button has no words before it
+            control.style.description_width = "7em"
     return controls
