@@ -70,7 +70,7 @@ def _looked(look: Callable[[], list[str]]) -> list[str]:
 
 
 def _line(otherwise: str, look: Callable[..., object], *arguments: object) -> str:
-    """What ``look`` gives, or why it cannot."""
+    """The line that ``look`` gives, or the reason why it cannot."""
     try:
         return f"ok       {look(*arguments)}"
     except VitdemoError as error:

@@ -47,7 +47,7 @@ def test_the_explorer_is_walked_and_moved(open_lesson, tmp_path):
     pictures = lesson.cell(IMAGES).locator(".jp-OutputArea img")
     expect(pictures).to_have_count(1)
     lesson.choose(lesson.widget(IMAGES, "mean and std"), "none (0 and 1)")
-    expect(pictures).to_have_count(2)  # as the weights want it, and changed
+    expect(pictures).to_have_count(2)  # the model's own preprocessing, and the changed one
     says(lesson, IMAGES, DRAWN)
     in_sight(lesson, pictures)
 

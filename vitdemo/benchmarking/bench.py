@@ -106,7 +106,7 @@ class EngineBench:
         return peak_memory_bytes() if sys.platform == "linux" else None
 
     def joules_per_image(self) -> float | None:
-        """What the GPU's whole board uses, over ENERGY_S of calls; None on a CPU, and where NVML does not tell."""
+        """The energy of the GPU's whole board over ENERGY_S of calls; None on a CPU, or if NVML does not report it."""
         if self.engine.device != "cuda" or (before := gpu_joules()) is None:
             return None
         begin, images = now(), 0

@@ -1,4 +1,4 @@
-"""What the notebooks, the workshop and their runner need besides the library.
+"""The parts that the notebooks, the workshop and their runner need besides the library.
 
 06's looks, figures, controls and bug hunt; the notebooks executed as tests (``run_notebooks``), and copies of them
 without solutions (``write_workshop``).

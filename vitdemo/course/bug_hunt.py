@@ -57,7 +57,7 @@ class Hunt:
 
     @property
     def reports(self) -> pd.DataFrame:
-        """What each script prints, one row per run."""
+        """The numbers that each script prints, one row per run."""
         printed = pd.DataFrame({name: run.report for name, run in self.runs.items()}).T
         return printed.astype({"images": int, "correct": int})
 
@@ -76,7 +76,7 @@ class Hunt:
         return f"{right} of {len(self.bugs)} are right"
 
     def ask(self, check: str, run: str) -> str:
-        """What one check of the library says of one run, in a line.
+        """The answer of one check of the library to one run, in a line.
 
         Args:
             check: a name of CHECKS.

@@ -57,10 +57,10 @@ IMAGES, BATCH, CALIBRATION = 100, 8, 32  # 12 batches of 8, and one of 4
 
 @dataclass(frozen=True)
 class BuggyRun:
-    """What the script has at its end.
+    """The results that the script has at its end.
 
     files, labels, answers: of each answer the image's name, the class index it was held against, and the one given.
-    step_s: seconds of each batch by the script's own clock. wall_s: of its whole loop, by a clock beside it. model,
+    step_s: seconds of each batch by the script's own clock. wall_s: of its whole loop, by a second clock. model,
     engine, data: what it used; ``data`` has the labels as the script read them.
     """
 
@@ -80,8 +80,10 @@ class BuggyRun:
 
     @property
     def report(self) -> dict:
-        """What the script prints by its own clock: images, correct, top1 (a fraction), p50_ms and p99_ms of a batch,
-        and images_per_s, all answers over all seconds."""
+        """The numbers that the script prints, by its own clock.
+
+        images, correct, top1 (a fraction), p50_ms and p99_ms of a batch, and images_per_s, all answers over all seconds.
+        """
         images, correct, latency = len(self.files), self.correct, percentiles_ms(self.step_s)
         found = {"images": images, "correct": correct, "top1": correct / images, "p50_ms": latency["p50"]}
         return found | {"p99_ms": latency["p99"], "images_per_s": images / sum(self.step_s)}

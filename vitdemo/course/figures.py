@@ -61,7 +61,7 @@ def _show_top5(top5: pd.DataFrame, ax: Axes, blue: int) -> None:
 
 
 def plot_blocks(model: Model, look: PictureResult) -> Figure:
-    """What the class token attends to in each block, from the first to the last, and the rollout of all of them.
+    """The attention of the class token in each block, from the first to the last, and the rollout of all of them.
 
     Args:
         model: a Vision Transformer.

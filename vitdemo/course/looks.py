@@ -1,4 +1,4 @@
-"""What an engine answers to one picture, how that moves with the input, and where two engines differ most."""
+"""An engine's answer to one picture, how it changes with the input, and where two engines differ most."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -38,7 +38,7 @@ class PictureResult(NamedTuple):
 
 
 def look_at(engine: Engine, model: Model, pixels: torch.Tensor, names: Sequence[str] | None = None) -> PictureResult:
-    """What an engine answers to one picture, and where its model looks.
+    """An engine's answer to one picture, and where its model looks.
 
     Args:
         engine: gives the answer.
@@ -110,7 +110,7 @@ def answers_under(
     names: Sequence[str] | None = None,
     file: str = "the picture",
 ) -> pd.DataFrame:
-    """What ``model`` answers in eager fp32 to one picture under each preprocessing.
+    """The answers of ``model`` in eager fp32 to one picture under each preprocessing.
 
     Args:
         model: any.
@@ -139,7 +139,7 @@ def answers_under(
 def answers_masked(
     engine: Engine, model: Model, pixels: torch.Tensor, order: Sequence[tuple[int, int]], counts: Iterable[int]
 ) -> pd.DataFrame:
-    """What an engine answers to one picture while more and more of its patches are grey.
+    """The answers of an engine to one picture while more and more of its patches are grey.
 
     Args:
         engine: gives the answers.

@@ -25,7 +25,7 @@ PANEL = "(controls to move: open the notebook in JupyterLab)\n"
 
 
 def write_page(executed: Path, notebooks: Path) -> None:
-    """Write a notebook as HTML beside it; needs no network to be read.
+    """Write a notebook as HTML next to it; the page needs no network.
 
     Args:
         executed: the notebook with its outputs.
@@ -77,7 +77,7 @@ def write_index(results: Sequence, index: Path) -> None:
 
     Args:
         results: of the notebooks, each a ``runner.Result``.
-        index: the page to write; the executed notebooks lie beside it.
+        index: the page to write; the executed notebooks lie next to it.
     """
     sections = []
     for result in results:

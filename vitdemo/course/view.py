@@ -1,4 +1,4 @@
-"""What the image explorer shows: one picture, one model, an engine or two, loaded when first asked for."""
+"""The image explorer's content: one picture, one model, an engine or two, loaded when first asked for."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ from vitdemo.models.model import Model, load_model, shapes_of
 from vitdemo.plots.dataset import short_names
 from vitdemo.verification.comparison import compare_answers
 
-OWN = "as the weights want it"
+OWN = "the model's own"
 ANSWER, BLOCKS, TWO_ENGINES = "answer", "block by block", "two engines"
 AS_TRAINED = "the weights' own"
 SCALINGS = {
@@ -87,7 +87,7 @@ class ImageView:
             text = f"attention of the class token, block by block: {file}, {how}"
             return head + f"<p>{escape(how)}</p>" + html_of(plot_blocks(model, last), text)
         blue = first.top5["class"].iloc[0]
-        # The first is drawn once for all that is changed beside it.
+        # The first is drawn once for all changes next to it.
         looks = [look_html(name, look, file, blue) for name, look in changed.items()]
         beside = "".join(looks) or "<p>Change <i>mean and std</i> or <i>crop</i>, or <i>hide</i> patches.</p>"
         return f'{head}<div style="display: flex; flex-wrap: wrap">{self.first_html(*picture)}{beside}</div>'
@@ -124,7 +124,7 @@ class ImageView:
 
     def _engines_apart(self, data: Dataset, model: Model, pair: Pair, other: Pair, among: int) -> str:
         if other == pair:
-            raise VitdemoError(f"two engines: {pair} is the one above; choose another beside it")
+            raise VitdemoError(f"two engines: {pair} is the one above; choose another one")
         table = self.apart(other, pair, model, data, among)
         same = int((table["candidate"] == table["reference"]).sum())
         text = f"{other} gives the answer of {pair} for {same} of {len(table)} images; furthest apart are these."
@@ -182,7 +182,7 @@ def second_look(
     """The picture of ``first`` once more with something changed, by the name of what; nothing where nothing is.
 
     Args:
-        first: what the picture's engine says of it as the weights want it.
+        first: what the picture's engine says of it under the model's own preprocessing.
         picture: its engine's look the second one is as well, unless mean or std is another: those are part of an
             engine, so it is eager fp32's.
         wanted: the preprocessing.

@@ -1,4 +1,4 @@
-"""The image explorer: controls, and beside them what is drawn of their values between two cells."""
+"""The image explorer: controls, and next to them the picture that their values give, drawn between two cells."""
 
 import asyncio
 import io
@@ -30,12 +30,12 @@ OWN_KEYS = """setTimeout(() =>  // once the output is on the page
 
 
 class Panel(widgets.HBox):
-    """Controls, and beside them what is drawn of their values: when it is displayed, and anew whenever one changes.
+    """Controls, and next to them the picture of their values, drawn when displayed and after each change.
 
-    What goes wrong is said in a line above, and what was drawn last stays. It is drawn in the thread that made the
-    panel, in a kernel the main one, between two cells: what JupyterLab reports of a control may come in a thread beside
-    it (a subshell), while a cell runs. So no thread is left behind, and of all changes that come while something is
-    drawn only the last is. Interrupting the kernel stops what is being drawn.
+    An error is one line above the picture, and the last picture stays. The thread that made the panel draws, which in
+    a kernel is the main one, between two cells: JupyterLab may report a control's change in another thread (a
+    subshell), while a cell runs. So no thread is left behind, and of several changes that arrive during a drawing only
+    the last is drawn. Interrupting the kernel stops the drawing.
 
     Args:
         controls: by their names, from the top.
@@ -149,7 +149,7 @@ def image_explorer(
 ) -> Panel:
     """A picture of ``data``, of another data set, or uploaded, through a model in an engine and a precision.
 
-    Shown: the top-5 and the rollout, and beside them both under another preprocessing or with patches hidden
+    Shown: the top-5 and the rollout, and next to them both under another preprocessing or with patches hidden
     (``second_look``); the attention block by block (``plot_blocks``); or the images that two engines see most
     differently (``disagreements``). Of the controls those are there that count. The first draws within a third of a
     second for vit_shapes20, once it is loaded.

@@ -43,7 +43,7 @@ def plot_latency_throughput(rows: pd.DataFrame) -> Figure:
 
 
 def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
-    """Speedup over eager by batch: on the left at equal precision, beside published ones; on the right mixed.
+    """Speedup over eager by batch: on the left at equal precision, with published ones; on the right mixed.
 
     Args:
         rows: of ``benchmark`` or ``merge``.
@@ -78,7 +78,7 @@ def plot_roofline(rows: pd.DataFrame, bytes_per_s: float) -> Figure:
         bytes_per_s: what the memory gives (``memory_bandwidth``).
 
     Raises:
-        VitdemoError: where no row was measured beside a roof.
+        VitdemoError: where no row was measured together with a roof.
     """
     figure, panels = _panels(rows, "roofline", needed="roof_tflops")
     for ax, own in panels:
