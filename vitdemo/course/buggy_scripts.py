@@ -82,7 +82,7 @@ class BuggyRun:
     def report(self) -> dict:
         """The numbers that the script prints, by its own clock.
 
-        images, correct, top1 (a fraction), p50_ms and p99_ms of a batch, and images_per_s, all answers over all seconds.
+        images, correct, top1 (a fraction), p50_ms and p99_ms of a batch, and images_per_s: all answers over all time.
         """
         images, correct, latency = len(self.files), self.correct, percentiles_ms(self.step_s)
         found = {"images": images, "correct": correct, "top1": correct / images, "p50_ms": latency["p50"]}

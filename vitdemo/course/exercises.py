@@ -130,8 +130,7 @@ def _own_engine(infer: object, *, base: type[Engine], model: Model, images: Data
 
 def _best_batch(rates: dict[int, float], tuned: Evaluation, *, right: pd.DataFrame) -> str:
     _need(hasattr(rates, "get") and {1, 4, 16} <= set(rates), "the keys are the batch sizes 1, 4 and 16")
-    numbers = all(isinstance(rate, int | float) for rate in rates.values())
-    _need(numbers, 'a rate is one number: run_random_input(…)["images_per_s"]')
+    _need(all(isinstance(each, int | float) for each in rates.values()), 'a rate is a number: (…)["images_per_s"]')
     best = max(rates, key=rates.get)
     _need(tuned.metrics["device_batch_size"] == best, f"by your `rates`, {best} is the best size")
     _need(list(tuned.rows["file"]) == list(right["file"]), "**few takes the images of section 6")
@@ -166,8 +165,7 @@ def _latency(predicted_ms: object, *, bandwidth: float) -> str:
 
 
 def _hunt(suspects: dict[str, str], *, game: Hunt) -> str:
-    hint = game.hint(suspects)
-    _need(not hint, hint)
+    _need(not (hint := game.hint(suspects)), hint)
     return f"All {len(game.bugs)} bugs found; you asked {len(game.asked)} checks"
 
 
@@ -190,8 +188,7 @@ def _order(right_map: str, equal: int, *, engine: Engine, data: Dataset) -> str:
     _need(right_map in ("sorted", "natural"), "sorted or natural")
     runs = {how: evaluate(engine, data, class_map=how, progress=False) for how in ("sorted", "natural")}
     correct = {how: run.metrics["correct"] for how, run in runs.items()}
-    hint = "evaluate(nameless, numbered, class_map=…) with both; the right order has the higher top-1"
-    _need(correct[right_map] == max(correct.values()), hint)
+    _need(correct[right_map] == max(correct.values()), "evaluate with both; the right order has the higher top-1")
     rows = runs["sorted"].rows
     alike = rows.loc[rows["label"] == runs["natural"].rows["label"], "class_id"].nunique()
     _need(_is(equal, alike), "count classes, not images, for which .data.labels of both runs are equal")
