@@ -6,10 +6,13 @@ from tests.browser.lab import Lab
 
 LESSON_S = 600  # a notebook under the profile `smoke`, on a machine that has much else to do
 TRACEBACK = '[data-mime-type="application/vnd.jupyter.error"]'
+# An error that renders itself in one line, as an exercise's does, is shown like text on stderr.
+STDERR, ONE_LINE = '[data-mime-type="application/vnd.jupyter.stderr"]', "✗ exercise"
 
 # The last code cell has run, or an error above it has ended the run.
 DONE = f"""() => /\\d/.test([...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).textContent)
-              || document.querySelector('{TRACEBACK}')"""
+              || document.querySelector('{TRACEBACK}')
+              || [...document.querySelectorAll('{STDERR}')].some(said => said.textContent.includes('{ONE_LINE}'))"""
 
 
 class Lesson:
@@ -63,8 +66,9 @@ class Lesson:
         expect(self.folded).to_have_count(0)
 
     def errors(self) -> list[str]:
-        """The tracebacks that the notebook shows."""
-        return self.notebook.locator(TRACEBACK).all_text_contents()
+        """The tracebacks that the notebook shows, and the lines by which exercises have stopped it."""
+        lines = self.notebook.locator(STDERR).filter(has_text=ONE_LINE)
+        return [*self.notebook.locator(TRACEBACK).all_text_contents(), *lines.all_text_contents()]
 
     def cell(self, source: str) -> Locator:
         """The code cell that holds ``source``."""
