@@ -26,7 +26,7 @@ from vitdemo.models.model import Model, load_model, shapes_of
 from vitdemo.plots.dataset import short_names
 from vitdemo.verification.comparison import compare_answers
 
-OWN = "the model's own"
+OWN = "the model's own preprocessing"
 ANSWER, BLOCKS, TWO_ENGINES = "answer", "block by block", "two engines"
 AS_TRAINED = "the weights' own"
 SCALINGS = {
