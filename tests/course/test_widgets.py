@@ -158,7 +158,7 @@ def test_before_and_after_stand_side_by_side(explorer):
     assert len(images_in(explorer)) == 1 and "Change" in explorer.shown.value
     set_(explorer, hide="what is looked at most")
     (_, before), (_, after) = images_in(explorer)
-    assert "the model's own preprocessing" in before and "changed: 40 patches hidden" in after
+    assert "own preprocessing" in before and "changed: 40 patches hidden" in after
     assert "display: flex" in explorer.shown.value
 
 
