@@ -277,9 +277,10 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
     colors = [RIGHT if name == diagnosis.named else GREY for name in table["hypothesis"]]
     colors[0] = WRONG
     figure, ax = _bars(table["hypothesis"], table["correct"], table["images"], colors, 0.8 + 0.3 * len(table))
+    lines = "line: 95 % interval"
     if published:
-        ax.axvline(published.top1 * 100, color="black", linestyle="--", label=f"published: {published.top1:.1%}")
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    ax.set_xlabel(f"top-1 in % of {diagnosis.images} images (line: 95 % interval)")
+        ax.axvline(published.top1 * 100, color="black", linestyle="--")
+        lines += f", dashed: published {published.top1:.1%}"
+    ax.set_xlabel(f"top-1 in % of {diagnosis.images} images ({lines})")
     ax.set_title(f"explains the loss: {diagnosis.named}" if diagnosis.named else "no loss explained", loc="left")
     return figure
