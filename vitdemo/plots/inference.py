@@ -203,7 +203,7 @@ def plot_replicas(evaluations: dict[str, Evaluation]) -> Figure:
     for ax, (name, evaluation) in zip(axes[:, 0], evaluations.items(), strict=True):
         for replica, times in evaluation.times.groupby("replica"):
             spans = list(zip(times["submitted"], times["finished"] - times["submitted"], strict=True))
-            ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=_engine_color(evaluation), edgecolor="white")
+            ax.broken_barh(spans, (replica - 0.4, 0.8), facecolors=_engine_color(evaluation), linewidth=0)
         title = f"{name}: {evaluation.metrics['wall_s']:.1f} s"
         for replica, at_s, images in evaluation.metrics["replicas"]["losses"]:
             came_back = evaluation.times.query("replica == @replica and finished <= @at_s")["finished"]
