@@ -8,6 +8,7 @@ Needs torch, timm, pandas and this checkout, and none of simplejpeg, Ray, OpenVI
 
 import argparse
 import copy
+import gc
 import json
 import math
 import re
@@ -42,11 +43,11 @@ from vitdemo.verification.tolerances import TOLERANCES
 PRECISIONS = ("fp32", "fp16", "bf16")
 BATCHES = (1, 8, 32, 64, 128, 256)
 SLEEP = 2_000_000  # clock cycles, a millisecond or so, before what a shaken device queues
-# Images/s in fp16 at a batch of 256 on an A100 of 40 GB, from AITemplate's examples/04_vit at c8aad37.
 COMPILED = (("reduce-overhead", 32), ("max-autotune", 256), ("max-autotune", 1))  # modes of torch.compile, batch sizes
 COMPILED += (("reduce-overhead", 8), ("reduce-overhead", 64))
 MOST_BYTES = 16 << 20  # of torch.compile's caches
 TOTAL_S = 480  # for all steps together
+# Images/s in fp16 at a batch of 256 on an A100 of 40 GB, from AITemplate's examples/04_vit at c8aad37.
 PUBLISHED = {"vit_base_patch16_224": 5273, "vit_large_patch16_384": 479}
 
 
@@ -200,13 +201,14 @@ def attention(at: Setting) -> dict:
             error = relative_l2(result.double() * (1.1 if at.faulty else 1), exact)
             found[f"{backend.name} {tokens}"] = error
             assert error < 5e-3, f"{backend.name} at {tokens} tokens: relative L2 {error:.1e}"
-    assert found
+    assert found and (at.dry or len(found) == 2 * len(ATTENTION)), f"not every backend ran: {sorted(found)}"
     return found
 
 
 def graphs(at: Setting) -> dict:
     """A replay gives what the same calls give without a graph, bit for bit, and nothing of what ran before."""
-    module = EagerEngine(at.shapes20, "fp32", device="cpu", threads=2)._module.to(at.where)
+    # A copy, as .to() would move the model that the other steps share.
+    module = copy.deepcopy(EagerEngine(at.shapes20, "fp32", device="cpu", threads=2)._module).to(at.where)
     size, sizes = at.shapes20.info.preprocessing.input_size, (4, 2, 1)
     device = LateDevice(0) if at.dry else Cuda()
     pipeline = Pipeline(device, module, size, sizes=sizes)
@@ -235,8 +237,9 @@ def races(at: Setting) -> dict:
     for seed in seeds:
         assert answers_right(at.device(seed, unguarded), counts), f"seed {seed}: a batch got another one's logits"
     for name in WAITS:
-        wrong = [seed for seed in range(50) if not answers_right(at.device(seed, name), counts)]
-        assert wrong, f"nothing goes wrong without the wait {name!r}"
+        assert not all(answers_right(at.device(seed, name), counts) for seed in range(50)), (
+            f"nothing goes wrong without the wait {name!r}"
+        )
     return {"seeds": len(seeds), "waits": len(WAITS)}
 
 
@@ -246,22 +249,27 @@ def no_sync(at: Setting) -> dict:
     pipeline = Pipeline(device, lambda x: x.float().mean((2, 3)), SIZE, sizes=(4, 2, 1))
     x = torch.zeros(4, *SIZE, dtype=torch.uint8)
     x, longest = x if at.dry else x.pin_memory(), 0.0
-    for _ in range(20):
+    for number in range(21):
         ran = device.ran if at.dry else 0
         if not at.dry:
+            with torch.cuda.stream(device._streams["in"]):
+                torch.cuda._sleep(20 * SLEEP)  # some 20 ms, so that waiting for the device shows
             torch.cuda.set_sync_debug_mode("error")
-        start = time.perf_counter()
-        future = pipeline.submit(x)
-        if at.faulty:
-            device.finish()
-            time.sleep(0.01)
-        longest = max(longest, time.perf_counter() - start)
-        if not at.dry:
-            torch.cuda.set_sync_debug_mode("default")
+        try:
+            start = time.perf_counter()
+            future = pipeline.submit(x)
+            if at.faulty:
+                device.finish()
+                time.sleep(0.01)
+            if number:  # the first one starts the thread and creates the events
+                longest = max(longest, time.perf_counter() - start)
+        finally:
+            if not at.dry:
+                torch.cuda.set_sync_debug_mode("default")
         assert not at.dry or device.ran == ran, "submit waited for the device"
         future.result()
     pipeline.close()
-    assert at.dry or longest < 1e-3, f"submit took {1e3 * longest:.2f} ms"
+    assert at.dry or longest < 5e-3, f"submit took {1e3 * longest:.2f} ms"
     return {"longest submit, ms": round(1e3 * longest, 3)}
 
 
@@ -310,6 +318,8 @@ def memory(at: Setting) -> dict:
     def taken() -> int:
         return device.taken if at.dry else torch.cuda.memory_allocated()
 
+    gc.collect()
+    before = taken()
     pipeline = Pipeline(device, lambda x: x.float().mean((2, 3)), SIZE, sizes=(4, 2, 1))
     after_capture, kept = taken(), []
     for _ in range(200):
@@ -318,7 +328,10 @@ def memory(at: Setting) -> dict:
             kept.append(device.empty((1, 1024), torch.float32))
     pipeline.close()
     assert taken() == after_capture, f"{taken() - after_capture} more than after the capture"
-    return {"after the capture": after_capture, "after 200 batches": taken()}
+    numbers = {"after the capture": after_capture, "after 200 batches": taken()}
+    del pipeline
+    assert at.dry or taken() <= before + 4096, f"{taken() - before} bytes stay"  # the seed of the generator may
+    return numbers
 
 
 def speed(at: Setting) -> dict:
@@ -326,15 +339,17 @@ def speed(at: Setting) -> dict:
     own module, eager and under torch.compile. The latter comes last, as it takes longest: a time-out loses only that.
     """
     base, large = ("vit_shapes20", "vit_shapes20") if at.dry else PUBLISHED
-    rows: list[dict] = []
+    rows, left = [], _plan(base, large, at.dry)
     load = cache(lambda name: at.shapes20 if at.dry else load_model(name, "random"))
     try:
         with suppress(TimeIsUp):
-            for name, engine, precision, batches in _plan(base, large, at.dry):
+            while left:
+                name, engine, precision, batches = left[0]
                 if engine == "timm":
                     rows += [_of_timm(at, load(name), precision, batch, "eager") for batch in batches]
                 else:
                     _of_engine(at, load(name), engine, precision, batches, rows)
+                left.pop(0)
         _of_compiled(at, load(base), rows)
     finally:
         table = at.tables["speed"] = pd.DataFrame(rows)
@@ -342,7 +357,9 @@ def speed(at: Setting) -> dict:
     wrong = own[~((own["status"] == "ok") & (own["relative_l2"] <= own["most_l2"]) & (own["resident_ms"] > 0))]
     assert len(own) and wrong.empty, wrong.to_string()
     at.tables["targets"] = targets = _targets(at, good, base, large)
-    return {f"{each.target} {each.goal:g}": f"{each.value:.3g} ({each.met})" for each in targets.itertuples()}
+    cut = ", ".join(f"{name} {engine} {precision}" for name, engine, precision, _ in left)
+    reached = {f"{each.target} {each.goal:g}": f"{each.value:.3g} ({each.met})" for each in targets.itertuples()}
+    return {"cut short by the time limit": cut or "nothing"} | reached
 
 
 def _plan(base: str, large: str, dry: bool) -> list[tuple[str, str, str, tuple[int, ...]]]:
@@ -368,10 +385,11 @@ def _of_engine(at: Setting, model: Model, name: str, precision: str, batches: tu
         engine = at.engine(model, name, precision)
         x = model.info.random_pixels(2)
         expected = EagerEngine(model, "fp32", device="cpu", threads=cores())(x)
-        error = relative_l2(engine(x) * (1.05 if at.faulty else 1), expected)
         # As at ``verify``, whose tolerance may follow the noise of random weights up to twice.
-        known |= {"relative_l2": error, "most_l2": 2 * TOLERANCES[precision].logits_l2}
-        for batch in batches:
+        known["most_l2"] = 2 * TOLERANCES[precision].logits_l2
+        for batch in batches:  # each is a graph of its own
+            logits = engine(x.repeat(batch, 1, 1, 1)[:batch]) * (1.05 if at.faulty else 1)
+            known["relative_l2"] = relative_l2(logits, expected.repeat(batch, 1)[:batch])
             rows.append(known | {"batch": batch, "status": "ok"} | _rates(at, engine, batch))
         engine.close()
     except Exception as error:
@@ -485,7 +503,7 @@ def _targets(at: Setting, good: pd.DataFrame, base: str, large: str) -> pd.DataF
         ours = best(of_base, precision=precision, batch=batch)
         found.append((f"times timm {how} at batch {batch}, at least", ours / theirs, goal))
     for name, rows, goal in ((base, of_base, 12_500), (large, of_large, 1_148)):
-        found.append((f"{name}: of the roof, at least", best(rows, "mfu"), 0.55))
+        found.append((f"{name}: of the roof, at least", best(rows, "mfu", precision=precision), 0.55))
         found.append((f"{name}: images/s, at least", best(rows), goal))
         published = PUBLISHED.get(name, math.nan)
         found.append((f"{name}: times the published A100's, at least", best(rows) / published, 1.0))

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
+from torch.nn.attention import sdpa_kernel
 from torch.utils.flop_counter import conv_flop_count
 
 from vitdemo.engines.contract import CompiledEngine
 from vitdemo.engines.graph import export_graph, tap_points
-from vitdemo.engines.pipeline import Cuda
+from vitdemo.engines.pipeline import ATTENTION, Cuda
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import FLOP_FORMULAS, Model, ModelInfo
 from vitdemo.precisions import TORCH_TYPES, cuda_support, shares_that_ran, torch_support
@@ -27,13 +29,10 @@ PACKAGE, TAPPED, FACTS = "model.pt2", "tapped.pt2", "facts.json"
 SHARED = {
     "freezing": True,  # the weights become constants in the layout of oneDNN's kernels
     "aot_inductor.precompile_headers": False,  # would take 300 MB in the temporary folder and need openssl
+    "cpp.vec_isa_ok": True,  # assume that the compiler knows this CPU's instructions; testing them takes 20 seconds
 }
 OPTIONS = {
-    "cpu": SHARED
-    | {
-        "cpp.dynamic_threads": True,  # the number of threads is read at run time, not compiled in
-        "cpp.vec_isa_ok": True,  # assume that the compiler knows this CPU's instructions; testing them takes 20 seconds
-    },
+    "cpu": SHARED | {"cpp.dynamic_threads": True},  # the number of threads is read at run time, not compiled in
     # Matrix products use cuBLAS. Inductor would tune its own only for the example's batch size, and use them for all.
     "cuda": SHARED,
 }
@@ -102,8 +101,9 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         cast = Model(copy.deepcopy(model.module).to(dtype), model.info)
         taps = tap_points(cast.module, model.info.preprocessing.input_size)
         torch.export.save(export_graph(cast, dtype=dtype, taps=taps), folder / TAPPED)
-        flops = _compile(move_to_device_pass(export_graph(cast, dtype=dtype), device), folder / PACKAGE, device)
-        facts = {"taps": taps, "flops": flops}
+        # With its index, because the exported graph asserts its tensors' device, and "cuda" is not equal to "cuda:0".
+        exported = move_to_device_pass(export_graph(cast, dtype=dtype), {"cuda": "cuda:0"}.get(device, device))
+        facts = {"taps": taps, "flops": _compile(exported, folder / PACKAGE, device)}
         (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
     def __init__(self, folder: Path, info: ModelInfo, precision: str, *, device: str, threads: int):
@@ -157,7 +157,8 @@ def _compile(exported: ExportedProgram, package: Path, device: str) -> Counter[s
     options = {**OPTIONS[device], "post_grad_custom_pre_pass": lambda graph: flops.update(_count_flops(graph))}
     # Freezing needs inference mode, which torch recognises by disabled gradients. Blanks break the compiler's command.
     beside = None if re.search(r"\s", str(package.parent)) else package.parent
-    with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad():
+    attention = sdpa_kernel(ATTENTION, set_priority=True) if device == "cuda" else nullcontext()
+    with tempfile.TemporaryDirectory(dir=beside) as scratch, temporary_cache_dir(scratch), torch.no_grad(), attention:
         try:
             aoti_compile_and_package(exported, package_path=str(package), inductor_configs=options)
         except RuntimeError as error:

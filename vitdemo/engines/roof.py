@@ -133,8 +133,7 @@ class Products:
         if device == "cuda":
             calls = {shape: torch_product(precision, shape, 1, device) for shape in {*shapes, SQUARE_ON_GPU}}
             self._calls = {("eager", shape): call for shape, call in calls.items() if call}
-            return
-        for name, support in precisions_here("cpu").items():
+        for name, support in () if device == "cuda" else precisions_here("cpu").items():
             if support.get(precision) == NATIVE:
                 self._calls |= _quick_products(find_engines()[name], precision, shapes)
         if not self._calls:
@@ -179,9 +178,10 @@ def _timed(call: Call, seconds: float, least: int = 2, device: str = "cpu") -> l
     """The seconds of each call, after a cold call that does not count."""
     seconds_of = _gpu_seconds if device == "cuda" else _seconds
     seconds_of(call)
-    taken: list[float] = []
-    while len(taken) < least or sum(taken) < seconds:
+    taken, total = [], 0.0
+    while len(taken) < least or total < seconds:
         taken.append(seconds_of(call))
+        total += taken[-1]
     return taken
 
 
