@@ -69,6 +69,8 @@ def test_the_explorer_is_walked_and_moved(open_lesson, tmp_path):
 
     # By the keyboard alone: from one control to the next, a slider, a button, a number.
     lesson.choose(lesson.widget(IMAGES, "crop"), "center")
+    expect(lesson.cell(IMAGES).get_by_text("crop_pct", exact=True).last).to_be_visible()  # it is shown where it counts
+    lesson.widget(IMAGES, "crop").focus()
     lesson.page.keyboard.press("Tab")
     lesson.page.keyboard.press("ArrowLeft")
     says(lesson, IMAGES, DRAWN)
