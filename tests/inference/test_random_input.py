@@ -25,7 +25,7 @@ def test_an_engine_is_cold_once(vit_shapes20):
 class Noting:
     """An engine that notes what it is given and how many batches are in flight."""
 
-    depth, load_s, has_run, streams, threads = 3, 0.5, False, 1, 2
+    device, depth, load_s, has_run, streams, threads = "cpu", 3, 0.5, False, 1, 2
 
     def __init__(self, info):
         self.info, self.given, self.in_flight, self.most = info, [], 0, 0
