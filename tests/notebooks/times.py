@@ -17,7 +17,7 @@ KIT = FOLDER / "README.md"
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("[0-9]*.ipynb"))}
 WORDS_PER_MINUTE, CODE_LINE_S, FIGURE_S = 180, 5, 20
 THINKING_S, ANSWER_LINE_S = 300, 60  # of an exercise, and of each line of its solution
-DRAWS = re.compile(r"\b(?:plot_\w+|image_explorer|benchmark_explorer|dataset_browser)\(")
+DRAWS = re.compile(r"\b(?:plot_\w+|image_explorer)\(")
 PICTURE = re.compile(r"!\[.*?\]\(.*?\)")
 EXERCISE, UNREAD = "Exercise", "If something went wrong"  # a table to look things up in, which nobody reads through
 TOP = re.compile(r"(?<=\*\*It takes\*\* )(\d+) minutes to read, (\d+) for the exercises?(?=,)")
