@@ -87,6 +87,10 @@ def test_eight_replicas_share_two_cores(pool, one_thread, shapes20, alone, tmp_p
     assert predictions(run) == predictions(alone)
 
 
+def test_replicas_have_the_priority_of_this_process(pool):
+    assert [psutil.Process(pid).nice() for pid in pool.pids] == [psutil.Process().nice()] * len(pool.pids)
+
+
 @pytest.mark.parametrize("package", ["vitdemo", "torch"])
 def test_another_installation_on_a_node_is_said(pool, package):
     slot = pool.slots[0]

@@ -150,8 +150,8 @@ def assign_parameters(
         given: values over the profile's, by the name of the parameter.
 
     Raises:
-        VitdemoError: for an unknown profile, for ``imagenet`` without its profile or the reverse, and for a given name
-            that no chosen notebook has.
+        VitdemoError: for an unknown profile, for ``imagenet`` without its profile or the reverse, for a given name
+            that no chosen notebook has, and for a value of another type where the default is a bool or a list.
     """
     if profile not in PROFILES:
         raise VitdemoError(f"--profile {profile}: there are {', '.join(PROFILES)}")
@@ -164,12 +164,15 @@ def assign_parameters(
             raise VitdemoError(f"--imagenet {imagenet}: no such folder")
         values["data"] = str(folder.resolve())
     known = sorted({name for notebook in notebooks for name in notebook.parameters} - {"out"})
-    for name in given:
+    for name, value in given.items():
         if name == "out":
             raise VitdemoError("-p out: each notebook gets its own folder; say where with --out")
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise VitdemoError(f"-p {name}: no chosen notebook has this parameter; nearest: {', '.join(near)}")
+        for default in (notebook.parameters.get(name) for notebook in notebooks):
+            if isinstance(default, bool | list) and type(value) is not type(default):
+                raise VitdemoError(f"-p {name}={value}: must be a {type(default).__name__}, such as {default}")
     values.update(given)
     return {n.name: {name: value for name, value in values.items() if name in n.parameters} for n in notebooks}
 

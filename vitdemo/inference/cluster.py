@@ -88,8 +88,10 @@ def connect(address: str | None, again: bool = True) -> ModuleType:
         VitdemoError: as in ``check_ray``, and where this process has another Ray, or Ray does not start.
     """
     check_ray(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports its use to its developers
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # otherwise no worker starts under `uv run`
+    # Otherwise Ray reports its use to its developers, no worker starts under `uv run`, and replicas have niceness 15:
+    # on a busy machine they would get less of their cores than an engine in this process, with which they are compared.
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_worker_niceness"):
+        os.environ.setdefault(name, "0")
     import ray
 
     if ray.is_initialized():

@@ -80,10 +80,6 @@ class ReplicaState:
         self.busy_s += shard.wall_s
         self.peak_memory_bytes = shard.peak_memory_bytes
 
-    def forget_run(self) -> None:
-        """Reset the counts for a new run."""
-        self.images, self.ranges, self.busy_s, self.losses = 0, 0, 0.0, []
-
     def record(self, wall_s: float) -> dict:
         """The record of this slot for a run of ``wall_s`` seconds.
 
@@ -218,12 +214,11 @@ class Replicas(AbstractContextManager):
             ``ray_start_s``, ``start_s``: the seconds to start Ray and the replicas, which no rate includes;
             ``each``: one record per replica, see ``ReplicaState.record``.
         """
-        started = {"ray_start_s": self.ray_start_s, "start_s": self.start_s}
         began = now() - wall_s
         losses = [(slot.number, at - began, images) for slot in self.slots for at, images in slot.losses]
+        own = {"lost": len(losses), "losses": losses, "ray_start_s": self.ray_start_s, "start_s": self.start_s}
         each = [slot.record(wall_s) for slot in self.slots]
-        lost = {"lost": len(losses), "losses": losses}
-        return {"count": len(each), "schedule": schedule, **lost, **started, "each": each}
+        return {"count": len(each), "schedule": schedule, **own, "each": each}
 
     def run(self, images: int, schedule: Schedule, **how: Any) -> Iterator[Shard]:
         """Yield the rows of every image exactly once, one shard per range, in the order in which they return.
@@ -240,7 +235,7 @@ class Replicas(AbstractContextManager):
         self._check_ray()
         self._failed.clear()
         for slot in self.slots:
-            slot.forget_run()
+            slot.images, slot.ranges, slot.busy_s, slot.losses = 0, 0, 0.0, []
             if slot.actor is None:
                 self._start(slot)
         left = images
