@@ -37,7 +37,7 @@ def plot_looks(looks: dict[str, PictureResult], blue: int | None = None) -> Figu
     figure, width = plt.figure(figsize=(4.4 * len(looks), 4.6)), 1 / len(looks)
     for k, (name, look) in enumerate(looks.items()):
         left = k * width
-        figure.text(left + 0.02 * width, 0.93, fill(shorten(name, 100, placeholder=" …"), 52), fontsize=9.5)
+        figure.text(left + 0.02 * width, 0.92, fill(shorten(name, 100, placeholder=" …"), 52), fontsize=10.5)
         tiles = {"what the model gets": _pixels(look), _rollout_title(look): _heated(look, look.rollout)}
         pictures = figure.add_axes((left + 0.02 * width, 0.43, 0.96 * width, 0.47))
         _show_tiles(pictures, tiles, columns=2, width=34)
@@ -51,12 +51,12 @@ def _show_top5(top5: pd.DataFrame, ax: Axes, blue: int) -> None:
     ax.barh(y, 100 * top5["probability"], color=[ANSWER if k == blue else OTHER for k in top5["class"]], height=0.75)
     for k, (answer, share) in enumerate(zip(top5["answer"], top5["probability"], strict=True)):
         inside = share > 0.5
-        place = dict(ha="left", va="center", fontsize=8.5, color="white" if inside else "black")
-        ax.text(1 if inside else 100 * share + 1, k, f"{shorten(answer, 30, placeholder=' …')}  {share:.1%}", **place)
+        place = dict(ha="left", va="center", fontsize=10, color="white" if inside else "black")
+        ax.text(1 if inside else 100 * share + 1, k, f"{shorten(answer, 24, placeholder=' …')}  {share:.1%}", **place)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), yticks=[])
-    ax.set_xlabel("probability in %", fontsize=8.5)
-    ax.tick_params(labelsize=8)
+    ax.set_xlabel("probability in %", fontsize=10)
+    ax.tick_params(labelsize=10)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -115,7 +115,7 @@ def _pixels(look: PictureResult) -> np.ndarray:
 
 
 def _rollout_title(look: PictureResult) -> str:
-    return "no attention to show: not a ViT" if look.rollout is None else f"rollout, at most {look.rollout.max():.1%}"
+    return "no attention: not a ViT" if look.rollout is None else f"rollout, at most {look.rollout.max():.1%}"
 
 
 def _heated(look: PictureResult, heat: torch.Tensor | None) -> np.ndarray:
@@ -137,7 +137,7 @@ def _show_tiles(ax: Axes, tiles: dict[str, np.ndarray], columns: int, width: int
     for k, (title, tile) in enumerate(tiles.items()):
         top, left = (k // columns) * (height + head) + head, (k % columns) * (side + gap)
         canvas[top : top + height, left : left + side] = tile
-        ax.text(left, top - 0.25 * head, shorten(title, width, placeholder=" …"), fontsize=8.5, va="bottom")
+        ax.text(left, top - 0.25 * head, shorten(title, width, placeholder=" …"), fontsize=10, va="bottom")
     ax.imshow(canvas)
     ax.set_axis_off()
     ax.set_anchor("W")
