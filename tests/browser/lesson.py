@@ -43,6 +43,13 @@ class Lesson:
         self._choose("Kernel", "Restart Kernel and Run All Cells…")
         self.page.locator(".jp-Dialog").get_by_role("button", name="Confirm Kernel Restart").click()
 
+    def rewrite(self, source: str, text: str) -> None:
+        """Type ``text`` into the cell that holds ``source``, in place of all of it, and run it and all below it."""
+        self.cell(source).locator(".cm-content").click()
+        self.page.keyboard.press("ControlOrMeta+A")
+        self.page.keyboard.insert_text(text)
+        self._choose("Run", "Run Selected Cell and All Below")
+
     def use_theme(self, theme: str) -> None:
         """Menu Settings, Theme; "JupyterLab Light" or "JupyterLab Dark"."""
         self._choose("Settings", "Theme", theme)

@@ -3,14 +3,23 @@
 import json
 import re
 
+import nbformat
 import pytest
 from playwright.sync_api import expect
 
 from tests.browser.looks import hard_to_read
-from vitdemo.course.notebooks import choose_notebooks
+from tests.notebooks.exercises import exercises
+from vitdemo.course.notebooks import NOTEBOOKS, choose_notebooks
 
 OURS = ".jp-OutputArea-output, .jp-RenderedMarkdown"  # what the notebook shows, without JupyterLab's own parts
 BROKEN_IMAGES = "images => images.filter(image => !image.naturalWidth).map(image => image.src)"
+# Wrong answers to the exercises of the lessons that a course begins and ends with, as learners give them.
+WRONG = {
+    "00_tour": ["singly, same = batched, 64"],
+    "01_dataset": ["index_of_id = {1: 0, 2: 1, 3: 2}", "still_right = 50_000"],
+    "06_explore": ['suspects = {"run A": "wrong mean and std"}', 'stays = {"most": 1.0, "least": 0.0}'],
+    "07_your_own": ['right_map, equal = "sorted", 20'],
+}
 
 
 def newest_results(lab, name: str):
@@ -59,6 +68,29 @@ def test_an_exercise_that_waits_stops_the_run_and_the_end_says_so(open_lesson):
     assert line.strip().startswith("✗ exercise 1 of 1: not done yet: `singly` is None") and "\n" not in line.strip()
     expect(lesson.prompt("finish(")).to_have_text("[ ]:")
     assert lesson.text("finish(") == ""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", WRONG)
+def test_each_exercise_is_done_wrong_and_then_right(open_lesson, name):
+    lesson = open_lesson(name, solve=False)
+    lesson.run_all()
+    lesson.wait_until_done()
+    parts = exercises(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
+    for k, ((stub, (solution,), check), wrong) in enumerate(zip(parts, WRONG[name], strict=True), 1):
+        waits = f"✗ exercise {k} of {len(parts)}: not done yet"
+        assert [line.strip()[: len(waits)] for line in lesson.errors()] == [waits]
+        first, seen = stub.source.splitlines()[0], lesson.prompt(check.source)
+        for answer, verdict in (wrong, "✗"), (f"{stub.source}\n{solution.source.replace('solve', 'True')}", "✓"):
+            before = re.escape(seen.inner_text())
+            lesson.rewrite(first, answer)
+            first = answer.splitlines()[0]
+            expect(seen).to_have_text(re.compile(rf"^(?!{before})\[\d+\]:$"), timeout=300_000)
+            said = lesson.text(check.source).strip()
+            assert said.startswith(f"{verdict} exercise {k} of {len(parts)}: ") and "\n" not in said, said
+            assert "not done yet" not in said
+    lesson.wait_until_done()
+    assert lesson.errors() == [] and lesson.text("finish(").startswith("✓")
 
 
 def test_a_restart_of_the_kernel_in_the_middle_costs_nothing_but_time(open_lesson, lab):

@@ -99,7 +99,8 @@ class EngineBench:
     def peak_memory_bytes(self) -> int | None:
         """The process's largest resident size since the engine was ready; on CUDA, torch's largest use of GPU memory.
 
-        None where the system does not report it.
+        None where the system does not report it. The weights of `inductor` on CUDA are not in it: AOTInductor takes
+        their memory from CUDA itself and not from torch's allocator.
         """
         if self.engine.device == "cuda":
             return torch.cuda.max_memory_allocated()
