@@ -37,9 +37,9 @@ test: $(BIN)/.vitdemo-dev
 # its own, as engines built for one are not the other's.
 masks: $(BIN)/.vitdemo-dev
 	set -e; for each in "avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI" \
-	  "avx512f ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"; do \
+	  "avx512f|avx_vnni ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"; do \
 	  hidden=$${each%% *} mask=$${each#* }; \
-	  grep -qsw $$hidden /proc/cpuinfo || { echo "no $$hidden here, so $$mask would hide nothing"; continue; }; \
+	  grep -qswE "$$hidden" /proc/cpuinfo || { echo "no $$hidden here, so $$mask would hide nothing"; continue; }; \
 	  cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; echo "under $$mask"; \
 	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/engines tests/verification tests/test_precisions.py; \
 	  env $$mask VITDEMO_TEST_CACHE="$$cache" $(BIN)/python -m pytest -m "not soak" -rs tests/notebooks; \
