@@ -217,7 +217,7 @@ def test_the_report_names_every_notebook_its_status_and_its_numbers(course):
 @pytest.fixture
 def folder(tmp_path):
     make_notebook(tmp_path, "00_tour", leave())
-    make_notebook(tmp_path, "01_dataset", leave(), parameters='data = "shapes20"  # which')
+    make_notebook(tmp_path, "01_dataset", leave(), parameters='data = "shapes20"  # which\nsolve = False')
     return tmp_path
 
 
