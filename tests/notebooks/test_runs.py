@@ -226,7 +226,7 @@ def folder(tmp_path):
     [
         (dict(names=["02"]), "02: no such notebook; there are 00_tour, 01_dataset"),
         (dict(parameters={"limt": 1}), "-p limt: no chosen notebook has this parameter; nearest: limit"),
-        (dict(parameters={"solve": "maybe"}), "-p solve=maybe: must be a bool, such as False"),
+        (dict(parameters={"solve": "maybe"}), "-p solve=maybe: give True or False"),
         (dict(names=["01_dataset"], parameters={"limit": 1}), "-p limit: no chosen notebook has"),
         (dict(parameters={"out": "x"}), "say where with --out"),
         (dict(profile="quick"), "--profile quick: there are smoke, bundled, imagenet"),

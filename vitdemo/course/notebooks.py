@@ -170,9 +170,9 @@ def assign_parameters(
         if name not in known:
             near = difflib.get_close_matches(name, known) or known
             raise VitdemoError(f"-p {name}: no chosen notebook has this parameter; nearest: {', '.join(near)}")
-        for default in (notebook.parameters.get(name) for notebook in notebooks):
-            if isinstance(default, bool | list) and type(value) is not type(default):
-                raise VitdemoError(f"-p {name}={value}: must be a {type(default).__name__}, such as {default}")
+        wrong = {type(notebook.parameters.get(name)) for notebook in notebooks} & ({bool, list} - {type(value)})
+        if wrong:
+            raise VitdemoError(f"-p {name}={value}: give {'True or False' if bool in wrong else 'a list, as [1, 8]'}")
     values.update(given)
     return {n.name: {name: value for name, value in values.items() if name in n.parameters} for n in notebooks}
 
