@@ -52,7 +52,7 @@ def house() -> list[str]:
             free = [name for name in inside if not imported_by(MODULES[name]) & set(inside) - {name}]
             assert free, f"{', '.join(inside)} import each other in a circle"
             file = free[0].split(".")[-1] + ".py"
-            lines.append(f"{indent}{file:<18}{purpose(MODULES[free[0]])}")
+            lines.append(f"{indent}{file:<23}{purpose(MODULES[free[0]])}")
             inside.remove(free[0])
     return lines
 

@@ -58,7 +58,7 @@ def test_the_workshops_wheels_are_the_cpu_build_where_that_is_there_first(wheels
     )
 
 
-def test_the_page_on_installing_names_the_pinned_cpu_build():
-    page = REPOSITORY / "docs" / "install.md"
-    named = re.search(r"install (torch==\S+) (torchvision==\S+) --index-url", page.read_text())
+@pytest.mark.parametrize("page", ["docs/install.md", "notebooks/README.md"])
+def test_the_pages_on_installing_name_the_pinned_cpu_build(page):
+    named = re.search(r" (torch==\S+) (torchvision==\S+) --index-url", (REPOSITORY / page).read_text())
     assert list(named.groups()) == [f"{name}=={PINS[name]}" for name in TORCHES]
