@@ -46,8 +46,16 @@ masks: $(BIN)/.vitdemo-dev
 	  rm -rf "$$cache"; \
 	done
 
-soak: $(BIN)/.vitdemo-dev masks
-	$(BIN)/python -m pytest -m soak
+# In parts, each of at most 75 minutes on two slow cores.
+soak: masks soak-benchmarks soak-engines soak-notebooks soak-others
+soak-benchmarks: FOLDERS = benchmarks
+soak-engines: FOLDERS = engines models verification
+soak-notebooks: FOLDERS = browser course notebooks
+soak-%: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m pytest -m soak $(FOLDERS:%=tests/%)
+
+soak-others: $(BIN)/.vitdemo-dev
+	$(BIN)/python -m pytest -m soak $(addprefix --ignore tests/,benchmarks engines models verification browser course notebooks)
 
 format: $(BIN)/.vitdemo-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torchmetrics.classification import MulticlassAccuracy
 
 from tests.inference.on_replicas import as_json, metrics_of, predictions
+from tests.native import precisions_of
 from vitdemo import Dataset, EngineFailure, Model, VitdemoError, convert, evaluate, extract, wilson_interval
 from vitdemo.dataset.decoding import INPUT_PATHS
 from vitdemo.dataset.samples import Sample
@@ -71,7 +72,7 @@ def test_the_fast_path_gives_the_references_answers(evaluation, by_reference):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", precisions_of("eager"))
 def test_the_fast_path_agrees_on_every_image(vit_shapes20, shapes20, precision):
     engine = convert(vit_shapes20, "eager", precision)
     fast, reference = (evaluate(engine, shapes20, input_path=path, progress=False).rows for path in INPUT_PATHS)
@@ -352,7 +353,7 @@ def test_run_killed_five_times_resumes_to_the_same_file(tmp_path, evaluation, se
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", precisions_of("eager"))
 def test_whole_set_from_the_tar_and_extracted_is_the_same(vit_shapes20, shapes20, tmp_path, precision):
     engine = convert(vit_shapes20, "eager", precision)
     folder = extract(data_path("shapes20"), tmp_path / "extracted", progress=False)
