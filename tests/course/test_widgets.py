@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from tests.course.hostile import HOSTILE, picture
-from tests.native import is_native
+from tests.native import is_native, unless_native
 from vitdemo import VitdemoError, convert, data_path, extract, find_engines, load_model
 from vitdemo.course import image_explorer, view
 from vitdemo.course.widgets import REST_S, Panel
@@ -436,7 +436,7 @@ def test_controls_are_native_and_have_labels(shapes20):
     "before, name, values",
     [
         ({}, "index", range(1, 12)),
-        ({}, "precision", ["bf16", "fp32"] * 5),
+        pytest.param({}, "precision", ["bf16", "fp32"] * 5, marks=unless_native("eager", "bf16")),
         ({}, "engine", ["openvino", "eager"] * 5),
         ({"crop_pct": 0.5}, "crop", ["squash", "center"] * 5),
         ({}, "scaling", ["ImageNet's", "none (0 and 1)"] * 5),
