@@ -226,6 +226,8 @@ SHOWN = 100  # images that are printed; --out writes all
     option("images", "IMAGE", "files, folders, patterns, a tar or parquet files", nargs="+"),
     *ENGINE,
     CALIBRATION,
+    option("--data", "PATH", "a data set whose classes name the outputs, for a model without names"),
+    *DATA,
     option("--top", "K", "how many classes to list per image, at most 5 (3)", int),
     option("--out", "FILE", "a new .csv for all answers", user_path),
 )
@@ -233,9 +235,10 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     """Classify images that have no labels."""
     if out and (out.suffix != ".csv" or out.exists() or not out.absolute().parent.is_dir()):
         raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, in a folder that is there")
-    data = vitdemo.open_images(images)
-    _, engine = _engine_of(options)
-    table = vitdemo.answers(engine, data, top=top)
+    data, named, class_map = vitdemo.open_images(images), _data_of(options), options.pop("class_map", None)
+    model, engine = _engine_of(options)
+    names = None if named is None else vitdemo.match_classes(model.info, named, class_map).class_names
+    table = vitdemo.answers(engine, data, class_names=names, top=top)
     if data.source == "folder":
         table["file"] = [os.path.relpath(data.path / file) for file in table["file"]]
     if out:
@@ -256,6 +259,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
     option("--data", "PATH", "labelled images, as for evaluate", required=True),
     *DATA,
     WEIGHTS,
+    EMA,
     CALIBRATION,
     option("--latency-ms", "L", "the latency that nine of ten calls must not exceed", float),
     option("--largest-loss", "X", "the largest loss of top-1 against eager fp32 (0.01)", float),
@@ -347,6 +351,7 @@ AGAINST_HELP = "a baseline sweep; exit code 1 if an engine's speed relative to e
     option("--device-batch-sizes", "B,…", "1,2,4, … 256 by default", _sizes),
     DEVICE,
     WEIGHTS,
+    EMA,
     option("--replicas", "N", "share each batch among N processes, by Ray", int),
     option("--row-budget-s", "S", "seconds that the calls of one row may take (20)", float),
     option("--data", "PATH", "a data set for the accuracy; by default the bundled one for vit_shapes20"),
@@ -371,7 +376,7 @@ def _benchmark(out: Path, against: Path | None = None, **options) -> int:
     if baseline is not None:
         gate.check_baseline(baseline)
         asked = {name: own.default for name, own in signature(vitdemo.benchmark).parameters.items()} | options
-        models = [vitdemo.load_model(name, asked["weights"]).info for name in asked["models"]]
+        models = [vitdemo.load_model(name, asked["weights"], ema=asked["ema"]).info for name in asked["models"]]
         pairs, sizes = choose_pairs(asked["engines"], asked["device"]), asked["device_batch_sizes"]
         gate.check_overlap(baseline, models, pairs, sizes, asked["replicas"])
     began = time.time()

@@ -45,7 +45,9 @@ def test_published_preprocessing_is_that_of_the_weights(row, vit_shapes20):
         assert published.preprocessing == Preprocessing((3, 224, 224), 1.0, "squash", "bilinear", half, half)
     else:
         config = timm.get_pretrained_cfg(tag).to_dict()
-        assert published.preprocessing == Preprocessing(**resolve_data_config(pretrained_cfg=config))
+        assert published.preprocessing == Preprocessing(
+            **resolve_data_config(pretrained_cfg=config, use_test_size=True)
+        )
     assert published.top1 == float(row["top1_percent"]) / 100 and 0.5 < published.top1 < 0.95
     assert published.top5 is None or published.top1 < published.top5 < 1
 
@@ -53,7 +55,7 @@ def test_published_preprocessing_is_that_of_the_weights(row, vit_shapes20):
 def test_hugging_faces_processor_has_the_published_preprocessing():
     from transformers import ViTImageProcessor
 
-    ours, theirs = published_accuracy("hf:google/vit-base-patch16-224").preprocessing, ViTImageProcessor()
+    ours, theirs = published_accuracy("hf-hub:google/vit-base-patch16-224").preprocessing, ViTImageProcessor()
     size = theirs.size["height"], theirs.size["width"]
     assert (ours.input_size[1:], ours.mean, ours.std) == (size, tuple(theirs.image_mean), tuple(theirs.image_std))
     assert ours.crop_mode == "squash" and not getattr(theirs, "do_center_crop", None)

@@ -77,11 +77,12 @@ def test_where_there_is_no_choice_nothing_is_measured(vit_shapes20, how, said):
     assert said or engine.side_by_side() is engine
 
 
-def test_short_runs_and_slow_models_stay_as_they_are(vit_shapes20):
+def test_short_runs_stay_as_they_are_and_slow_models_are_tried_with_an_image_per_stream(vit_shapes20):
     engine, asked = convert(vit_shapes20, threads=2), []
     assert quicker_form(engine, 8, "nowhere", 300, pytest.fail) == (engine, {})
-    assert quicker_form(engine, 8, "nowhere", 50_000, lambda *how: asked.append(how) or 7.9) == (engine, {})
-    assert len(asked) == 2, "two images"
+    form, rates = quicker_form(engine, 8, "nowhere", 50_000, lambda *how: asked.append(how) or 0.5)
+    assert form.streams == 2 and rates == {1: 0.5, 2: 0.5}
+    assert [how[1:] for how in asked] == [(1, 1)] * 2 + [(2, 1)] * 8
 
 
 def test_an_engine_that_breaks_is_left_to_the_run_to_say_so(vit_shapes20, shapes20, monkeypatch):

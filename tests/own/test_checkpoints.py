@@ -284,6 +284,12 @@ def test_moving_average_that_is_not_there(tmp_path):
     refused("random weights have no moving average", TINY, "random", ema=True)
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_text_that_git_lfs_left_in_the_place_of_weights(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
+    refused(f"{name}: stands for a large file of Git; run `git lfs pull`", TINY, tmp_path / name)
+
+
 def test_seven_outputs_are_not_imagenets(tmp_path):
     oracle = module_of("resnet18", num_classes=7)
     torch.save(oracle.state_dict(), tmp_path / "seven.pth")
@@ -293,11 +299,18 @@ def test_seven_outputs_are_not_imagenets(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "net.backbone."])
-def test_prefix_of_a_wrapper(tmp_path, prefix):
+def test_prefix_of_a_wrapper(tmp_path, capsys, prefix):
     oracle = module_of(num_classes=5)
     state = {f"{prefix}{key}": tensor for key, tensor in oracle.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"lr": 0.1}, "epoch": 1}, tmp_path / "last.ckpt")
     assert_same(load_model(TINY, tmp_path / "last.ckpt"), oracle)
+    if prefix == "module.":  # DDP's, which timm removes
+        return
+    torch.save({"state_dict": {"criterion.weight": torch.ones(5)} | state}, tmp_path / "loss.ckpt")
+    assert_same(load_model(TINY, tmp_path / "loss.ckpt"), oracle)
+    assert f"loss.ckpt: left out what is not below '{prefix}': criterion.weight" in capsys.readouterr().err
+    torch.save(state | {f"teacher.{key}": tensor for key, tensor in oracle.state_dict().items()}, tmp_path / "two.ckpt")
+    refused("two.ckpt: weights of another architecture", TINY, tmp_path / "two.ckpt")
 
 
 def test_swins_own_file(tmp_path):

@@ -1,23 +1,27 @@
 """What people bring as images and labels, one id per row; torchvision, timm and pandas say what is right."""
 
+import copy
 import gzip
 import io
 import json
 import pickle
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 
 from tests.dataset.conftest import refused, tar_bytes, tiny_jpeg, write_devkit
-from vitdemo import evaluate, match_classes, open_data, open_images
+from vitdemo import Model, answers, convert, evaluate, match_classes, open_data, open_images
 from vitdemo.dataset.dataset import Dataset, open_again
+from vitdemo.dataset.decoding import is_rotated, upright
 from vitdemo.dataset.tars import TARS
 from vitdemo.engines.artifacts import clear_cache
 from vitdemo.paths import cache_root
@@ -182,6 +186,16 @@ def test_parquet_files_of_the_hub(tmp_path, paths):
     assert len(open_data(tmp_path, split="train")) == 1
 
 
+def test_shuffled_rows_of_parquet_are_read_group_by_group(tmp_path, monkeypatch):
+    rows, groups = rows_of(30, lambda k: f"p{k * 7 % 30:02d}.jpg"), []
+    data = open_data(parquet(tmp_path / "a.parquet", rows))
+    file = pytest.importorskip("pyarrow.parquet").ParquetFile
+    read = file.read_row_group
+    monkeypatch.setattr(file, "read_row_group", lambda *how, **more: groups.append(how[1]) or read(*how, **more))
+    assert [s.image for s in data] == [row["image"]["bytes"] for row in rows]
+    assert data.files == [row["image"]["path"] for row in rows] and groups == [*range(10)]
+
+
 def test_parquet_files_that_are_damaged_or_something_else(tmp_path):
     whole = parquet(tmp_path / "a.parquet", rows_of(5, str))
     assert open_data(whole).classes == ["0", "1"]
@@ -308,6 +322,73 @@ def test_no_labels_at_all(tmp_path):
         open_images([tmp_path / "absent"])
 
 
+def test_what_predict_passes_over_is_told(tmp_path, capsys):
+    write(tmp_path, {"a.jpg": picture(0), "b.heic": b"x", "notes.txt": "x", "c/d.png": picture(1, "PNG")})
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "moved.jpg")
+    (tmp_path / "c/again").symlink_to(tmp_path / "c")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tmp_path / "a.jpg", "a.jpg")
+        tar.add(tmp_path / "b.heic", "b.heic")
+    unread = "1 image in a format that cannot be read here (.heic)"
+    told = f"left out: 1 file that is no image and {unread} and 1 link to files that do not exist, such as gone.jpg"
+    for given, files, said in [
+        ([tmp_path / "*.*g", tmp_path / "b.heic", tmp_path / "notes.txt", tmp_path / "c"], ["a.jpg", "c/d.png"], told),
+        ([tmp_path / "all.tar"], ["a.jpg"], f"left out: {unread}"),
+    ]:
+        assert open_images(given).files == files
+        assert said in capsys.readouterr().err
+    with refused("b.heic", unread, "convert"):
+        open_images([tmp_path / "b.heic"])
+
+
+def test_a_packed_set_in_a_folder_is_named(tmp_path):
+    write(tmp_path, {"data/val_images.tar.gz": b"x", "README.md": "x"})
+    with refused("holds no image, but data/val_images.tar.gz; give that file"):
+        open_data(tmp_path)
+
+
+def test_kaggles_table_beside_images_that_were_sorted_into_folders(tmp_path):
+    write(tmp_path / "ILSVRC/Data/CLS-LOC/val", {f"{w}/{n}": c for w, (n, c) in zip(TRUTH, FLAT.items(), strict=True)})
+    write(tmp_path, {"LOC_val_solution.csv": "ImageId,PredictionString\nILSVRC2012_val_00000001,n01443537 1 2 3 4\n"})
+    assert found(open_data(tmp_path)) == dict(zip(FLAT, TRUTH, strict=True))
+
+
+def test_outputs_without_names_are_named_by_the_data(tmp_path, vit_shapes20):
+    nameless = partial(Model.from_module, vit_shapes20.module, vit_shapes20.info.preprocessing)
+    first, words = nameless(name="first"), [f"word {k:02d}" for k in range(20)]
+    data = open_data(write(tmp_path / "set", {f"{word}/0.jpg": picture(k) for k, word in enumerate(words)}))
+    matched = match_classes(first.info, data, "sorted")
+    assert matched.class_names == words and match_classes(first.info, matched) is matched
+    torch.nn.init.zeros_((other := copy.deepcopy(vit_shapes20.module)).head.bias)
+    second = Model.from_module(other, vit_shapes20.info.preprocessing, name="second")
+    with refused("second: nobody says which class each of its 20 outputs is"):
+        match_classes(second.info, matched)
+    write(tmp_path, {"map.csv": "word 03,7\nword 04,7\n"})
+    part = match_classes(first.info, data.take([3, 4]), tmp_path / "map.csv")
+    assert part.class_names[6:8] == ["output 6", "word 03 or word 04"]
+    table = answers(convert(first), data.take([3]), class_names=matched.class_names, progress=False)
+    assert table["class_1"].item() == words[table["predicted_1"].item()]
+    assert answers(convert(first), data.take([3]), progress=False)["class_1"].item().startswith("output ")
+
+
+def test_a_link_to_another_class_is_another_class(tmp_path):
+    write(tmp_path, {"cat/0.jpg": picture(0)})
+    (tmp_path / "kitty").symlink_to(tmp_path / "cat")
+    assert found(open_data(tmp_path)) == {"cat/0.jpg": "cat", "kitty/0.jpg": "kitty"}
+    (tmp_path / "cat/1.jpg").symlink_to(tmp_path / "moved.jpg")
+    assert len(open_data(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_in_any_format_is_seen(kind):
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x112] = 6
+    Image.new("RGB", (20, 10)).save(content, kind, exif=exif)
+    assert is_rotated(content.getvalue()) and not is_rotated(picture(0, kind))
+    with Image.open(io.BytesIO(upright(content.getvalue()))) as turned:
+        assert turned.size == (10, 20)
+
+
 def test_phone_photographs_are_counted_and_diagnosed(tmp_path, shapes20, eager, vit_shapes20):
     from vitdemo import diagnose
 
@@ -413,7 +494,9 @@ def test_a_class_map_may_give_several_classes_one_output(tmp_path, vit_shapes20,
     matched = match_classes(vit_shapes20.info, data, tmp_path / f"map{suffix}")
     assert matched.labels == [3, 3, 5] and matched.decided == f"by the file map{suffix}"
     assert [s.class_id for s in matched] == ["siamese", "tabby", "van"]
-    assert match_classes(vit_shapes20.info, matched, tmp_path / f"map{suffix}") is matched
+    assert match_classes(vit_shapes20.info, matched) is matched
+    write(tmp_path, {"other.csv": "siamese,7\ntabby,8\nvan,3\n"})
+    assert match_classes(vit_shapes20.info, matched, tmp_path / "other.csv").labels == [7, 8, 3], "the last word counts"
     part = match_classes(vit_shapes20.info, data.take([1]), tmp_path / f"map{suffix}")  # one file for all parts
     assert part.labels == [3] and part.present == [3]
 

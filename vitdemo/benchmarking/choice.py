@@ -20,7 +20,6 @@ from vitdemo.engines.artifacts import artifacts_root, convert
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.engines.graph import export_graph
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.inference.answers import output_names
 from vitdemo.models.classes import match_classes
 from vitdemo.models.model import Model, load_model
 from vitdemo.paths import PART, claim_folder, replacing
@@ -69,6 +68,7 @@ def choose(
     largest_loss: float = LARGEST_LOSS,
     engines: Sequence[str] | str | None = None,
     weights: Path | str = "pretrained",
+    ema: bool = False,
     class_map: Path | str | None = None,
     calibration: Path | str | None = None,
     images: int = 1000,
@@ -87,7 +87,7 @@ def choose(
             int8 and is not scored.
         latency_ms: an engine is fast enough if nine of ten calls stay within it.
         largest_loss: an engine is accurate enough if its top-1 is at most this fraction below eager fp32's.
-        engines, weights, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
+        engines, weights, ema, class_map, calibration, images, device_batch_sizes, row_budget_s: as in ``benchmark``.
         out: a new folder for ``sweeps/`` with all rows, and ``choice/`` with the engine and ``classify.py``.
 
     Returns:
@@ -96,7 +96,7 @@ def choose(
     Raises:
         VitdemoError: for bad input, and where no engine is fast and accurate enough.
     """
-    model = load_model(name, weights)
+    model = load_model(name, weights, ema=ema)
     data, out = match_classes(model.info, data, class_map), claim_folder(out)
     if calibration is None:
         ranges = set(spread(len(data), min(256, len(data) // 4)))
@@ -104,14 +104,15 @@ def choose(
         data = data.take([i for i in range(len(data)) if i not in ranges])
     engines = [str(pair) for pair in choose_pairs(engines, "cpu") if find_engines()[pair.engine].script]
     options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
-    options |= dict(engines=engines, weights=weights, calibration=calibration, out=out / "sweeps")
+    options |= dict(engines=engines, weights=weights, ema=ema, calibration=calibration, out=out / "sweeps")
     rows = benchmark(name, data=data, **options)
     while True:
         chosen = choose_engine(rows, latency_ms, largest_loss)
         engine = convert(model, chosen["engine"], chosen["precision"], calibration=calibration, device="cpu")
         report = verify(engine, model, data)
         if report.ok:
-            return chosen, report, write_script(engine, out / "choice", output_names(model.info))
+            names = [name.split(",")[0] for name in data.class_names]
+            return chosen, report, write_script(engine, out / "choice", names)
         print(f"{report}\nnot taken: {engine.name} {engine.precision} fails verify", file=sys.stderr)
         rows = rows[(rows["engine"] != engine.name) | (rows["precision"] != engine.precision)]
 

@@ -252,6 +252,7 @@ def benchmark(
     engines: Sequence[str] | str | None = None,
     device_batch_sizes: Sequence[int] = DEVICE_BATCH_SIZES,
     weights: Path | str = "pretrained",
+    ema: bool = False,
     device: str = "auto",
     replicas: int | None = None,
     row_budget_s: float = 20.0,
@@ -279,7 +280,7 @@ def benchmark(
             or in a list; None is every engine. Eager is always measured too, in fp32 and in each of these precisions
             that it has natively.
         device_batch_sizes: the batch sizes, each at least 1.
-        weights: "pretrained", "random" or a file, as in ``load_model``.
+        weights, ema: as in ``load_model``.
         device: "cpu", "cuda", or "auto", as in ``convert``.
         replicas: the number of processes that share each batch (``device_batch_size`` each), by Ray; None is no
             replicas.
@@ -346,11 +347,13 @@ def benchmark(
         raise VitdemoError(f"row_budget_s {row_budget_s!r}: must be more than 0 seconds")
     if replicas:
         check_ray(None)
-    loaded = [load_model(name, weights) for name in names]  # before the first measurement, to report mistyped names
+    loaded = [
+        load_model(name, weights, ema=ema) for name in names
+    ]  # before the first measurement, to report mistyped names
     scored = [scored_data(model, data, class_map, images) for model in loaded]
     tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):
-        settings = dict(model=name, tag=model.info.tag, weights=str(weights), pairs=list(map(str, pairs)))
+        settings = dict(model=name, tag=model.info.tag, weights=str(weights), ema=ema, pairs=list(map(str, pairs)))
         settings |= dict(device_batch_sizes=sorted(set(sizes)), replicas=replicas, row_budget_s=row_budget_s)
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
         settings |= dict(calibration=calibration and str(calibration), device=device, commit=source_commit())

@@ -12,7 +12,7 @@ from pathlib import Path
 from vitdemo.dataset import trees
 from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
 from vitdemo.dataset.parquet import index_parquet, parquet_files
-from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, image_suffixes, list_folder, list_tar
+from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, list_folder, list_tar
 from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
 from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
@@ -28,7 +28,7 @@ TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
 
 
 class Dataset:
-    """Samples in ascending order of ``file``, from any source. ``open_data`` creates it.
+    """Samples in ascending order of ``file``, or of the rows in parquet files. ``open_data`` creates it.
 
     Several threads may read from one object at once. It can be pickled to a process that sees the same path.
 
@@ -41,6 +41,8 @@ class Dataset:
             index of its class in ``classes``, -1 where it is unknown.
         offsets: for each sample, its offset in the tar in bytes, or its row in parquet files; 0 in a folder.
         decided: how the labels were matched with a model's outputs; "" before they are.
+        matched_with: the sha256 of that model's weights.
+        own_classes, own_names, own_labels: ``classes``, ``class_names`` and ``labels`` before they were matched.
     """
 
     def __init__(self, index: Index, opened: tuple = ()):
@@ -55,32 +57,35 @@ class Dataset:
             raise VitdemoError(f"{self.path}: {enormous!r} is larger than {limit}; take it out")
         self.files, self.sizes = [item.file for item in items], [item.size for item in items]
         self.labels, self.offsets = [label[item.class_id] for item in items], [item.offset for item in items]
-        self._ids, self._own = self.classes, self.labels
+        self.own_classes, self.own_names, self.own_labels = self.classes, self.class_names, self.labels
+        self.matched_with = ""
 
     def take(self, indices: Sequence[int]) -> "Dataset":
         """The samples at ``indices``, which are ascending, as a data set."""
         other = object.__new__(type(self))
         other.__dict__ |= {name: value for name, value in self.__getstate__().items() if name != "fingerprint"}
-        for name in ("files", "sizes", "labels", "offsets", "_own"):
+        for name in ("files", "sizes", "labels", "offsets", "own_labels"):
             values = getattr(self, name)
             setattr(other, name, [values[i] for i in indices])
         other.taken = list(indices) if self.taken is None else [self.taken[i] for i in indices]
         return other
 
     def relabelled(
-        self, classes: Sequence[str], class_names: Sequence[str], outputs: Mapping[int, int], decided: str
+        self, classes: Sequence[str], class_names: Sequence[str], outputs: Mapping[int, int], decided: str, model: str
     ) -> "Dataset":
         """The same samples with a model's classes; each ``class_id`` stays the data set's own.
 
         Args:
             classes, class_names: the ids and names of the model's classes, by output.
-            outputs: label of this data set -> output.
+            outputs: own label of this data set -> output.
             decided: how the outputs were found.
+            model: the sha256 of the model's weights.
         """
         other = object.__new__(type(self))
         other.__dict__ |= self.__getstate__()
-        other.classes, other.class_names, other.decided = list(classes), list(class_names), decided
-        other.labels = [outputs[label] for label in self.labels]
+        other.classes, other.class_names = list(classes), list(class_names)
+        other.decided, other.matched_with = decided, model
+        other.labels = [outputs[label] for label in self.own_labels]
         return other
 
     @cached_property
@@ -111,8 +116,8 @@ class Dataset:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Sample:
-        file, size, own = self.files[i], self.sizes[i], self._own[i]
-        sample = Sample(file, b"", self._ids[own] if own >= 0 else "", self.labels[i])
+        file, size, own = self.files[i], self.sizes[i], self.own_labels[i]
+        sample = Sample(file, b"", self.own_classes[own] if own >= 0 else "", self.labels[i])
         tar = self._tar if self._file else None
         try:
             with named_errors(self.path):  # pread needs no file position, which threads would share
@@ -135,7 +140,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """The sha256 over name, size and label of all samples: equal for a tar and for the files extracted from it."""
         digest = hashlib.sha256()
-        for row in zip(self.files, self.sizes, self._own, strict=True):
+        for row in zip(self.files, self.sizes, self.own_labels, strict=True):
             digest.update("{}\t{}\t{}\n".format(*row).encode("utf-8", "surrogateescape"))
         if self._parquet:
             digest.update(str(self._parquet.total_bytes).encode())
@@ -246,8 +251,10 @@ def _is_any_tar(path: Path) -> bool:
 
 def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     if not listing.images:
-        unread = f"; {listing.notes()[0]}" if listing.unread else ""
-        raise VitdemoError(f"{listing.path}: no data set, it holds no image{unread}; {trees.expected(split)}")
+        left = f"; {listing.notes()[0]}" if listing.unread or listing.broken else ""
+        if packed := next((name for name in listing.others if name.endswith(TAR_SUFFIXES)), None):
+            left = f", but {packed}; give that file, or what is in it"
+        raise VitdemoError(f"{listing.path}: no data set, it holds no image{left}; {trees.expected(split)}")
     if table := labels or known_table(listing, split):
         return index_by_table(listing, table)
     index = index_by_folder(listing) or index_by_name(listing) or index_by_devkit(listing)
@@ -269,41 +276,30 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
     Raises:
         VitdemoError: for a path without any image.
     """
-    found: dict[str, Item] = {}
+    places: list[Path] = []
     for given in paths:
         path = _local(given)
         matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matching:
             raise VitdemoError(f"{given}: no such file or folder; check the path")
-        for each in matching:
-            with named_errors(each):
-                index = _index_images(each, given_alone=len(paths) == len(matching) == 1, progress=progress)
-            if isinstance(index, Index):
-                return Dataset(index)
-            found |= index
-    if not found:
-        raise VitdemoError(f"{', '.join(map(str, paths))}: holds no image that can be read here; give others")
-    folder = Path(os.path.commonpath([os.path.dirname(name) for name in found]))
-    items = [found[name]._replace(file=os.path.relpath(name, folder)) for name in sorted(found)]
-    return Dataset(Index(folder, None, {}, items))
-
-
-def _index_images(path: Path, *, given_alone: bool, progress: bool) -> Index | dict[str, Item]:
-    """The images at ``path``: an Index where they are in an archive, and otherwise an Item for each absolute path."""
-    archive = path.is_file() and path.name.endswith(TAR_SUFFIXES)
-    files = [] if archive else parquet_files(path, "val")
-    if archive or files:
-        if not given_alone:
-            raise VitdemoError(f"{path}: an archive is read alone; give no other images with it")
-        if files:
-            return index_parquet(path, files)
-        listing = list_tar(path, plain_tar(path, progress))
-        return Index(listing.path, listing.tar, {}, [Item(name, "", *place) for name, place in listing.images.items()])
-    if path.is_file():
-        if path.suffix.lower() not in image_suffixes():
-            raise VitdemoError(f"{path}: is not an image in a format that can be read here; convert it to JPEG or PNG")
-        return {str(path): Item("", "", path.stat().st_size)}
-    listing = list_folder(path)
-    if progress and (notes := listing.notes()):
-        print(f"{path}: {'; '.join(notes)}", file=message_stream())
-    return {f"{path}/{name}": Item("", "", size) for name, (size, _) in listing.images.items()}
+        places += matching
+    for place in places:
+        is_tar = place.is_file() and place.name.endswith(TAR_SUFFIXES)
+        with named_errors(place):
+            files = [] if is_tar else parquet_files(place, "val")
+            if (is_tar or files) and len(places) > 1:
+                raise VitdemoError(f"{place}: an archive is read alone; give no other images with it")
+            if files:
+                return Dataset(index_parquet(place, files))
+            listing = list_tar(place, plain_tar(place, progress)) if is_tar else None
+    if listing is None:
+        folders = [place if place.is_dir() else place.parent for place in places]
+        listing = list_folder(Path(os.path.commonpath(folders)), places)
+    where, notes = f"{paths[0]}{' …' if len(paths) > 1 else ''}", "; ".join(listing.notes())
+    if not listing.images:
+        left = f" ({notes})" if notes else ""
+        raise VitdemoError(f"{where}: holds no image that can be read here{left}; convert them to JPEG or PNG")
+    if progress and notes:
+        print(f"{where}: {notes}", file=message_stream())
+    items = [Item(name, "", *place) for name, place in listing.images.items()]
+    return Dataset(Index(listing.path, listing.tar, {}, items))

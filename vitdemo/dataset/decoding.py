@@ -103,7 +103,8 @@ def _exif_state(image: Image.Image) -> str:
 
 def is_rotated(image: bytes) -> bool:
     """Whether the EXIF orientation rotates or mirrors the image. PIL is asked only about files that have EXIF."""
-    return b"Exif" in image[:EXIF_WITHIN] and read_header(image).exif == "rotated"
+    head = image if image.startswith(b"RIFF") else image[:EXIF_WITHIN]  # WebP has it at the end
+    return b"exif" in head.lower() and read_header(image).exif == "rotated"
 
 
 def upright(image: bytes) -> bytes:

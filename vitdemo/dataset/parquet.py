@@ -44,7 +44,8 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
     The image column holds bytes, or structs of ``bytes`` and ``path``. The label column is found by its name, or is the
     only other column of whole numbers or text. The names of the classes are in the schema's ``huggingface`` metadata
     [huggingface/datasets, ``Features`` and ``ClassLabel``]. An image is named by its path if every row has a different
-    one, and otherwise by its file and row.
+    one, and otherwise by its file and row. The images stay in the order of the rows, because the hub's files are often
+    shuffled, and each image in another order would read a whole row group again.
 
     Args:
         path: the user's path.
@@ -67,7 +68,7 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
         classes = {name: name for name in sorted(set(ids) - {""})}
     if not all(paths) or len(set(paths)) < len(paths):
         paths = [f"{file.name}/{k:07d}" for file, count in zip(files, rows.counts, strict=True) for k in range(count)]
-    items = sorted(Item(file, class_id, -1, row) for row, (file, class_id) in enumerate(zip(paths, ids, strict=True)))
+    items = [Item(file, class_id, -1, row) for row, (file, class_id) in enumerate(zip(paths, ids, strict=True))]
     if not items:
         raise VitdemoError(f"{path}: holds no rows; get the files again")
     notes = (f"read from {counted(len(files), 'parquet file')}",)

@@ -53,7 +53,7 @@ class Index:
     """A data set without its images' bytes.
 
     path: the tar, the folder, or the folder or file of parquet data. tar: the uncompressed tar that is read, if any.
-    classes: id -> name, in the order of the labels. items: the images, ascending. notes: remarks for the user.
+    classes: id -> name, in the order of the labels. items: the images, in order. notes: remarks for the user.
     in_folders: whether a file without "/" lies in a folder named by its class's id. parquet: the ``Rows`` with the
     images, if any.
     """
@@ -78,7 +78,7 @@ class Listing(NamedTuple):
 
     tar: the tar that is read, decompressed where ``path`` is compressed; None for a folder. images: in ascending
     order. others: files that are not images. unread: images in a format that PIL cannot read here. folders: the
-    topmost folders, including those without images.
+    topmost folders, including those without images. broken: links to files that do not exist.
     """
 
     path: Path
@@ -87,6 +87,7 @@ class Listing(NamedTuple):
     others: dict[str, tuple[int, int]]
     unread: list[str]
     folders: set[str]
+    broken: list[str]
 
     def within(self, prefix: str) -> "Listing":
         """The listing of one of its folders; ``prefix`` ends with "/"."""
@@ -98,7 +99,8 @@ class Listing(NamedTuple):
         others = {short: self.others[name] for name, short in cut(self.others).items()}
         folders = {short.partition("/")[0] for short in [*images, *others] if "/" in short}
         path = self.path if self.tar else self.path / prefix
-        return Listing(path, self.tar, images, others, [*cut(self.unread).values()], folders)
+        unread, broken = ([*cut(names).values()] for names in (self.unread, self.broken))
+        return Listing(path, self.tar, images, others, unread, folders, broken)
 
     def content(self, name: str) -> bytes:
         """The bytes of one of ``others``."""
@@ -115,6 +117,8 @@ class Listing(NamedTuple):
         if self.unread:
             kinds = ", ".join(sorted(Counter(map(suffix_of, self.unread))))
             told.append(f"{counted(len(self.unread), 'image')} in a format that cannot be read here ({kinds})")
+        if self.broken:
+            told.append(f"{counted(len(self.broken), 'link')} to files that do not exist, such as {self.broken[0]}")
         return [f"left out: {' and '.join(told)}"] if told else []
 
 
@@ -141,34 +145,38 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()) | {".jfif"}
 
 
-def list_folder(path: Path) -> Listing:
+def list_folder(path: Path, places: Sequence[Path] = ()) -> Listing:
     """List the files below a folder, without files that systems add, and without following links to parent folders.
+
+    Args:
+        path: the folder.
+        places: list only these files and folders, which are in ``path``.
 
     Raises:
         VitdemoError: for a folder that cannot be read, and for a file name that cannot be written to a table.
     """
-    found: list[tuple[str, int, int]] = []
-    folders, seen = set(), set()
+    found: set[tuple[str, int, int]] = set()
+    folders, broken = set(), set()
 
-    def visit(folder: str, prefix: str) -> None:
-        status = os.stat(folder)
-        if (place := (status.st_dev, status.st_ino)) in seen:
-            return
-        seen.add(place)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if is_system(entry.name):
-                    continue
-                if entry.is_dir():
-                    if not prefix:
-                        folders.add(entry.name)
-                    visit(entry.path, f"{prefix}{entry.name}/")
-                elif entry.is_file():
-                    found.append((prefix + entry.name, entry.stat().st_size, 0))
+    def add(place: "Path | os.DirEntry", name: str, above: tuple = ()) -> None:
+        if place.is_dir():
+            status = place.stat()
+            if name and "/" not in name:
+                folders.add(name)
+            if (identity := (status.st_dev, status.st_ino)) not in above:
+                with os.scandir(place) as entries:
+                    for entry in entries:
+                        if not is_system(entry.name):
+                            add(entry, f"{name}/{entry.name}" if name else entry.name, (*above, identity))
+        elif place.is_file():
+            found.add((name, place.stat().st_size, 0))
+        elif place.is_symlink():
+            broken.add(name)
 
     with named_errors(path):
-        visit(str(path), "")
-    return _sorted(path, None, found, folders)
+        for place in places or [path]:
+            add(place, "" if place == path else os.path.relpath(place, path))
+    return _sorted(path, None, found, folders, broken)
 
 
 def list_tar(path: Path, tar: Path) -> Listing:
@@ -182,8 +190,10 @@ def list_tar(path: Path, tar: Path) -> Listing:
     return _sorted(path, tar, found, {name.partition("/")[0] for name, *_ in found if "/" in name})
 
 
-def _sorted(path: Path, tar: Path | None, found: list[tuple[str, int, int]], folders: set[str]) -> Listing:
-    listing = Listing(path, tar, {}, {}, [], folders)
+def _sorted(
+    path: Path, tar: Path | None, found: Iterable[tuple[str, int, int]], folders: set[str], broken: Iterable[str] = ()
+) -> Listing:
+    listing = Listing(path, tar, {}, {}, [], folders, sorted(broken))
     for name, *place in sorted(found):
         suffix = suffix_of(name)
         if suffix not in image_suffixes() and suffix in UNREAD:

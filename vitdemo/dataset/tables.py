@@ -78,6 +78,8 @@ def known_table(listing: Listing, split: str) -> Path | str | None:
             if name == TINY_IMAGENET or not set(re.findall(r"\w+", first)).isdisjoint(LABEL_COLUMNS):
                 return inside[0]  # a table without a label column may hold only captions
     places = list(listing.path.absolute().parents)[:KAGGLE_ABOVE] if not listing.tar else []
+    if any("/" in name for name in listing.images):  # sorted into the classes' folders, as many users do
+        return None
     tables = (place / KAGGLE.format(split=split) for place in [listing.path, *places])
     return next((table for table in tables if table.is_file()), None)
 

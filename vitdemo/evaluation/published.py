@@ -40,7 +40,7 @@ def published_accuracy(tag: str) -> Published | None:
         tag: the full tag, such as ``resnet18.tv_in1k`` or ``hf:google/vit-base-patch16-224``.
     """
     with open(data_path(TABLE), encoding="utf-8", newline="") as file:
-        row = next((row for row in csv.DictReader(file) if row["tag"] == tag), None)
+        row = next((row for row in csv.DictReader(file) if row["tag"] == tag.replace("hf-hub:", "hf:")), None)
     return row and _published(row)
 
 

@@ -1,5 +1,6 @@
 """``answers``: a model's predictions for images without labels."""
 
+from collections.abc import Sequence
 from contextlib import closing
 
 import pandas as pd
@@ -10,17 +11,25 @@ from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.loop import PREDICTED, PROBABILITY, TOP, predict
 from vitdemo.machine import Phases
-from vitdemo.models.model import ModelInfo
 
 BATCH = 8
 
 
-def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool = True) -> pd.DataFrame:
+def answers(
+    engine: Engine,
+    images: Dataset,
+    *,
+    class_names: Sequence[str] | None = None,
+    top: int = TOP,
+    progress: bool = True,
+) -> pd.DataFrame:
     """The likeliest classes of each image, with the same crops as ``evaluate``.
 
     Args:
         engine: an engine from ``convert``.
         images: a data set from ``open_images`` or ``open_data``; labels are ignored.
+        class_names: a name per output, such as ``class_names`` of a data set from ``match_classes``; None takes the
+            model's own, or the outputs' numbers where it has none.
         top: the number of classes per image, at most 5.
         progress: show a progress bar.
 
@@ -34,7 +43,8 @@ def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool =
     """
     if top not in range(1, TOP + 1):
         raise VitdemoError(f"top {top!r}: must be a whole number from 1 to {TOP}")
-    names, rows = output_names(engine.info), []
+    info, rows = engine.info, []
+    names = class_names or info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
     options = dict(device_batch_size=BATCH, input_path="fast", phases=Phases(), times=[])
     bar = tqdm(total=len(images), unit="image", desc="predict", delay=1, disable=not progress)
     with bar, closing(predict(engine, images, range(len(images)), **options)) as batches:
@@ -45,16 +55,10 @@ def answers(engine: Engine, images: Dataset, *, top: int = TOP, progress: bool =
         raise VitdemoError(f"{rows[0].file}: {rows[0].error}; none of {len(rows)} images can be read")
     table = pd.DataFrame(rows)
     numbers = table[PREDICTED[:top]].astype("Int64")
-    called = numbers.map(lambda k: None if pd.isna(k) else names[k])
+    called = numbers.map(lambda k: None if pd.isna(k) else names[k].split(",")[0])  # the first synonym
     called.columns = [f"class_{k}" for k in range(1, top + 1)]
     found = pd.concat(
         [table[["file"]], called, numbers, table[PROBABILITY[:top]].astype(float), table["error"]], axis=1
     )
     found.attrs["rotated"] = sum(batch.rotated for batch in options["times"])
     return found
-
-
-def output_names(info: ModelInfo) -> list[str]:
-    """A readable name for each output, the first of several synonyms; its number where the name is unknown."""
-    named = info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
-    return [str(name).split(",")[0] for name in named]

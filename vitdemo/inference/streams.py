@@ -14,7 +14,9 @@ from vitdemo.errors import EngineFailure
 from vitdemo.inference.loop import predict
 from vitdemo.machine import Phases, now
 
-ROUNDS, TURN_S = 3, 0.25  # timed rounds of each form after a warm-up round, and seconds per round: about 2 s for both
+# Timed rounds of each form after a warm-up round, and seconds per round, about 2 s for both. A round of a slow model
+# takes longer: it has at least one image per stream.
+ROUNDS, TURN_S = 3, 0.25
 SHARE = 3  # the trial uses at most one third of the run's images
 # The fraction of one call's rate that streams must reach to be chosen. It is below 1 so that nearly equal rates always
 # give the same choice, and because other work on a core delays only one of many calls, but all threads of a single one.
@@ -32,9 +34,7 @@ def quicker_form(
     """``engine`` with one stream per thread, or unchanged if that is faster by more than a tenth.
 
     Both forms are timed interleaved, once per engine, batch size and source; the result is kept in ``engine.forms``.
-    The engine stays unchanged where the trial would cost more than it gains: for a short run, and for a model so slow
-    that not even one image per stream fits into TURN_S. The matrices of such a model are large enough to keep all
-    threads busy.
+    The engine stays unchanged for a short run, where the trial would cost more than it gains.
 
     Args:
         engine: an engine from ``convert``.
@@ -52,9 +52,8 @@ def quicker_form(
     if key not in engine.forms and most >= engine.threads * device_batch_size:
         try:
             _, per_s = (rate(engine, 1, 1) for _ in range(2))
-            fitting = min(most, int(TURN_S * per_s))
-            if not (size := min(device_batch_size, fitting // engine.threads)):
-                return engine, {}
+            fitting = max(engine.threads, min(most, int(TURN_S * per_s)))
+            size = min(device_batch_size, fitting // engine.threads)
             count = fitting // (size * engine.threads) * size * engine.threads
             forms = engine, engine.side_by_side()
             rounds = [[rate(form, count, size) for form in forms] for _ in range(1 + ROUNDS)][1:]

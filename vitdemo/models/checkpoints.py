@@ -18,6 +18,7 @@ from timm.models import clean_state_dict
 from vitdemo.errors import VitdemoError, reason_of
 
 PLAIN, AVERAGED = ("state_dict", "model"), ("state_dict_ema", "model_ema")  # the names in training scripts' files
+LFS = b"version https://git-lfs"  # the first bytes of the text that Git LFS puts in the place of a large file
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 
 
@@ -57,6 +58,8 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
             raise TypeError("it holds more than tensors by name")
     except Exception as error:  # each reader raises other types for each kind of damage
         reason = reason_of(error)
+        if path.read_bytes()[: len(LFS)] == LFS:
+            raise VitdemoError(f"{path}: stands for a large file of Git; run `git lfs pull` in its folder") from None
         if "weights_only" in str(error):  # torch's message for a pickle that would execute code
             reason = "it holds more than tensors, perhaps code, and is not opened"
         raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save only the state_dict() again") from None
@@ -80,20 +83,27 @@ def _content(path: Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def unwrapped(state_dict: dict[str, torch.Tensor], expected: Set[str]) -> dict[str, torch.Tensor]:
-    """Remove the prefix that a wrapper gave to all keys, such as Lightning's ``model.``.
+def unwrapped(checkpoint: Checkpoint, expected: Set[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint without the prefix that a wrapper gave them, such as Lightning's ``model.``.
 
     Args:
-        state_dict: the tensors of a file.
-        expected: the model's keys. The prefix is removed only if no key matches with it, and some match without it.
+        checkpoint: the content of the file.
+        expected: the model's keys. A prefix is removed only if no key matches with it. Tensors outside it, such as
+            the weights of the classes in a loss function, are left out, if all of the model's keys are below it.
     """
-    first = next(iter(state_dict), "")
-    for dot in re.finditer(r"\.", first) if not expected & state_dict.keys() else ():
-        prefix = first[: dot.end()]
-        bare = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        if len(bare) == len(state_dict) and expected & bare.keys():
-            return bare
-    return state_dict
+    state_dict = checkpoint.state_dict
+    if expected & state_dict.keys():
+        return state_dict
+    prefixes = {key[: dot.end()] for key in state_dict for dot in re.finditer(r"\.", key)}
+    matching = Counter(prefix for prefix in prefixes for key in expected if prefix + key in state_dict)
+    (prefix, most), (_, second) = [*matching.most_common(2), ("", 0), ("", 0)][:2]
+    bare = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    left = [key for key in state_dict if not key.startswith(prefix)]
+    if most == second or left and most < len(expected):
+        return state_dict
+    if left:
+        print(f"{checkpoint.path}: left out what is not below {prefix!r}: {', '.join(left[:3])}", file=sys.stderr)
+    return bare
 
 
 IMAGENET = ImageNetInfo("imagenet-1k")

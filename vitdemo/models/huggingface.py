@@ -128,7 +128,7 @@ def load_checkpoint(module: VisionTransformer, checkpoint: Checkpoint) -> Vision
     Raises:
         VitdemoError: for missing, extra and misshapen keys, with the file's own names.
     """
-    state_dict, source = unwrapped(checkpoint.state_dict, _targets(module, next(iter(BLOCKS))).keys()), checkpoint.path
+    state_dict, source = unwrapped(checkpoint, _targets(module, next(iter(BLOCKS))).keys()), checkpoint.path
     unused = [key for key in UNUSED if key in state_dict]
     if unused:
         print(f"{source}: {', '.join(unused)} not used, because the classifier does not need it", file=sys.stderr)

@@ -128,7 +128,7 @@ def load_weights(build: Callable[..., nn.Module], module: nn.Module, checkpoint:
     if is_state_dict(checkpoint.state_dict):
         folder = "give the folder where they lie with their config.json as the model"
         raise VitdemoError(f"{checkpoint.path}: Hugging Face's weights do not go into timm's module; {folder}")
-    state_dict = _translated(checkpoint.state_dict, module)
+    state_dict = _translated(checkpoint, module)
     head = module.pretrained_cfg.get("classifier") or ""
     head = head if isinstance(head, str) else head[0]
     heads = [tensor for key, tensor in state_dict.items() if key == f"{head}.weight" or key.endswith("head/bias")]
@@ -141,10 +141,10 @@ def load_weights(build: Callable[..., nn.Module], module: nn.Module, checkpoint:
     return module
 
 
-def _translated(state_dict: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+def _translated(checkpoint: Checkpoint, module: nn.Module) -> dict[str, torch.Tensor]:
     """Rename the tensors to timm's names where timm's filter for this architecture knows the file's names."""
     expected = module.state_dict().keys()
-    state_dict = unwrapped(state_dict, expected)
+    state_dict = unwrapped(checkpoint, expected)
     translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if translate and state_dict.keys() != expected:
         with suppress(Exception):  # the filter does not know the layout; the wrong keys are reported later

@@ -68,7 +68,7 @@ def load_weights(module: PixelsToLogits, checkpoint: Checkpoint) -> PixelsToLogi
         VitdemoError: for missing, extra and misshapen keys.
     """
     kind, settings = type(module.classifier), module.classifier.config
-    state_dict = unwrapped(checkpoint.state_dict, module.classifier.state_dict().keys())
+    state_dict = unwrapped(checkpoint, module.classifier.state_dict().keys())
     options = dict(config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     try:
         with _quiet():

@@ -28,6 +28,9 @@ from vitdemo.verification.comparison import LOGITS, Comparison, compare_answers,
 
 REAL, RANDOM = "real", "random"  # the kinds of images
 NEXT = "next: build it again with `vitdemo convert … --force`; if it fails again, take another precision or engine"
+NEXT_INT8 = (
+    "next: take another precision or engine, or calibrate on other images; `vitdemo evaluate` says what int8 costs"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Report:
         ]
         if self.accuracy:
             lines.append(_accuracy_line(**self.accuracy))
-        ends = ["passed"] if self.ok else [*(f"FAILED: {failure}" for failure in self.failures), NEXT]
+        after = NEXT_INT8 if self.precision == "int8" else NEXT
+        ends = ["passed"] if self.ok else [*(f"FAILED: {failure}" for failure in self.failures), after]
         return "\n".join([*lines, *ends])
 
     def _floor_lines(self) -> list[str]:
@@ -159,7 +163,7 @@ def make_report(engine: Engine, model: ModelInfo, data: Dataset | None, comparis
         layers=_layers(comparisons, floors, TOLERANCES[engine.precision].layer_l2),
         floors=floors,
         twin_l2=None if twins.empty else float(twins.max(skipna=False)),
-        accuracy=compare_answers(answers) if len(answers) and trained and model.classes is not None else None,
+        accuracy=compare_answers(answers) if len(answers) and trained and data.decided else None,
         flips=answers[answers["reference"] != answers["candidate"]].reset_index(drop=True),
         failures=[],
     )

@@ -99,10 +99,10 @@ def _check_input(engine: Engine, model: Model, images: int) -> None:
 
 def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | None:
     if data is None:
-        return _bundled_data(info)
-    if isinstance(data, (str, Path)):
+        data = _bundled_data(info)
+    elif isinstance(data, (str, Path)):
         data = open_data(data)
-    return data if info.classes is None else match_classes(info, data)
+    return data if data is None or info.classes is None else match_classes(info, data)
 
 
 def _bundled_data(info: ModelInfo) -> Dataset | None:
