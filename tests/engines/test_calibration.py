@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.dataset.conftest import Archives, TrainArchives, tar_member
+from tests.own.test_images import parquet, write
 from vitdemo import ImageNetVal, VitdemoError, data_path, extract, load_model, reference_crop
 from vitdemo.dataset.tars import index_tar
 from vitdemo.engines.calibration import IMAGES, calibration_for
@@ -50,6 +51,23 @@ def test_a_train_set_is_taken_where_there_is_no_val_set(vit_shapes20, tmp_path, 
     assert found == tuple(
         (len(j), hashlib.sha256(j).hexdigest()) for j in (jpegs[i * len(jpegs) // 4] for i in range(4))
     )
+
+
+@pytest.mark.parametrize("source", ["words", "table", "parquet", "flat"])
+def test_any_source_of_images_is_taken(vit_shapes20, shapes20, tmp_path, source):
+    jpegs = [shapes20[i].image for i in range(3)]
+    names = [f"{'ab'[i % 2]}/{i}.jpg" if source == "words" else f"{i}.jpg" for i in range(3)]
+    table = "file_name,label\n" + "".join(f"{i}.jpg,{'ab'[i % 2]}\n" for i in range(3))
+    if source == "parquet":
+        rows = [{"image": {"bytes": jpegs[i], "path": names[i]}, "label": i % 2} for i in range(3)]
+        parquet(tmp_path / "data/train-00000-of-00001.parquet", rows, ["a", "b"])
+    else:
+        files = dict(zip(names, jpegs, strict=True)) | ({"metadata.csv": table} if source == "table" else {})
+        write(tmp_path, files)
+    calibration = calibration_for(vit_shapes20, tmp_path)
+    expected = jpegs if source != "words" else [jpegs[0], jpegs[2], jpegs[1]]  # by their paths
+    assert calibration.files == tuple((len(jpeg), hashlib.sha256(jpeg).hexdigest()) for jpeg in expected)
+    assert torch.equal(calibration.pixels[1], reference_crop(expected[1], vit_shapes20.info.preprocessing))
 
 
 def test_a_member_larger_than_any_image_is_refused_unread(vit_shapes20, tmp_path):

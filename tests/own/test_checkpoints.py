@@ -4,10 +4,12 @@ import argparse
 import io
 import json
 import shutil
+import subprocess
 import sys
 from functools import cache, partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -17,9 +19,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo, resolve_data_config
 
-from vitdemo import Preprocessing, VitdemoError, fast_crop, load_model, reference_crop
+from vitdemo import (
+    Preprocessing,
+    VitdemoError,
+    answers,
+    convert,
+    evaluate,
+    fast_crop,
+    load_model,
+    open_data,
+    open_images,
+    reference_crop,
+    verify,
+)
+from vitdemo.cli import main
 from vitdemo.models import loading, processors
 from vitdemo.models.model import shapes_of
+from vitdemo.paths import REPOSITORY
 
 pytestmark = pytest.mark.own
 
@@ -128,6 +144,62 @@ def test_huggingface_architecture(architecture, model_type, capfd):
         flipped = random.flip(1) if model_type == "mobilevit" else random
         torch.testing.assert_close(model.module(random), oracle(flipped).logits, rtol=0, atol=1e-5)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("model_type", ["vit", "convnext", "siglip", "mobilevit"])
+def test_answers_are_those_of_transformers_pipeline(architecture, model_type, tmp_path):
+    """On the reference path to 1e-4, on the fast path the same class."""
+    oracle, folder = architecture(model_type)
+    kind = getattr(transformers, f"{ARCHITECTURES[model_type][0]}ImageProcessorPil")
+    pipeline = transformers.pipeline("image-classification", oracle, image_processor=kind.from_pretrained(folder))
+    for k, sides in enumerate([(331, 257), (375, 500), (500, 333), (301, 302), (90, 401), (240, 240)]):
+        (tmp_path / WORDS[k % 5]).mkdir(exist_ok=True)
+        (tmp_path / WORDS[k % 5] / f"{k}.jpg").write_bytes(jpeg_of(*sides))
+    engine, data = convert(load_model(folder), "eager", "fp32"), open_data(tmp_path)
+    theirs = [pipeline(str(tmp_path / file), top_k=5) for file in data.files]
+    first = [answer[0]["label"] for answer in theirs]
+    rows = evaluate(engine, data, input_path="reference", progress=False).rows
+    for row, answer in zip(rows.to_dict("records"), theirs, strict=True):
+        scores = {WORDS[row[f"predicted_{k}"]]: row[f"probability_{k}"] for k in range(1, 6)}
+        assert scores == pytest.approx({each["label"]: each["score"] for each in answer}, abs=1e-4)
+    assert [WORDS[k] for k in rows["predicted_1"]] == first
+    assert [WORDS[k] for k in evaluate(engine, data, progress=False).rows["predicted_1"]] == first
+    assert answers(engine, open_images([tmp_path]), progress=False)["class_1"].tolist() == first
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules["transformers"] = sys.modules["pyarrow"] = None
+import torch
+from vitdemo import VitdemoError, load_model, open_data
+
+vit, parquet, data, *others = sys.argv[1:]
+torch.save(load_model(vit).module(torch.load(f"{data}/x.pt")), f"{data}/logits.pt")
+print(len(open_data(data)))
+for name, way in ((others[0], load_model), (parquet, open_data)):
+    try:
+        way(name)
+    except VitdemoError as error:
+        print(error)
+"""
+
+
+def test_vit_and_folders_without_the_extra_packages(architecture, tmp_path):
+    """What needs them says so. DeiT of the hub's facebook/deit-* is transformers' ViT with DeiT's processor."""
+    x, (oracle, folder) = torch.randn(1, 3, 64, 64), architecture("vit")
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "0.jpg").write_bytes(jpeg_of(40, 40))
+    torch.save(x, tmp_path / "set" / "x.pt")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    given = [folder, tmp_path / "a.parquet", tmp_path / "set", architecture("swin")[1]]
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *map(str, given)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, model, data = done.stdout.splitlines()
+    assert count == "1" and model.endswith('needs transformers; run `pip install "vitdemo[hf]"`')
+    assert data == 'parquet files need pyarrow: pip install "vitdemo[hf]"'
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "set/logits.pt"), oracle(x).logits, rtol=0, atol=1e-5)
 
 
 PROCESSORS = {
@@ -248,7 +320,7 @@ def assert_same(model, oracle: torch.nn.Module) -> None:
 def model_best(tmp_path):
     """What timm's training script leaves after it has learnt seven classes at 96 pixels."""
     own, average = module_of(num_classes=7, img_size=96), module_of(num_classes=7, img_size=96)
-    average.head.bias.add_(1)
+    average.head.weight.neg_()
     args = argparse.Namespace(model=TINY, num_classes=7, img_size=96, input_size=None, mean=[0.4, 0.5, 0.6])
     args = argparse.Namespace(**vars(args), std=None, crop_pct=0.8, interpolation="bilinear", model_kwargs={}, gp=None)
     state = {f"module.{key}": tensor for key, tensor in own.state_dict().items()}
@@ -270,6 +342,25 @@ def test_checkpoint_of_timms_training_script(model_best, way, capsys):
     assert "took the weights, as ema was not asked for" in capsys.readouterr().err
     assert_same(load_model(*given, ema=True), average)
     assert "took the average" in capsys.readouterr().err
+
+
+def test_the_average_scored_from_a_shell_with_outputs_in_the_order_of_train(model_best, tmp_path, capsys):
+    """--ema, --split and --class-map, and run.json, which says how classes were decided."""
+    file, own, average = model_best
+    for k in range(14):  # 10 before 9 as text
+        (folder := tmp_path / "set" / ("train" if k % 2 else "val") / f"kind {k // 2 + 7}").mkdir(parents=True)
+        (folder / f"{k}.jpg").write_bytes(jpeg_of(100 + 10 * k, 150))
+    command = ["evaluate", str(file), "--data", str(tmp_path / "set"), "--split", "train", "--ema"]
+    assert main([*command, "--class-map", "sorted", "--out", str(tmp_path / "out")]) == 0
+    rows, info = pd.read_csv(tmp_path / "out/predictions.csv"), load_model(file).info
+    images = [(tmp_path / "set/train" / name).read_bytes() for name in rows["file"]]
+    x = torch.stack([normalised(image, info.preprocessing) for image in images])
+    assert rows["predicted_1"].tolist() == average(x).argmax(1).tolist() != own(x).argmax(1).tolist()
+    folders = sorted(f"kind {k}" for k in range(7, 14))
+    assert rows["label"].tolist() == [folders.index(name.split("/")[0]) for name in rows["file"]] == [*range(7)]
+    decided = json.loads((tmp_path / "out/run.json").read_text())["settings"]["classes_decided"]
+    assert decided == "by order, the folders as text"
+    assert f"outputs and classes: matched {decided}" in capsys.readouterr().out
 
 
 def test_a_file_as_the_model_takes_no_other_weights(model_best):
@@ -444,8 +535,6 @@ def test_file_with_code_is_not_run(tmp_path):
 def test_a_wrapped_module_is_verified_layer_by_layer(tmp_path):
     """transformers' modules have one child, whose parts are the layers; a batch of 1 keeps its dimension."""
     from transformers import BeitConfig, BeitForImageClassification, ViTImageProcessor
-
-    from vitdemo import convert, verify
 
     config = BeitConfig(image_size=32, num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64)
     BeitForImageClassification(config).save_pretrained(tmp_path)

@@ -15,11 +15,21 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageNetInfo, create_dataset, create_transform
 from torchvision.datasets import ImageFolder
 
 from tests.dataset.conftest import refused, tar_bytes, tiny_jpeg, write_devkit
-from vitdemo import Model, answers, convert, evaluate, match_classes, open_data, open_images
+from vitdemo import (
+    Model,
+    Preprocessing,
+    answers,
+    convert,
+    evaluate,
+    match_classes,
+    open_data,
+    open_images,
+    reference_crop,
+)
 from vitdemo.dataset.dataset import Dataset, open_again
 from vitdemo.dataset.decoding import is_rotated, upright
 from vitdemo.dataset.tars import TARS
@@ -73,6 +83,26 @@ def test_a_folder_per_class_in_words(tmp_path, capsys, where):
     assert (f"{where} is read" in capsys.readouterr().err) == bool(where)
     timms = create_dataset("", root=tmp_path / where)
     assert {**timms.reader.class_to_idx} == {name: k for k, name in enumerate(data.classes)}
+
+
+def test_top_1_is_the_same_by_everyones_reading(tmp_path, shapes20, vit_shapes20, eager):
+    """torchvision and timm read the folder, whose classes are in another order than the model's, and make pixels."""
+    names = [name.split(",")[0] for name in vit_shapes20.info.class_names]
+    write(tmp_path, {f"{names[shapes20[i].label]}/{i}.jpg": shapes20[i].image for i in range(0, 1000, 50)})
+    p = vit_shapes20.info.preprocessing
+    config = dict(input_size=p.input_size, interpolation=p.interpolation, mean=p.mean, std=p.std)
+    transform = create_transform(**config, crop_pct=p.crop_pct, crop_mode=p.crop_mode)
+    torchvisions, timms = ImageFolder(tmp_path, transform), create_dataset("", root=tmp_path, transform=transform)
+    pixels, labels = zip(*torchvisions, strict=True)
+    by_timm = dict(zip(timms.filenames(absolute=True), timms, strict=True))
+    assert all(torch.equal(by_timm[path][0], own) for (path, _), own in zip(torchvisions.samples, pixels, strict=True))
+    assert [by_timm[path][1] for path, _ in torchvisions.samples] == [*labels]
+    found = vit_shapes20.module(torch.stack(pixels)).argmax(1).tolist()
+    labels = [names.index(torchvisions.classes[label]) for label in labels]
+    rows = evaluate(eager, open_data(tmp_path), progress=False).rows.set_index("file")
+    rows = rows.loc[[str(Path(path).relative_to(tmp_path)) for path, _ in torchvisions.samples]]
+    assert rows["label"].tolist() == labels and rows["predicted_1"].tolist() == found
+    assert rows["correct"].sum() == np.equal(labels, found).sum() > 14
 
 
 def test_train_by_split_and_the_first_folder_that_is_there(tmp_path):
@@ -132,7 +162,7 @@ def test_imagenet_from_the_hub_by_the_names_ends(tmp_path):
     }
     (tmp_path / "val_images.tar.gz").write_bytes(gzip.compress(tar_bytes(files)))
     data = open_data(tmp_path / "val_images.tar.gz")
-    assert [*found(data).values()] == TRUTH and data.labels == [1, 2, 0, 1] or len(data.classes) == 1000
+    assert [*found(data).values()] == TRUTH and data.labels == [1, 65, 0, 1] and len(data.classes) == 1000
 
 
 @pytest.mark.parametrize("unpacked", [False, True])
@@ -308,6 +338,30 @@ def test_a_part_of_the_classes_has_two_accuracies(tmp_path, shapes20, eager):
     assert "among all 20 outputs" in str(run) and "among the 4 classes that are present" in str(run)
 
 
+@pytest.fixture(scope="module")
+def imagenets() -> Model:
+    """A small model with ImageNet's outputs."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 1000))
+    preprocessing = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return Model.from_module(module, preprocessing, name="linear", classes=tuple(ImageNetInfo().label_names()))
+
+
+def test_200_of_1000_classes_are_chosen_among_as_imagenet_a_is_published(tmp_path, imagenets):
+    """Its authors take the columns of its 200 classes out of the logits; so do we here, from the same pixels."""
+    images, present = [picture(k) for k in range(250)], np.arange(2, 1000, 5)
+    crops = torch.stack([reference_crop(image, imagenets.info.preprocessing) for image in images])
+    logits = imagenets.module((crops / 255 - 0.5) / 0.5).numpy()
+    among = present[logits[:, present].argmax(1)]
+    labels = np.where(np.arange(250) < 200, present[np.arange(250) % 200], among)  # all are present, and 50 right
+    for k, label in enumerate(labels):
+        write(tmp_path / imagenets.info.classes[label], {f"{k:03d}.jpg": images[k]})
+    run = evaluate(convert(imagenets), open_data(tmp_path), input_path="reference", progress=False)
+    expected = [int((guess == labels).sum()) for guess in (logits.argmax(1), among)]
+    assert [run.metrics["correct"], run.metrics["correct_present"]] == expected and 50 <= expected[1] > expected[0]
+    assert run.metrics["classes_present"] == 200 and "among the 200 classes that are present" in str(run)
+
+
 def test_no_labels_at_all(tmp_path):
     write(tmp_path, {"a/0.jpg": picture(0), "b/0.png": picture(1, "PNG"), "notes.txt": "no image"})
     with refused("lie flat", "vitdemo predict"):
@@ -440,10 +494,10 @@ def test_nothing_vanishes_silently(tmp_path, capsys):
         open_data(write(tmp_path / "heic", {"a/x.heic": b""}))
 
 
-def test_a_damaged_file_in_each_of_many_classes_is_a_row(tmp_path, eager):
-    write(tmp_path, {f"{class_id}/{k}.jpg": b"damaged" for k, class_id in enumerate(eager.info.classes)})
-    run = evaluate(eager, open_data(tmp_path), progress=False)
-    assert run.metrics["errors"] == len(run.rows) == 20 and run.rows["error"].ne("").all()
+def test_a_damaged_file_in_each_of_1000_classes_is_a_row(tmp_path, imagenets):
+    write(tmp_path, {f"{class_id}/{k}.jpg": b"damaged" for k, class_id in enumerate(imagenets.info.classes)})
+    run = evaluate(convert(imagenets), open_data(tmp_path), progress=False)
+    assert run.metrics["errors"] == len(run.rows) == 1000 and run.rows["error"].ne("").all()
 
 
 # ---- whose output is which class
