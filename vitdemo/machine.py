@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -18,6 +19,14 @@ import psutil
 from vitdemo.paths import REPOSITORY
 
 now = time.perf_counter
+
+
+def seconds_of(call: Callable[..., object], *arguments: object) -> float:
+    """The seconds that one call of ``call`` with these arguments takes."""
+    start = now()
+    call(*arguments)
+    return now() - start
+
 
 PACKAGES = "vitdemo torch torchvision timm transformers pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
 # Instructions for bf16 and int8, by PyTorch's names
