@@ -117,8 +117,7 @@ def cached_artifacts() -> pd.DataFrame:
             row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
             rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            size = _bytes_below(path.parent)
-            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
+            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": _bytes_below(path.parent)})
     return pd.DataFrame(rows, columns=CARD_COLUMNS)
 
 
@@ -133,13 +132,12 @@ def clear_cache() -> int:
     with named_errors(artifacts_root(), ELSEWHERE):
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)
-            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
-                with claimed(folder) as free:
-                    if not free:
-                        print(f"{folder}: in use by a running program, kept", file=sys.stderr)
-                        continue
-                    freed += _bytes_below(folder)
-                    shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False), claimed(folder) as free:
+                if not free:
+                    print(f"{folder}: in use by a running program, kept", file=sys.stderr)
+                    continue
+                freed += _bytes_below(folder)
+                shutil.rmtree(folder, ignore_errors=True)
     return freed  # the lock files stay, because a process may be waiting for one
 
 
@@ -150,14 +148,12 @@ def claimed(folder: Path) -> Iterator[bool]:
     Within the block, a process that begins to load from the folder has to wait.
     """
     with ExitStack() as stack:
+        free = True
         try:
             card = stack.enter_context(open(folder / CARD, "r+"))  # NFS can lock only files opened for writing
             fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError:  # there is no card, or the file system has no locks
-            free = True
+        except OSError as error:  # another error: there is no card, or the file system has no locks
+            free = not isinstance(error, BlockingIOError)
         yield free
 
 
@@ -213,7 +209,14 @@ def recipe_for(
     device: str = "auto",
 ) -> "Recipe":
     """The Recipe from which ``convert`` makes the engine, with the same arguments and errors."""
-    cls = _engine_class(engine, precision)
+    engines = find_engines()
+    if engine not in engines:
+        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
+    cls = engines[engine]
+    if precision not in cls.precisions:
+        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
+    if cls.packages:  # loading needs these too; build itself checks what only building needs, such as a compiler
+        cls.check_requirements()
     device = resolve_device(device, cls)
     _say_what_is_not_native(cls, precision, device)
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
@@ -394,18 +397,6 @@ class Recipe:
                 f"{self.cls.name} {self.precision} of {self.info.tag}: building may take {needed / 1e9:.1f} GB "
                 f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
             )
-
-
-def _engine_class(engine: str, precision: str) -> type[Engine]:
-    engines = find_engines()
-    if engine not in engines:
-        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
-    cls = engines[engine]
-    if precision not in cls.precisions:
-        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
-    if cls.packages:  # loading needs these too; build itself checks what only building needs, such as a compiler
-        cls.check_requirements()
-    return cls
 
 
 def _listed(names: Iterable[str]) -> str:
