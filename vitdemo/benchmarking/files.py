@@ -35,10 +35,9 @@ class Sweep:
         """Add ``rows`` in their order, and write the file."""
         both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
         table = pd.concat(both, ignore_index=True)
-        order = {pair: place for place, pair in enumerate(self.settings["pairs"])}
-        place = (table["engine"] + ":" + table["precision"]).map(order)
-        table = table.assign(place=place).sort_values(["device_batch_size", "place"]).drop(columns="place")
-        self.rows = table.reset_index(drop=True)
+        place = (table["engine"] + ":" + table["precision"]).map(self.settings["pairs"].index)
+        table = table.assign(place=place).sort_values(["device_batch_size", "place"], ignore_index=True)
+        self.rows = table.drop(columns="place")
         with named_errors(self.path), replacing(self.path) as file:
             self.rows.to_csv(file, index=False)
 
