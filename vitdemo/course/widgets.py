@@ -4,7 +4,7 @@ import asyncio
 import io
 import signal
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from html import escape
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -74,11 +74,10 @@ class Panel(widgets.HBox):
             return self.refresh()
         before = signal.signal(signal.SIGINT, self._interrupt)  # a kernel ignores it between its cells
         try:
-            self._interruptible = True
-            self.refresh()
-            self._interruptible = False
-        except KeyboardInterrupt:  # the line has said so
-            pass
+            with suppress(KeyboardInterrupt):  # the line has said so
+                self._interruptible = True
+                self.refresh()
+                self._interruptible = False
         finally:
             signal.signal(signal.SIGINT, before)
 
