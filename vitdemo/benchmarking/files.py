@@ -53,20 +53,15 @@ def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
     settings = json.loads(json.dumps(settings))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        path = out / _name(settings)
+        model, weights = (re.sub(r"[^\w.]+", "_", name) for name in (settings["tag"], Path(settings["weights"]).name))
+        shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
+        path = out / f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
         remove_leftovers(out, path.name, path.with_suffix(".json").name)
         machine = machine_record() | {"engines": precisions_here()}
         record = {"settings": settings, "machine": machine, "finished": False}
         write_json(path.with_suffix(".json"), record)
         yield Sweep(path, settings, pd.DataFrame(columns=COLUMNS))
         write_json(path.with_suffix(".json"), record | {"finished": True})
-
-
-def _name(settings: dict) -> str:
-    model = re.sub(r"[^\w.]+", "_", settings["tag"])
-    weights = re.sub(r"[^\w.]+", "_", Path(settings["weights"]).name)
-    shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
-    return f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
 
 
 def read_perf(path: Path) -> pd.DataFrame:

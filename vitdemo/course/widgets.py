@@ -133,10 +133,9 @@ class Panel(widgets.HBox):
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     """This thread's."""
-    try:
+    with suppress(RuntimeError):  # there is none
         return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    return None
 
 
 def image_explorer(
