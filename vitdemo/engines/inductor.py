@@ -111,8 +111,8 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         # torch._inductor.aoti_load_package is not used: it tests in every process which instructions the compiler
         # knows, which takes some twenty seconds, and its function parses its own signature at every call. On CUDA the
         # runner is for a single thread: the other kind waits between calls, which a captured graph must not do.
-        package = str(folder / PACKAGE)
-        self._run = torch._C._aoti.AOTIModelPackageLoader(package, "model", device == "cuda", 1, -1).run
+        package = folder / PACKAGE
+        self._run = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", device == "cuda", 1, -1).run
         if device == "cuda":
             self.captured(lambda x: self._run([x])[0], Cuda())
 
