@@ -34,8 +34,8 @@ from tests.test_races import SIZE, answers_right
 from vitdemo import Engine, Model, convert, evaluate, load_model, machine_record, open_data
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.engines.pipeline import ATTENTION, SLOTS, WAITS, Cuda, Pipeline, gpu_joules, gpu_record
-from vitdemo.engines.roof import _gpu_seconds, _seconds, linear_shapes, machine_roof
-from vitdemo.machine import cores
+from vitdemo.engines.roof import _gpu_seconds, linear_shapes, machine_roof
+from vitdemo.machine import cores, seconds_of
 from vitdemo.paths import SHAPES20, data_path
 from vitdemo.precisions import TORCH_TYPES
 from vitdemo.verification.tolerances import TOLERANCES
@@ -438,7 +438,7 @@ def _seconds_each(at: Setting, call: Callable, stream: torch.cuda.Stream | None 
             for _ in range(calls):
                 call()
 
-        return (_seconds if at.dry else _gpu_seconds)(row) / calls
+        return (seconds_of if at.dry else _gpu_seconds)(row) / calls
 
     with torch.cuda.stream(stream) if stream else nullcontext():
         of_row(1 if at.dry else 5)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
@@ -18,6 +19,14 @@ import psutil
 from vitdemo.paths import REPOSITORY
 
 now = time.perf_counter
+
+
+def seconds_of(call: Callable[..., object], *arguments: object) -> float:
+    """The seconds that one call of ``call`` with these arguments takes."""
+    start = now()
+    call(*arguments)
+    return now() - start
+
 
 PACKAGES = "vitdemo torch torchvision timm transformers pillow openvino nncf onnxruntime onnxruntime-gpu ray".split()
 # Instructions for bf16 and int8, by PyTorch's names
@@ -63,11 +72,9 @@ def peak_memory_bytes() -> int:
 
 
 def _proc_field(path: str, name: str) -> str | None:
-    try:
-        with open(path) as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), None)
-    except OSError:
-        return None
+    with suppress(OSError), open(path) as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith(name)), None)
+    return None
 
 
 def cores() -> int:
@@ -138,10 +145,9 @@ def installed_version(package: str) -> str | None:
     Args:
         package: the distribution's name for pip.
     """
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def machine_record() -> dict:
@@ -175,10 +181,9 @@ def machine_record() -> dict:
 def source_commit() -> str:
     """The commit of vitdemo's source, with ``+`` appended where files have changed since; "unknown" without git."""
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return "unknown"
 
 
 def describe_machine(record: dict) -> str:

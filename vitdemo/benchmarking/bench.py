@@ -23,7 +23,7 @@ from vitdemo.engines.contract import Engine
 from vitdemo.engines.pipeline import gpu_joules
 from vitdemo.engines.roof import Products, Shape
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.machine import now, peak_memory_bytes
+from vitdemo.machine import now, peak_memory_bytes, seconds_of
 
 INPUTS = 4  # sets of pixels, used in rotation, so that the next set is not in the CPU's cache from its last use
 EXPLORE_S = 1.0
@@ -61,10 +61,7 @@ class EngineBench:
 
     def step(self) -> float:
         """The seconds of one call."""
-        x = self._pixels[next(self._turn) % INPUTS]
-        start = now()
-        self.engine(x)
-        return now() - start
+        return seconds_of(self.engine, self._pixels[next(self._turn) % INPUTS])
 
     def warm_up(self, seconds: float) -> float:
         """Call until the last few calls take equally long, or about ``seconds`` are over; return the seconds taken."""

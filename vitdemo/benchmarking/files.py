@@ -35,10 +35,9 @@ class Sweep:
         """Add ``rows`` in their order, and write the file."""
         both = [rows] if self.rows.empty else [self.rows, rows.astype(object)]
         table = pd.concat(both, ignore_index=True)
-        order = {pair: place for place, pair in enumerate(self.settings["pairs"])}
-        place = (table["engine"] + ":" + table["precision"]).map(order)
-        table = table.assign(place=place).sort_values(["device_batch_size", "place"]).drop(columns="place")
-        self.rows = table.reset_index(drop=True)
+        place = (table["engine"] + ":" + table["precision"]).map(self.settings["pairs"].index)
+        table = table.assign(place=place).sort_values(["device_batch_size", "place"], ignore_index=True)
+        self.rows = table.drop(columns="place")
         with named_errors(self.path), replacing(self.path) as file:
             self.rows.to_csv(file, index=False)
 
@@ -54,20 +53,15 @@ def open_sweep(out: Path, settings: dict) -> Iterator[Sweep]:
     settings = json.loads(json.dumps(settings))
     with named_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        path = out / _name(settings)
+        model, weights = (re.sub(r"[^\w.]+", "_", name) for name in (settings["tag"], Path(settings["weights"]).name))
+        shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
+        path = out / f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
         remove_leftovers(out, path.name, path.with_suffix(".json").name)
         machine = machine_record() | {"engines": precisions_here()}
         record = {"settings": settings, "machine": machine, "finished": False}
         write_json(path.with_suffix(".json"), record)
         yield Sweep(path, settings, pd.DataFrame(columns=COLUMNS))
         write_json(path.with_suffix(".json"), record | {"finished": True})
-
-
-def _name(settings: dict) -> str:
-    model = re.sub(r"[^\w.]+", "_", settings["tag"])
-    weights = re.sub(r"[^\w.]+", "_", Path(settings["weights"]).name)
-    shared = f"-{settings['replicas']}-replicas" if settings["replicas"] else ""
-    return f"perf_{model}_{weights}-{cores()}-cores{shared}_{datetime.now():%Y-%m-%d_%H%M%S_%f}.csv"
 
 
 def read_perf(path: Path) -> pd.DataFrame:

@@ -7,6 +7,7 @@ ratios.
 from collections.abc import Sequence
 from itertools import product
 
+import numpy as np
 import pandas as pd
 
 from vitdemo.benchmarking.pairs import EAGER, Pair
@@ -39,11 +40,8 @@ def compare(rows: pd.DataFrame, baseline: pd.DataFrame, worse_by: float = WORSE_
     if both.empty:
         raise VitdemoError("against: the baseline has no row of the same model, engine, precision and batch as these")
     both["change"] = both[RATIO] / both[f"{RATIO}_baseline"] - 1
-    both["verdict"] = FINE
-    both.loc[both["change"] < -worse_by, "verdict"] = WORSE
-    both.loc[both["change"] > 1 / (1 - worse_by) - 1, "verdict"] = STALE
-    both.loc[both[RATIO].isna(), "verdict"] = GONE
-    return both
+    found = [both[RATIO].isna(), both["change"] < -worse_by, both["change"] > 1 / (1 - worse_by) - 1]
+    return both.assign(verdict=np.select(found, [GONE, WORSE, STALE], FINE))
 
 
 def check_baseline(baseline: pd.DataFrame) -> None:

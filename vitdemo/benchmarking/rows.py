@@ -105,10 +105,7 @@ def rows_of(found: list[Measured], info: ModelInfo, before: pd.DataFrame, turns:
 def _identity(measured: Measured, info: ModelInfo) -> dict:
     facts, pair = measured.facts, measured.pair
     shares = ", ".join(f"{precision} {share:.3f}" for precision, share in facts.get("precision_ran", {}).items())
-    known = ["parameters", "device", "threads", "streams", "build_s", "load_s", "artifact"]
-    known += ["top1", "images", "calibrated_on_scored", "agreement", "relative_l2"]
-    row = {"model": info.tag, "weights": info.weights, **pair._asdict(), "precision_ran": shares or None}
-    row |= {name: facts.get(name) for name in known}
+    row = facts | {"model": info.tag, "weights": info.weights, **pair._asdict(), "precision_ran": shares or None}
     row |= {"replicas": measured.replicas, "device_batch_size": measured.device_batch_size, "batch": measured.batch}
     row |= {"flops_per_image": info.flops_per_image, "input_bytes": prod(info.preprocessing.input_size)}
     row |= {"status": measured.status or OK, "accuracy": _accuracy(facts, pair, info)}
@@ -132,17 +129,14 @@ def _accuracy(facts: dict, pair: Pair, info: ModelInfo) -> str:
 def _latency(measured: Measured) -> dict:
     latency = percentiles_ms(measured.calls)
     cold = measured.first_run_s is not None
-    return {
+    own = ("second_run_s", "warm_up_s", "peak_memory_bytes", "joules_per_image")
+    return {name: getattr(measured, name) for name in own} | {
         "first_run_s": measured.first_run_s if cold else WARM,
-        "second_run_s": measured.second_run_s,
         "compile_s": measured.first_run_s - measured.second_run_s if cold else WARM,
-        "warm_up_s": measured.warm_up_s,
         "calls": latency.pop("count"),
         **{f"{name}_ms": value for name, value in latency.items()},
         "std_ms": float(np.std(measured.calls)) * 1e3,
         "images_per_s": measured.rate,
-        "peak_memory_bytes": measured.peak_memory_bytes,
-        "joules_per_image": measured.joules_per_image,
     }
 
 

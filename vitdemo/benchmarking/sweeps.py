@@ -371,8 +371,7 @@ def scored_data(
         if data:
             raise VitdemoError(f"data {data}: random weights are right only by chance; leave it out, or give weights")
         return None
-    bundled = data_path(SHAPES20) if model.info.tag in MODELS else None
-    found = data or bundled
+    found = data or (data_path(SHAPES20) if model.info.tag in MODELS else None)
     if isinstance(found, (str, Path)):
         found = open_data(found)
     if not found:

@@ -27,21 +27,17 @@ def _calibration(run: BuggyRun) -> str:
     return f"{seen} of the {IMAGES} scored images were seen in calibration" if seen else ""
 
 
-def _first_batch(run: BuggyRun) -> str:
-    share = paid_once(run.step_s)
-    return f"{share:.0%} of the time was paid once, by the first batch" if share > MOSTLY else ""
-
-
-def _whole_loop(run: BuggyRun) -> str:
-    share = unaccounted_s(run.wall_s, run.step_s) / run.wall_s
-    return f"{share:.0%} of the loop's time is not in the times of its batches" if share > MOSTLY else ""
+def _mostly(share: float, what: str) -> str:
+    return f"{share:.0%} of {what}" if share > MOSTLY else ""
 
 
 CHECKS: dict[str, Callable[[BuggyRun], str]] = {  # the library's function -> what it finds in a run, "" for nothing
     "set_faults": lambda run: set_faults(run.files, run.data.files[:IMAGES]),
     "calibrated_on_scored": _calibration,
-    "paid_once": _first_batch,
-    "unaccounted_s": _whole_loop,
+    "paid_once": lambda run: _mostly(paid_once(run.step_s), "the time was paid once, by the first batch"),
+    "unaccounted_s": lambda run: _mostly(
+        unaccounted_s(run.wall_s, run.step_s) / run.wall_s, "the loop's time is not in the times of its batches"
+    ),
     "diagnose": lambda run: diagnose(run.engine, run.model, run.data, images=DIAGNOSED, progress=False).named or "",
 }
 
@@ -88,19 +84,19 @@ class Hunt:
         for name, known in ((check, CHECKS), (run, self.runs)):
             if name not in known:
                 raise VitdemoError(f"bug hunt: there is no {name!r}; there are {', '.join(known)}")
+        return f"{run}, {check}: {self._says(check, run) or 'nothing found'}"
+
+    def _says(self, check: str, run: str) -> str:
         if (check, run) not in self.asked:
             self.asked[check, run] = CHECKS[check](self.runs[run])
-        return f"{run}, {check}: {self.asked[check, run] or 'nothing found'}"
+        return self.asked[check, run]
 
     def transcript(self) -> pd.DataFrame:
         """Of each run the first of CHECKS that finds something, and what it says; "" where none does."""
-        rows = {run: {"check": "", "says": ""} for run in self.runs}
+        rows = {}
         for run in self.runs:
-            for check in CHECKS:
-                self.ask(check, run)
-                if self.asked[check, run]:
-                    rows[run] = {"check": check, "says": self.asked[check, run]}
-                    break
+            check = next((check for check in CHECKS if self._says(check, run)), "")
+            rows[run] = {"check": check, "says": check and self._says(check, run)}
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def hint(self, suspects: dict[str, str | None]) -> str:

@@ -1,7 +1,5 @@
 """Figures of one picture: what is answered, where the model looks, and where two engines differ."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from textwrap import fill, shorten
@@ -10,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from IPython.core.pylabtools import print_figure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -150,8 +149,7 @@ def html_of(figure: Figure, alt: str) -> str:
         figure: matplotlib's.
         alt: its text for those who cannot see it.
     """
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})  # of 9: time before size
+    how = dict(dpi=DPI, bbox_inches=None, pil_kwargs={"compress_level": 3})  # of 9: time before size
+    data = print_figure(figure, base64=True, **how)
     plt.close(figure)
-    data = base64.b64encode(png.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" style="max-width: 100%">'

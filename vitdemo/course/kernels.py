@@ -144,11 +144,5 @@ def end_processes(token: str = TOKEN) -> None:
 
 def marked_processes(token: str = TOKEN) -> list[psutil.Process]:
     """The living processes whose environment has MARK with the value ``token``."""
-    return [process for process in psutil.process_iter() if _mark_of(process) == token]
-
-
-def _mark_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK)
-    except (psutil.Error, OSError):  # gone, a zombie, or another user's
-        return None
+    living = psutil.process_iter(["environ"])  # which is None for a zombie, and for another user's process
+    return [process for process in living if (process.info["environ"] or {}).get(MARK) == token]

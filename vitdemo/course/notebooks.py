@@ -106,8 +106,7 @@ def choose_notebooks(names: Sequence[str] | None = None, folder: Path | str = NO
         VitdemoError: for a name that there is not, for an empty folder, and as ``read_notebook`` does.
     """
     # A copy that JupyterLab made, or a reader's own notebook, is no lesson.
-    lessons = [path for path in sorted(Path(folder).glob("*.ipynb")) if LESSON.fullmatch(path.stem)]
-    there = {path.stem: path for path in lessons}
+    there = {path.stem: path for path in sorted(Path(folder).glob("*.ipynb")) if LESSON.fullmatch(path.stem)}
     if not there:
         raise VitdemoError(f"{folder}: holds no notebooks; they come with a clone of vitdemo: install it from there")
     chosen = set(there if names is None else ())

@@ -38,9 +38,9 @@ SCALINGS = {
 NOTHING, MOST, LEAST, WINDOW = "nothing", "what is looked at most", "what is looked at least", "a window"
 
 ALWAYS = ("data", "model", "engine", "precision", "show")  # these controls count in any case
-COUNTS_AT = {  # of a single picture, these only at such values of another control
-    "against": ("show", ()),
-    "among": ("show", ()),
+COUNTS_AT = {  # these only at such values of another control, the others only for a single picture
+    "against": ("show", (TWO_ENGINES,)),
+    "among": ("show", (TWO_ENGINES,)),
     "crop_pct": ("crop", CROP_MODES),
     "patches": ("hide", (MOST, LEAST)),
     "down": ("hide", (WINDOW,)),
@@ -151,10 +151,8 @@ def counts(name: str, values: dict[str, Any]) -> bool:
     """
     if name in ALWAYS:
         return True
-    if values["show"] == TWO_ENGINES:
-        return name in ("against", "among")
     other, wanted = COUNTS_AT.get(name, ("show", (ANSWER, BLOCKS)))
-    return values[other] in wanted
+    return values[other] in wanted and (other == "show" or values["show"] != TWO_ENGINES)
 
 
 def picture_of(images: Dataset, index: int, upload: tuple) -> tuple[str, bytes, str]:

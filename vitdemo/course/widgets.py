@@ -4,7 +4,7 @@ import asyncio
 import io
 import signal
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from html import escape
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -74,11 +74,10 @@ class Panel(widgets.HBox):
             return self.refresh()
         before = signal.signal(signal.SIGINT, self._interrupt)  # a kernel ignores it between its cells
         try:
-            self._interruptible = True
-            self.refresh()
-            self._interruptible = False
-        except KeyboardInterrupt:  # the line has said so
-            pass
+            with suppress(KeyboardInterrupt):  # the line has said so
+                self._interruptible = True
+                self.refresh()
+                self._interruptible = False
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -134,10 +133,9 @@ class Panel(widgets.HBox):
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     """This thread's."""
-    try:
+    with suppress(RuntimeError):  # there is none
         return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    return None
 
 
 def image_explorer(

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -27,10 +27,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from vitdemo.dataset.samples import Sample
 from vitdemo.dataset.tars import TARS
 from vitdemo.engines import graph
-from vitdemo.engines.calibration import Calibration, calibration_for
+from vitdemo.engines.calibration import Calibration, CalibrationImages, calibration_for
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines, resolve_device
 from vitdemo.engines.pipeline import gpu_record
 from vitdemo.errors import VitdemoError, at_least_1, named_errors, reason_of
@@ -117,8 +116,7 @@ def cached_artifacts() -> pd.DataFrame:
             row = {"model": card["model"]["tag"], "weights": card["model"]["weights"], "bytes": size}
             rows.append(row | {name: card[name] for name in CARD_COLUMNS if name not in row})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            size = _bytes_below(path.parent)
-            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": size})
+            rows.append({"model": f"unreadable: {path.parent.name}", "bytes": _bytes_below(path.parent)})
     return pd.DataFrame(rows, columns=CARD_COLUMNS)
 
 
@@ -133,32 +131,18 @@ def clear_cache() -> int:
     with named_errors(artifacts_root(), ELSEWHERE):
         for folder in [path for path in artifacts_root().glob("*") if path.is_dir()]:
             whole = str(folder).removesuffix(PART)
-            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False):
-                with claimed(folder) as free:
-                    if not free:
-                        print(f"{folder}: in use by a running program, kept", file=sys.stderr)
-                        continue
-                    freed += _bytes_below(folder)
-                    shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Timeout), FileLock(f"{whole}.lock", blocking=False), ExitStack() as claim:
+                try:  # claim it: a process that begins to load from the folder has to wait
+                    card = claim.enter_context(open(folder / CARD, "r+"))  # NFS can lock only files opened for writing
+                    fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # a process has loaded an engine from there, and may read further files
+                    print(f"{folder}: in use by a running program, kept", file=sys.stderr)
+                    continue
+                except OSError:  # there is no card, or the file system has no locks
+                    pass
+                freed += _bytes_below(folder)
+                shutil.rmtree(folder, ignore_errors=True)
     return freed  # the lock files stay, because a process may be waiting for one
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Yield whether no running process has an engine loaded from ``folder``, which may read further files there.
-
-    Within the block, a process that begins to load from the folder has to wait.
-    """
-    with ExitStack() as stack:
-        try:
-            card = stack.enter_context(open(folder / CARD, "r+"))  # NFS can lock only files opened for writing
-            fcntl.flock(card, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError:  # there is no card, or the file system has no locks
-            free = True
-        yield free
 
 
 def _bytes_below(folder: Path) -> int:
@@ -173,7 +157,7 @@ def convert(
     engine: str = "eager",
     precision: str = "fp32",
     *,
-    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
+    calibration: CalibrationImages = None,
     device: str = "auto",
     threads: int | None = None,
     force: bool = False,
@@ -205,15 +189,17 @@ def convert(
 
 
 def recipe_for(
-    model: Model,
-    engine: str,
-    precision: str,
-    *,
-    calibration: Sequence[Sample] | torch.Tensor | Path | str | None = None,
-    device: str = "auto",
+    model: Model, engine: str, precision: str, *, calibration: CalibrationImages = None, device: str = "auto"
 ) -> "Recipe":
     """The Recipe from which ``convert`` makes the engine, with the same arguments and errors."""
-    cls = _engine_class(engine, precision)
+    engines = find_engines()
+    if engine not in engines:
+        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
+    cls = engines[engine]
+    if precision not in cls.precisions:
+        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
+    if cls.packages:  # loading needs these too; build itself checks what only building needs, such as a compiler
+        cls.check_requirements()
     device = resolve_device(device, cls)
     _say_what_is_not_native(cls, precision, device)
     images = calibration_for(model, calibration) if precision in getattr(cls, "calibrated", ()) else None
@@ -394,18 +380,6 @@ class Recipe:
                 f"{self.cls.name} {self.precision} of {self.info.tag}: building may take {needed / 1e9:.1f} GB "
                 f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
             )
-
-
-def _engine_class(engine: str, precision: str) -> type[Engine]:
-    engines = find_engines()
-    if engine not in engines:
-        raise VitdemoError(f"engine {engine!r}: there is no such engine; there are {_listed(sorted(engines))}")
-    cls = engines[engine]
-    if precision not in cls.precisions:
-        raise VitdemoError(f"precision {precision!r}: the {engine} engine has {_listed(cls.precisions)}")
-    if cls.packages:  # loading needs these too; build itself checks what only building needs, such as a compiler
-        cls.check_requirements()
-    return cls
 
 
 def _listed(names: Iterable[str]) -> str:

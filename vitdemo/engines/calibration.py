@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vitdemo.dataset.dataset import Dataset, open_data, open_images
-from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, reference_crop
+from vitdemo.dataset.decoding import UnreadableImage, reference_crop
 from vitdemo.dataset.samples import Sample, UnreadableFile
 from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError
@@ -17,6 +17,7 @@ from vitdemo.models.model import Model
 from vitdemo.paths import CALIBRATIONS, data_path, user_path
 from vitdemo.stats import spread
 
+CalibrationImages = Sequence[Sample] | torch.Tensor | Path | str | None  # see ``calibration_for``
 IMAGES, RANDOM_IMAGES = 256, 32  # more random images would only give the same ranges again
 
 
@@ -43,7 +44,7 @@ class Calibration:
         return found | {"files": [list(file) for file in self.files]}
 
 
-def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path | str | None" = None) -> Calibration:
+def calibration_for(model: Model, given: CalibrationImages = None) -> Calibration:
     """Up to 256 images for ``model``, evenly spread over the given ones.
 
     Args:
@@ -75,7 +76,18 @@ def calibration_for(model: Model, given: "Sequence[Sample] | torch.Tensor | Path
         return Calibration(given.cpu().contiguous(), "pixels given by the caller")
     if isinstance(given, (str, Path)):
         given = _images_at(user_path(given))
-    return _from_files(given, str(getattr(given, "path", "a data set")), info.preprocessing)
+    crops, files = [], []
+    for i in spread(len(given), IMAGES):
+        try:
+            image = given[i].image
+            crops.append(reference_crop(image, info.preprocessing))
+        except (UnreadableFile, UnreadableImage):
+            continue  # calibrate on one image less; extract with --check-images reports the unreadable ones
+        files.append((len(image), hashlib.sha256(image).hexdigest()))
+    source = str(getattr(given, "path", "a data set"))
+    if not crops:
+        raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")
+    return Calibration(torch.stack(crops), source, tuple(files))
 
 
 def _images_at(path: Path) -> Dataset:
@@ -84,17 +96,3 @@ def _images_at(path: Path) -> Dataset:
         with suppress(VitdemoError):
             return open_data(path, split=split)
     return open_images([path])
-
-
-def _from_files(data: Sequence[Sample], source: str, preprocessing: Preprocessing) -> Calibration:
-    crops, files = [], []
-    for i in spread(len(data), IMAGES):
-        try:
-            image = data[i].image
-            crops.append(reference_crop(image, preprocessing))
-        except (UnreadableFile, UnreadableImage):
-            continue  # calibrate on one image less; extract with --check-images reports the unreadable ones
-        files.append((len(image), hashlib.sha256(image).hexdigest()))
-    if not crops:
-        raise VitdemoError(f"{source}: holds no image that can be read; give other images for the calibration")
-    return Calibration(torch.stack(crops), source, tuple(files))

@@ -33,7 +33,8 @@ class Engine(ABC):
     name, precision: as requested. device: "cpu" or "cuda". threads: CPU threads that a call uses. info: the model's.
     depth: the largest number of submitted batches in flight. streams: the number of batches computed at the same time;
     None means one, or as many as ``evaluate`` finds to be faster. forms: the result of that trial. pipeline: the
-    Pipeline that feeds a GPU, see ``captured``; None where calls run one after the other. packages: the distributions
+    Pipeline that feeds a GPU, see ``captured``; None where calls run one after the other. devices: where it can
+    compute, see ``runs_on``. packages: the distributions
     that contain the runtime. card: a record of how ``convert`` made the engine; ``card["key"]`` is the hash of
     everything on which it depends. recipe: the Recipe from which ``convert`` made it, and can make it again. load_s:
     the seconds to read and check the artifact and make it ready to run. has_run: whether it has been called. script:
@@ -42,6 +43,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
     packages: ClassVar[tuple[str, ...]] = ()
     depth = 1
     streams: int | None = None
@@ -69,7 +71,7 @@ class Engine(ABC):
     @classmethod
     def runs_on(cls, device: str) -> bool:
         """Whether the engine can compute on ``device``, "cpu" or "cuda", if the machine has one."""
-        return device == "cpu"
+        return device in cls.devices
 
     @classmethod
     def support(cls, device: str) -> dict[str, str]:

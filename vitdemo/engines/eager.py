@@ -17,6 +17,7 @@ class EagerEngine(Engine):
 
     name = "eager"
     precisions = ("fp32", "fp16", "bf16")
+    devices = ("cpu", "cuda")
     product = staticmethod(torch_product)
     script = """
 import torch
@@ -36,14 +37,8 @@ logits = lambda x: model(torch.from_numpy(x)).detach().numpy()
             self.captured(self._module, Cuda())
 
     @classmethod
-    def runs_on(cls, device: str) -> bool:
-        return True
-
-    @classmethod
     def support(cls, device: str) -> dict[str, str]:
-        if device == "cpu":
-            return torch_support()
-        return cuda_support()
+        return cuda_support() if device == "cuda" else torch_support()
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(self.threads)

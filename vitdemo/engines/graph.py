@@ -1,7 +1,7 @@
 """The graph that every engine runs (uint8 pixels -> normalised floats -> model -> logits), and its layers' outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.models import VisionTransformer
@@ -53,15 +53,11 @@ class Normalised(nn.Module):
 @contextmanager
 def watched(module: nn.Module, names: Iterable[str], note: Callable[[str, tuple, object], None]) -> Iterator[None]:
     """Within the block, call ``note(name, inputs, output)`` whenever one of the submodules ``names`` has run."""
-    hooks = [
-        module.get_submodule(name).register_forward_hook(lambda _, *seen, name=name: note(name, *seen))
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            part = module.get_submodule(name)
+            hooks.enter_context(part.register_forward_hook(lambda _, *seen, name=name: note(name, *seen)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def tap_points(module: nn.Module, input_size: tuple[int, int, int]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from sympy import sympify
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
@@ -54,6 +55,7 @@ class InductorEngine(CompiledEngine):
 
     name = "inductor"
     precisions = ("fp32", "fp16", "bf16")
+    devices = ("cpu", "cuda")
     streams = 1  # a call of the package holds Python's lock, so a second call would have to wait
     script = """
 import torch
@@ -84,10 +86,6 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
             ) from None
 
     @classmethod
-    def runs_on(cls, device: str) -> bool:
-        return True
-
-    @classmethod
     def support(cls, device: str) -> dict[str, str]:
         return cuda_support() if device == "cuda" else {"bf16": torch_support()["bf16"]}
 
@@ -110,7 +108,11 @@ logits = lambda x: model.run([torch.from_numpy(x)])[0].numpy()
         super().__init__(folder, info, precision, device=device, threads=threads)
         self._folder = folder
         self._facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        self._run = _load(folder / PACKAGE, device)
+        # torch._inductor.aoti_load_package is not used: it tests in every process which instructions the compiler
+        # knows, which takes some twenty seconds, and its function parses its own signature at every call. On CUDA the
+        # runner is for a single thread: the other kind waits between calls, which a captured graph must not do.
+        package = folder / PACKAGE
+        self._run = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", device == "cuda", 1, -1).run
         if device == "cuda":
             self.captured(lambda x: self._run([x])[0], Cuda())
 
@@ -176,27 +178,9 @@ def _count_flops(graph: fx.Graph) -> Counter[str]:
     flops: Counter[str] = Counter()
     formulas.pop(None, None)
     for node in graph.nodes:
-        formula = formulas.get(getattr(node.target, "overloadpacket", None))
-        if formula is not None:
+        if formula := formulas.get(getattr(node.target, "overloadpacket", None)):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
-            count = formula(*args, **kwargs, out_val=node.meta["val"])
+            count = sympify(formula(*args, **kwargs, out_val=node.meta["val"]))  # depends on the batch size
             operand = next(arg for arg in args if isinstance(arg, torch.Tensor))
-            flops[str(operand.dtype).removeprefix("torch.")] += _at_batch_1(count)
+            flops[str(operand.dtype).removeprefix("torch.")] += int(count.subs(dict.fromkeys(count.free_symbols, 1)))
     return flops
-
-
-def _at_batch_1(count: int | torch.SymInt) -> int:
-    if isinstance(count, int):
-        return count
-    expression = count.node.expr
-    return int(expression.subs({symbol: 1 for symbol in expression.free_symbols}))
-
-
-def _load(package: Path, device: str):
-    """Load a package as a function from a list of tensors to a list of tensors.
-
-    ``torch._inductor.aoti_load_package`` is not used: it tests in every process which instructions the compiler knows,
-    which takes some twenty seconds, and its function parses its own signature at every call.
-    """
-    # On CUDA the runner is for a single thread: the other kind waits between calls, which a captured graph must not do.
-    return torch._C._aoti.AOTIModelPackageLoader(str(package), "model", device == "cuda", 1, -1).run

@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -58,7 +57,11 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         self._taps: dict[str, str] = json.loads((folder / TAPS).read_text(encoding="utf-8"))
         self._session = self._open(folder / GRAPH)
         self.providers = self._session.get_providers()
-        require_provider(device, self.providers)
+        if device == "cuda" and ON_CUDA.isdisjoint(self.providers):  # ONNX Runtime would use the CPU instead
+            raise VitdemoError(
+                "device 'cuda': ONNX Runtime has no CUDA provider here; use cpu, or install onnxruntime-gpu in place "
+                "of onnxruntime"
+            )
 
     @classmethod
     def runs_on(cls, device: str) -> bool:
@@ -125,10 +128,14 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         cls, model: Model, precision: str, folder: Path, *, device: str, calibration: torch.Tensor | None
     ) -> None:
         if precision == "int8":
+            import onnx
+
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 taps = export(model, Path(scratch) / GRAPH)
                 quantise(Path(scratch) / GRAPH, folder / GRAPH, calibration)
-            taps = {name: value for name, value in taps.items() if value in computed_values(folder / GRAPH)}
+            nodes = onnx.load(folder / GRAPH, load_external_data=False).graph.node
+            computed = {value for node in nodes for value in node.output}
+            taps = {name: value for name, value in taps.items() if value in computed}
         else:
             taps = export(model, folder / GRAPH)
         (folder / TAPS).write_text(json.dumps(taps, indent=2), encoding="utf-8")
@@ -137,15 +144,6 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
 def feed(x: torch.Tensor) -> dict:
     """The inputs of a session, without a copy; the runtime copies the batch only if it is not contiguous."""
     return {"x": x.numpy()}
-
-
-def require_provider(device: str, there: Iterable[str]) -> None:
-    """Raise VitdemoError where ONNX Runtime would use the CPU instead of ``device``."""
-    if device == "cuda" and not ON_CUDA.intersection(there):
-        raise VitdemoError(
-            "device 'cuda': ONNX Runtime has no CUDA provider here; use cpu, or install onnxruntime-gpu in place of "
-            "onnxruntime"
-        )
 
 
 def export(model: Model, path: Path) -> dict[str, str]:
@@ -208,18 +206,10 @@ class CalibrationBatches:
     """ONNX Runtime's ``CalibrationDataReader``: a few images at a time, with a progress bar."""
 
     def __init__(self, pixels: torch.Tensor):
-        self._batches = iter(tqdm(pixels.split(CALIBRATION_BATCH), desc="calibrating", unit="batch"))
+        self._feeds = map(feed, tqdm(pixels.split(CALIBRATION_BATCH), desc="calibrating", unit="batch"))
 
     def get_next(self) -> dict | None:
-        batch = next(self._batches, None)
-        return None if batch is None else feed(batch)
-
-
-def computed_values(path: Path) -> set[str]:
-    """The names of the outputs of all nodes in an ONNX graph."""
-    import onnx
-
-    return {value for node in onnx.load(path, load_external_data=False).graph.node for value in node.output}
+        return next(self._feeds, None)
 
 
 def macs_by_type(events: list[dict]) -> Counter[str]:

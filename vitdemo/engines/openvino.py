@@ -5,13 +5,12 @@ import json
 import logging
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import ModuleType
 
 import numpy as np
@@ -83,20 +82,20 @@ class OpenVINOEngine(CompiledEngine):
 
     def _open_streams(self) -> None:
         self._compiled = self._compile(self._graph)
-        self._idle: SimpleQueue = SimpleQueue()  # requests that are not in use
+        self._idle: deque = deque()  # requests that are not in use
 
     def _compile(self, graph):
         return compiled(graph, hint(self.precision), self.threads, self.streams or 1)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
         try:
-            request = self._idle.get_nowait()
-        except Empty:
+            request = self._idle.popleft()
+        except IndexError:
             request = self._compiled.create_infer_request()
         try:
             return run(request, x)[0]
         finally:
-            self._idle.put(request)
+            self._idle.append(request)
 
     def layers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self._check(x)

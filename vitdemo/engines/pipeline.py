@@ -193,21 +193,17 @@ class Pipeline:
         input_size: tuple[int, int, int],
         sizes: tuple[int, ...] = SIZES,
     ):
-        self._device, self._sizes, self._lock, most = device, sizes, Lock(), sizes[0]
+        self._device, self._sizes, self._lock = device, sizes, Lock()
+        pixels = (sizes[0], *input_size), torch.uint8  # shape and dtype
         with torch.no_grad(), sdpa_kernel(ATTENTION, set_priority=True):
-            self._take_memory(most, input_size, compute)
+            # Graphs read and write these tensors, which are outside the graphs' pool and never move.
+            self._pixels = device.empty(*pixels)
+            logits = (sizes[0], compute(self._pixels[:1].zero_()).shape[1]), torch.float32
+            self._logits = device.empty(*logits)
+            buffers = [(device.empty(*pixels), device.empty(*logits), device.pinned(*logits)) for _ in range(SLOTS)]
             self._graphs = {size: device.capture(lambda size=size: self._work(compute, size)) for size in sizes}
+        self._slots = [Slot(*three, {name: device.event() for name in WAITS[1:]}) for three in buffers]
         self._waiter = device.waiter()
-
-    def _take_memory(self, most: int, input_size: tuple[int, int, int], compute: Callable) -> None:
-        device = self._device
-        # Graphs read and write these tensors, which are outside the graphs' pool and never move.
-        self._pixels = device.empty((most, *input_size), torch.uint8)
-        outputs = compute(self._pixels[:1].zero_()).shape[1]
-        self._logits = device.empty((most, outputs), torch.float32)
-        of_pixels, of_logits = (self._pixels.shape, torch.uint8), (self._logits.shape, torch.float32)
-        taken = [(device.empty(*of_pixels), device.empty(*of_logits), device.pinned(*of_logits)) for _ in range(SLOTS)]
-        self._slots = [Slot(*buffers, {name: device.event() for name in WAITS[1:]}) for buffers in taken]
 
     def _work(self, compute: Callable, size: int) -> None:
         self._logits[:size].copy_(compute(self._pixels[:size]))

@@ -20,7 +20,7 @@ from torch import nn
 from vitdemo.engines.contract import Engine, find_engines, precisions_here
 from vitdemo.engines.graph import watched
 from vitdemo.errors import VitdemoError
-from vitdemo.machine import cores, machine_record, message_stream, now
+from vitdemo.machine import cores, machine_record, message_stream, seconds_of
 from vitdemo.models.model import Model
 from vitdemo.paths import cache_root, replacing
 from vitdemo.precisions import MASKS, NATIVE, Call, Shape, torch_product
@@ -166,9 +166,7 @@ def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape
     for shape in sorted(shapes, key=math.prod):
         if (call := engine.product(precision, shape, cores())) is None:
             break
-        start = now()
-        call()
-        if found and now() - start > LONGEST_S:
+        if seconds_of(call) > LONGEST_S and found:
             break
         found[engine.name, shape] = call
     return found
@@ -176,19 +174,13 @@ def _quick_products(engine: type[Engine], precision: str, shapes: Iterable[Shape
 
 def _timed(call: Call, seconds: float, least: int = 2, device: str = "cpu") -> list[float]:
     """The seconds of each call, after a cold call that does not count."""
-    seconds_of = _gpu_seconds if device == "cuda" else _seconds
-    seconds_of(call)
+    time_one = _gpu_seconds if device == "cuda" else seconds_of
+    time_one(call)
     taken, total = [], 0.0
     while len(taken) < least or total < seconds:
-        taken.append(seconds_of(call))
+        taken.append(time_one(call))
         total += taken[-1]
     return taken
-
-
-def _seconds(call: Call) -> float:
-    start = now()
-    call()
-    return now() - start
 
 
 def _gpu_seconds(call: Call) -> float:

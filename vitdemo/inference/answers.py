@@ -57,8 +57,7 @@ def answers(
     numbers = table[PREDICTED[:top]].astype("Int64")
     called = numbers.map(lambda k: None if pd.isna(k) else names[k].split(",")[0])  # the first synonym
     called.columns = [f"class_{k}" for k in range(1, top + 1)]
-    found = pd.concat(
-        [table[["file"]], called, numbers, table[PROBABILITY[:top]].astype(float), table["error"]], axis=1
-    )
+    probabilities = table[PROBABILITY[:top]].astype(float)
+    found = pd.concat([table["file"], called, numbers, probabilities, table["error"]], axis=1)
     found.attrs["rotated"] = sum(batch.rotated for batch in options["times"])
     return found

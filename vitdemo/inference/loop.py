@@ -84,11 +84,9 @@ class InFlight:
 
     def times(self) -> BatchTimes:
         """The times, once the future is done. If result() returned before the done-callback ran, it finished now."""
-        batch = self.batch
-        decoding = batch.began, batch.ended
-        finished = self.finished or time.time()
-        counts = batch.fallbacks, batch.rotated
-        return BatchTimes(len(batch.files), *decoding, self.submitted, finished, batch.decode_cpu_s, *counts)
+        batch, finished = self.batch, self.finished or time.time()
+        moments = batch.began, batch.ended, self.submitted, finished
+        return BatchTimes(len(batch.files), *moments, batch.decode_cpu_s, batch.fallbacks, batch.rotated)
 
 
 def predict(

@@ -112,7 +112,8 @@ def _read_rows(path: Path, data: Dataset, images: int) -> list[Row | None]:
         header, *lines = [*csv.reader(io.StringIO(whole, newline=""))] or [[*COLUMNS]]
         ours = header == [*COLUMNS]
         for line in lines:
-            row = Row(*(_read(kind, cell) for kind, cell in zip(COLUMNS.values(), line, strict=True)))
+            cells = zip(COLUMNS.values(), line, strict=True)
+            row = Row(*(kind(cell) if cell or kind is str else None for kind, cell in cells))
             number = numbers.pop(row.file)  # an image has at most one row
             rows[number], correct = row, row.predicted_1 == row.label
             ours = ours and (row.label, row.correct) == (data.labels[number], correct)
@@ -121,10 +122,6 @@ def _read_rows(path: Path, data: Dataset, images: int) -> list[Row | None]:
     if not ours:
         raise VitdemoError(f"{path}: not as the interrupted run left it; give another output folder")
     return rows
-
-
-def _read(kind: type, cell: str) -> str | int | float | None:
-    return kind(cell) if cell or kind is str else None
 
 
 def appending(out: Path | None) -> TextIO:

@@ -8,7 +8,7 @@ import torch
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import at_least_1
 from vitdemo.inference.streams import quicker_form
-from vitdemo.machine import now, peak_memory_bytes
+from vitdemo.machine import now, peak_memory_bytes, seconds_of
 from vitdemo.stats import percentiles_ms
 
 INPUTS = 4  # sets of pixels, used in rotation, so that the next set is not in the CPU's cache from its last use
@@ -44,11 +44,11 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
     at_least_1(device_batch_size=device_batch_size)
     pixels = engine.info.random_pixels(INPUTS, device_batch_size, pinned=engine.device == "cuda")
     cold = not engine.has_run
-    first_s, second_s = (_call_s(engine, x) for x in pixels[:2])
+    first_s, second_s = (seconds_of(engine, x) for x in pixels[:2])
     first_run_s = (engine.load_s or 0.0) + first_s if cold else None
     for x in _until(pixels, WARM_UP * seconds):
         engine(x)
-    latencies_s = [_call_s(engine, x) for x in _until(pixels, seconds / 2, least=10)]
+    latencies_s = [seconds_of(engine, x) for x in _until(pixels, seconds / 2, least=10)]
 
     def rate(form: Engine, count: int, size: int) -> float:
         return count / _in_flight(form, pixels[:, :size], 0.0, least=count // size)[1]
@@ -67,12 +67,6 @@ def run_random_input(engine: Engine, *, device_batch_size: int = 8, seconds: flo
         "latency_ms": percentiles_ms(latencies_s),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-def _call_s(engine: Engine, x: torch.Tensor) -> float:
-    start = now()
-    engine(x)
-    return now() - start
 
 
 def _until(pixels: torch.Tensor, seconds: float, least: int = 1):

@@ -338,11 +338,9 @@ class Replicas(AbstractContextManager):
         where = NodeAffinitySchedulingStrategy(share.node, soft=True)  # another node where this one is gone
         options = dict(num_cpus=share.cpus, num_gpus=share.gpus, scheduling_strategy=where)
         slot.actor = self._ray.remote(Replica).options(**options).remote(share.number, share.count, self._cores_each)
-        calls = (
-            slot.actor.place.remote(),
-            slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, self._address),
-        )
-        slot.tasks.extend(Task(call, None) for call in calls)
+        slot.tasks.append(Task(slot.actor.place.remote(), None))
+        ready = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, self._address)
+        slot.tasks.append(Task(ready, None))
 
     def _place(self, slot: ReplicaState, place: Place) -> None:
         """Note the place of a replica that has got its process. Raises VitdemoError for other versions there."""

@@ -59,14 +59,12 @@ class SyncSchedule:
 
     def __init__(self, batches: Sequence[range], replicas: int):
         self._batches, self._replicas = deque(batches), replicas
-        self._shards: dict[int, range] = {}
-        self._open: set[range] = set()
         self.step_s: list[float] = []
         self._step()
 
     def _step(self) -> None:
         count = min(self._replicas, len(self._batches))
-        self._shards = {k: self._batches.popleft() for k in range(count)}
+        self._shards: dict[int, range] = {k: self._batches.popleft() for k in range(count)}
         self._open = set(self._shards.values())
         self._began = now()
 

@@ -54,10 +54,8 @@ def plot_speedups(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> 
     """
     figure, panels = _panels(rows, "speedup over eager", titles=("equal precision", "mixed: over eager fp32"))
     for (equal, own), (mixed, _) in zip(panels[::2], panels[1::2], strict=True):
-        for pair, line in _lines(own[own["engine"] != EAGER.engine]):
-            _with_interval(equal, line, "speedup_equal_precision", engine_look(*pair))
-        for pair, line in _lines(own[own["precision"] != EAGER.precision]):
-            _with_interval(mixed, line, "speedup_over_eager_fp32", engine_look(*pair))
+        _with_intervals(equal, own[own["engine"] != EAGER.engine], "speedup_equal_precision")
+        _with_intervals(mixed, own[own["precision"] != EAGER.precision], "speedup_over_eager_fp32")
         for (name, line), marker in zip(_published_speedups(published), PUBLISHED, strict=False):
             equal.plot(line.index, line, color=GREY, marker=marker, linewidth=1, label=f"published: {name}")
         for ax in (equal, mixed):
@@ -169,9 +167,9 @@ def _lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]
         yield pair, line.sort_values("batch")
 
 
-def _with_interval(ax: Axes, line: pd.DataFrame, name: str, look: dict) -> None:
-    line = line[line[name].notna()]
-    if len(line):
+def _with_intervals(ax: Axes, rows: pd.DataFrame, name: str) -> None:
+    for pair, line in _lines(rows[rows[name].notna()]):
+        look = engine_look(*pair)
         ax.plot(line["batch"], line[name], **look)
         ax.vlines(line["batch"], line[f"{name}_low"], line[f"{name}_high"], color=look["color"], linewidth=0.8)
 

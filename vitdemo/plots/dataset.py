@@ -1,6 +1,7 @@
 """Figures and views of a data set, and what all figures share: their size, and what a colour means."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from textwrap import fill
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from vitdemo.dataset.dataset import Dataset
-from vitdemo.dataset.decoding import Preprocessing, UnreadableImage, open_image, reference_crop, refusal
+from vitdemo.dataset.decoding import Preprocessing, open_image, reference_crop, refusal
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
 # Okabe and Ito's palette, safe for colour-blind readers. In every figure of the course blue is right, vermilion is
@@ -47,13 +48,10 @@ def thumbnail(jpeg: bytes) -> Image.Image:
     Returns:
         A picture of 240 x 240 px; a grey one where the file cannot be read, or is enormous.
     """
-    try:
-        with open_image(jpeg) as whole:
-            if reason := refusal(*whole.size, jpeg):
-                raise UnreadableImage(reason)
+    image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
+    with suppress(Exception), open_image(jpeg) as whole:  # as in reference_crop: decoders raise a dozen types
+        if not refusal(*whole.size, jpeg):
             image = whole.convert("RGB")
-    except Exception:  # as in reference_crop: decoders raise a dozen types
-        image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
 
 

@@ -76,10 +76,15 @@ def _bars(
     y, low_high = range(len(names)), [wilson_interval(int(c), int(n)) for c, n in zip(correct, images, strict=True)]
     ax.barh(y, correct / images * 100, color=colors, height=0.7)
     ax.hlines(y, *(100 * np.array(low_high).T), color="black", linewidth=1)
-    ax.set_yticks(y, names)
-    ax.invert_yaxis()
+    _name_lines(ax, names)
     ax.set_xlim(0, 100)
     return figure, ax
+
+
+def _name_lines(ax: Axes, names: Sequence[str]) -> None:
+    """The names of what is drawn at the heights 0, 1, …, the first one at the top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
 
 
 def plot_confusion(evaluation: Evaluation, most: int = 20) -> Figure:
@@ -131,8 +136,7 @@ def plot_timeline(evaluation: Evaluation, batches: int = 12) -> Figure:
     for (label, color), begin, end in zip(parts.items(), moments, moments[1:], strict=False):
         left, width = (shown[begin] - start) * 1e3, (shown[end] - shown[begin]) * 1e3
         ax.barh(range(len(shown)), width, left=left, color=color, height=0.7, label=label)
-    ax.set_yticks(range(len(shown)), [f"batch {k}" for k in shown.index])
-    ax.invert_yaxis()
+    _name_lines(ax, [f"batch {k}" for k in shown.index])
     ax.set(xlabel="milliseconds since the first of these batches began")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -153,8 +157,7 @@ def plot_overlap(spans: pd.DataFrame) -> Figure:
             own = run[run["stream"] == stream]
             bars = list(zip(own["begin_ms"] - start, own["end_ms"] - own["begin_ms"], strict=True))
             ax.broken_barh(bars, (y - 0.4, 0.8), facecolors=[(GREY, "#444444")[batch % 2] for batch in own["batch"]])
-        ax.set_yticks(range(len(STREAMS)), STREAMS.values())
-        ax.invert_yaxis()
+        _name_lines(ax, STREAMS.values())
         taken = f"{batches} batches in {run['end_ms'].max() - start:.2f} ms"
         ax.set_title(f"{taken}, {in_flight} in flight at a time", loc="left", fontsize=10)
     axes[-1].set(xlabel="milliseconds since the first copy began")
@@ -183,8 +186,7 @@ def plot_schedule(images: int, device_batch_size: int, replicas: int) -> Figure:
             ax.text(step - 0.47 + 0.47 * share, k, label, ha="center", va="center")
             schedule.done(indices)
         step += 1
-    ax.set_yticks(range(replicas), [f"replica {k}" for k in range(replicas)])
-    ax.invert_yaxis()
+    _name_lines(ax, [f"replica {k}" for k in range(replicas)])
     ax.set(xlabel="step (a global batch)", xticks=range(step), xlim=(-0.6, step - 0.4))
     ax.set_title(f"{images} images, device_batch_size {device_batch_size}, {replicas} replicas", loc="left")
     return figure
@@ -258,8 +260,7 @@ def plot_time(evaluation: Evaluation, alone: dict) -> Figure:
         ax.barh(1, s, left=x, color=each, edgecolor=color, hatch="//" * (each == "white"), label=f"{name}: {s:.2f} s")
         x += s
     rates = f"engine alone\n{alone['images_per_s']:.0f} images/s", f"file to answer\n{m['images_per_s']:.0f} images/s"
-    ax.set_yticks(range(2), rates)
-    ax.invert_yaxis()
+    _name_lines(ax, rates)
     what = f"{m['model']}, {m['engine']} {m['precision']}, {describe_threads(m)}"
     ax.set_title(f"{alone_s / m['wall_s']:.0%} of the engine's rate: {what}")
     ax.set_xlabel(f"seconds for {m['session_images']} images")

@@ -25,6 +25,7 @@ from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, ma
 
 BATCH, RANDOM_IMAGES = 8, 32
 FLOOR_BATCHES = 2  # batches per kind of images; each other way to compute takes the reference's time once more
+ITS_MODEL = "give the model it was made from"
 CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
 
 Layers = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # the type of ``Engine.layers``
@@ -73,7 +74,7 @@ def verify(
     if data is not None:
         real = min(images, len(data))
         sources[REAL] = _real_batches(data, real, model.info)
-    sources[RANDOM] = _random_batches(drawn, model.info)
+    sources[RANDOM] = ((pixels, []) for pixels in model.info.random_pixels(drawn).split(BATCH))
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
     return make_report(engine, model.info, data, comparisons)
@@ -85,32 +86,24 @@ def _check_input(engine: Engine, model: Model, images: int) -> None:
     if engine.precision not in TOLERANCES:
         raise VitdemoError(f"{what}: there are tolerances for {', '.join(TOLERANCES)} only, so nothing to verify by")
     if engine.info.classes != model.info.classes:
-        raise VitdemoError(
-            f"{what} was made from a model of other classes than {model.info.tag}; give the model it was made from"
-        )
+        raise VitdemoError(f"{what} was made from a model of other classes than {model.info.tag}; {ITS_MODEL}")
     for name in CROP:
         theirs, ours = (getattr(info.preprocessing, name) for info in (engine.info, model.info))
         if theirs != ours:
-            raise VitdemoError(
-                f"{what} was made for images with {name} {theirs}, {model.info.tag} is for {ours}; give the model it "
-                "was made from"
-            )
+            images = f"images with {name} {theirs}, {model.info.tag} is for {ours}"
+            raise VitdemoError(f"{what} was made for {images}; {ITS_MODEL}")
 
 
 def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | None:
     if data is None:
-        data = _bundled_data(info)
-    elif isinstance(data, (str, Path)):
+        path = data_root() / SHAPES20
+        if info.classes is None or not path.exists():
+            return None
+        data = open_data(path)
+        return match_classes(info, data) if list(info.classes) == data.classes else None
+    if isinstance(data, (str, Path)):
         data = open_data(data)
-    return data if data is None or info.classes is None else match_classes(info, data)
-
-
-def _bundled_data(info: ModelInfo) -> Dataset | None:
-    path = data_root() / SHAPES20
-    if info.classes is None or not path.exists():
-        return None
-    shapes20 = open_data(path)
-    return shapes20 if list(info.classes) == shapes20.classes else None
+    return data if info.classes is None else match_classes(info, data)
 
 
 def _real_batches(data: Dataset, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
@@ -127,17 +120,8 @@ def _real_batches(data: Dataset, images: int, info: ModelInfo) -> Iterator[tuple
         raise VitdemoError(f"{data.path}: none of {images} images can be read; give verify other data")
 
 
-def _random_batches(images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    for pixels in info.random_pixels(images).split(BATCH):
-        yield pixels, []
-
-
 def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[str, Layers]:
     """Other legitimate ways to compute the reference in this precision, by name."""
-
-    def plain_attention(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        with sdpa_kernel(SDPBackend.MATH):
-            return reference.layers(x)
 
     def one_by_one(x: torch.Tensor) -> dict[str, torch.Tensor]:
         singles = [reference.layers(image) for image in x.split(1)]
@@ -145,6 +129,7 @@ def _other_ways(precision: str, model: Model, reference: EagerEngine) -> dict[st
 
     if precision == "fp32":
         one_thread = EagerEngine(model, "fp32", device="cpu", threads=1)
+        plain_attention = sdpa_kernel(SDPBackend.MATH)(reference.layers)
         return {"one thread": one_thread.layers, "one by one": one_by_one, "plain attention": plain_attention}
     if precision == "int8":
         rounded = Model(_rounded(model.module), model.info)
@@ -178,10 +163,8 @@ def _compare(
         expected = reference.layers(pixels)
         logits, layers = _run(engine, pixels)
         if logits.shape != expected[LOGITS].shape:
-            raise VitdemoError(
-                f"{engine.name} {engine.precision} gives logits {list(logits.shape)} where the model gives "
-                f"{list(expected[LOGITS].shape)}; give the model it was made from"
-            )
+            shapes = f"logits {list(logits.shape)} where the model gives {list(expected[LOGITS].shape)}"
+            raise VitdemoError(f"{engine.name} {engine.precision} gives {shapes}; {ITS_MODEL}")
         comparison.indices += indices
         comparison.reference.append(expected[LOGITS])
         comparison.candidate.append(logits)
