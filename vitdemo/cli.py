@@ -301,7 +301,7 @@ SCHEDULE_HELP = "async (the default): a free replica takes the next batch; sync:
 )
 def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     """Measure the accuracy and the speed of a model over a data set."""
-    from vitdemo.evaluation.reference import describe_row, evaluate_beside_reference, write_row
+    from vitdemo.evaluation.reference import FLAGPERF, describe_row, evaluate_beside_reference, write_row
 
     if diagnose and options.get("weights") == "random":
         raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
@@ -319,7 +319,8 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     evaluation = runs[0]
     roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
     row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
-    write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
+    if not ("resume" in options and (evaluation.out / FLAGPERF).exists()):  # a finished run keeps its own
+        write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")

@@ -20,7 +20,7 @@ from vitdemo.engines.artifacts import artifacts_root, convert
 from vitdemo.engines.contract import CompiledEngine, Engine, find_engines
 from vitdemo.engines.graph import export_graph
 from vitdemo.errors import VitdemoError, named_errors
-from vitdemo.models.classes import match_classes
+from vitdemo.models.classes import match_classes, short_names
 from vitdemo.models.model import Model, load_model
 from vitdemo.paths import PART, claim_folder, replacing
 from vitdemo.precisions import TORCH_TYPES
@@ -48,7 +48,11 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
         if rows[name].nunique() > 1:
             raise VitdemoError(f"which engine: these rows are of several {name}s; take those of one")
     found = rows[rows["status"] == OK]
-    reference = found.loc[(found["engine"] == EAGER.engine) & (found["precision"] == EAGER.precision), "top1"].dropna()
+    of_eager = rows[(rows["engine"] == EAGER.engine) & (rows["precision"] == EAGER.precision)]
+    reference = of_eager.loc[of_eager["status"] == OK, "top1"].dropna()
+    if (of_eager["status"] != OK).all() and len(of_eager):
+        why = f"eager fp32, the reference, is {of_eager['status'].iloc[0]}"
+        raise VitdemoError(f"which engine: {why}; give smaller batches, or more time (row_budget_s)")
     if reference.empty:
         raise VitdemoError("which engine: no accuracy was measured; measure a model with its weights on real images")
     right = found[reference.iloc[0] - found["top1"] <= largest_accuracy_loss + 1e-12]  # allows rounding errors
@@ -106,13 +110,14 @@ def choose(
     options = dict(device_batch_sizes=device_batch_sizes, row_budget_s=row_budget_s, images=images, device="cpu")
     options |= dict(engines=engines, weights=weights, ema=ema, calibration=calibration, out=out / "sweeps")
     rows = benchmark(name, data=data, **options)
+    for row in rows[rows["status"] != OK].drop_duplicates(["engine", "precision"]).itertuples():
+        print(f"not measured: {row.engine} {row.precision}, batch {row.batch}: {row.status}", file=sys.stderr)
     while True:
         chosen = choose_engine(rows, latency_ms, largest_loss)
         engine = convert(model, chosen["engine"], chosen["precision"], calibration=calibration, device="cpu")
         report = verify(engine, model, data)
         if report.ok:
-            names = [name.split(",")[0] for name in data.class_names]
-            return chosen, report, write_script(engine, out / "choice", names)
+            return chosen, report, write_script(engine, out / "choice", short_names(data.class_names))
         print(f"{report}\nnot taken: {engine.name} {engine.precision} fails verify", file=sys.stderr)
         rows = rows[(rows["engine"] != engine.name) | (rows["precision"] != engine.precision)]
 

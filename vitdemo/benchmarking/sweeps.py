@@ -64,14 +64,14 @@ class Candidate:
 class SweepRun:
     """The sweep of one model, by its settings."""
 
-    def __init__(self, model: Model, sweep: Sweep, data: Dataset | None):
+    def __init__(self, model: Model, sweep: Sweep, data: Dataset | None, calibration: Dataset | Path | str | None):
         self._model, self._sweep, self._data, self._settings = model, sweep, data, sweep.settings
         self._sizes, self._replicas = self._settings["device_batch_sizes"], self._settings["replicas"]
         sizes = {min(size, ROOF_BATCH) for size in self._sizes}
         self._shapes = sorted({*SQUARE, *(shape for size in sizes for shape in linear_shapes(model, size))})
         self._budget_s = self._settings["row_budget_s"]
         self._device = resolve_device(self._settings["device"], EagerEngine)
-        self._of_engines = {name: self._settings[name] for name in ("calibration", "device")}
+        self._of_engines = {"calibration": calibration, "device": self._settings["device"]}
         self._turn_s = min(TURN_S, self._budget_s / ROUNDS / (1 + WARM_UP))
         self._reference: dict = {}  # the predictions and logits of eager fp32, for comparison with the others'
 
@@ -259,7 +259,7 @@ def benchmark(
     data: Dataset | Path | str | None = None,
     class_map: Path | str | None = None,
     images: int = 1000,
-    calibration: Path | str | None = None,
+    calibration: Dataset | Path | str | None = None,
     out: Path | str,
 ) -> pd.DataFrame:
     """Measure every model in every engine and batch size.
@@ -358,7 +358,7 @@ def benchmark(
         settings |= dict(data=own and str(own.path), images=images, weights_sha256=model.info.weights_sha256)
         settings |= dict(calibration=calibration and str(calibration), device=device, commit=source_commit())
         with open_sweep(out, settings) as sweep:
-            SweepRun(model, sweep, own).do(pairs)
+            SweepRun(model, sweep, own, calibration).do(pairs)
         tables.append(sweep.rows)
     return pd.concat(tables, ignore_index=True)
 

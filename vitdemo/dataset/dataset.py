@@ -24,7 +24,8 @@ from vitdemo.paths import user_path
 # end the run, instead of being counted as an unreadable image.
 NOT_THE_FILES_FAULT = {errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
+PACKED = (".zip", ".xz", ".bz2", ".zst", ".7z", ".rar")
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 
 
 class Dataset:
@@ -192,7 +193,8 @@ def open_data(
         VitdemoError: when there is no data set, or it is unfinished or damaged.
     """
     if split not in trees.FOLDERS:
-        raise VitdemoError(f"split: {split!r} is not one of {', '.join(trees.FOLDERS)}")
+        known = ", ".join(trees.FOLDERS)
+        raise VitdemoError(f"split: {split!r} is not one of {known}; give another split's folder as the data set")
     path = _local(path)
     labels = None if labels is None else _local(labels)
     with named_errors(path):
@@ -215,6 +217,8 @@ ImageNetVal = open_data  # the name that the notebooks use for ImageNet data
 def _local(path: Path | str) -> Path:
     if "://" in str(path):
         raise VitdemoError(f"{path}: is a URL; download what is there, and give the file or folder")
+    if Path(path).suffix.lower() in PACKED:
+        raise VitdemoError(f"{path}: is packed; unpack it, and give the folder")
     return user_path(path).absolute()
 
 
@@ -290,7 +294,10 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
             if (is_tar or files) and len(places) > 1:
                 raise VitdemoError(f"{place}: an archive is read alone; give no other images with it")
             if files:
-                return Dataset(index_parquet(place, files))
+                index = index_parquet(place, files)
+                if progress:
+                    print(f"{place}: {index.notes[0]}", file=message_stream())
+                return Dataset(index)
             listing = list_tar(place, plain_tar(place, progress)) if is_tar else None
     if listing is None:
         folders = [place if place.is_dir() else place.parent for place in places]

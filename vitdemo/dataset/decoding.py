@@ -207,6 +207,8 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
         with open_image(jpeg) as image:
             if reason := _crop_refusal(*image.size, jpeg, preprocessing):
                 raise UnreadableImage(reason)
+            if image.mode[0] in "IF":  # convert would make everything above 255 white
+                raise UnreadableImage(f"pixels of more than 8 bits (mode {image.mode}); convert the file to 8 bits")
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except UnreadableImage:
         raise

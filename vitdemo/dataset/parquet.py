@@ -14,7 +14,8 @@ from vitdemo.errors import VitdemoError, reason_of
 
 SUFFIX = ".parquet"
 FOLDER = "data"  # the folder of the parquet files in a repository of the hub
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
+INDEX = "__index_level_"  # how pandas names the column of its index
 KEPT = 2  # row groups in memory: the current one and the next
 
 
@@ -71,7 +72,9 @@ def index_parquet(path: Path, files: list[Path]) -> Index:
     items = [Item(file, class_id, -1, row) for row, (file, class_id) in enumerate(zip(paths, ids, strict=True))]
     if not items:
         raise VitdemoError(f"{path}: holds no rows; get the files again")
-    notes = (f"read from {counted(len(files), 'parquet file')}",)
+    notes = (f"read from {counted(len(files), 'parquet file')}, {files[0].name}{' …' if len(files) > 1 else ''}",)
+    if rows.label is None and rows.unclear:
+        notes += (f"no labels, as {', '.join(rows.unclear)} might all be; call the column label",)
     return Index(path, None, classes, items, notes, parquet=rows)
 
 
@@ -94,7 +97,7 @@ class Rows:
             if handle.schema_arrow.names != first.names:
                 other = f"has other columns than {Path(self.files[0]).name}"
                 raise VitdemoError(f"{file}: {other}; give the files of one data set")
-        self.image, self.label = self._columns_of(first)
+        self.image, self.label, self.unclear = self._columns_of(first)
         self.counts, self._groups, row = [handle.metadata.num_rows for handle in self._handles], [], 0
         for number, handle in enumerate(self._handles):
             for group in range(handle.metadata.num_row_groups):
@@ -106,8 +109,8 @@ class Rows:
     def __reduce__(self) -> tuple:
         return Rows, (self.files,)
 
-    def _columns_of(self, schema: Any) -> tuple[str, str | None]:
-        """The names of the image column and of the label column, or None where there is no label column."""
+    def _columns_of(self, schema: Any) -> tuple[str, str | None, list[str]]:
+        """The image column; the label column, None where there is none; and the columns among which it is unclear."""
         from pyarrow import types
 
         def holds_images(kind: Any) -> bool:
@@ -115,7 +118,8 @@ class Rows:
             return types.is_binary(inner) or types.is_large_binary(inner)
 
         def may_be_label(kind: Any) -> bool:
-            return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+            text = types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
+            return text or types.is_integer(kind) or types.is_boolean(kind)
 
         found = [field.name for field in schema if holds_images(field.type)]
         images = [name for name in found if name in ("image", "img", "jpg")] or found
@@ -123,9 +127,10 @@ class Rows:
             hold = "several columns hold" if images else "no column holds"
             wrong = f"{hold} images as bytes, of {', '.join(schema.names)}"
             raise VitdemoError(f"{self.files[0]}: {wrong}; give files with one, called image")
-        found = [field.name for field in schema if may_be_label(field.type)]
+        found = [field.name for field in schema if may_be_label(field.type) and not field.name.startswith(INDEX)]
         labels = [name for name in LABEL_COLUMNS if name in found] or found
-        return images[0], labels[0] if labels and (len(labels) == 1 or labels[0] in LABEL_COLUMNS) else None
+        clear = len(labels) == 1 or labels and labels[0] in LABEL_COLUMNS
+        return images[0], labels[0] if clear else None, found
 
     def class_names(self) -> list[str]:
         """The class name of each label, from the schema's metadata; [] where the metadata lacks them."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import category
 
 from PIL import Image
 
@@ -71,6 +72,9 @@ class Index:
 FORMATS = "JPEG MPO PNG GIF BMP DIB WEBP TIFF AVIF PPM JPEG2000 TGA ICO PCX SGI QOI".split()
 # Suffixes of photographs that PIL cannot read, or not in every build: they are reported, unlike other files.
 UNREAD = ".avif .heic .heif .hif .jxl .jp2 .svg .psd .dng .cr2 .cr3 .nef .arw .raf .raw".split()
+
+
+UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, separators of lines
 
 
 class Listing(NamedTuple):
@@ -200,7 +204,7 @@ def _sorted(
             listing.unread.append(name)
         elif suffix not in image_suffixes():
             listing.others[name] = tuple(place)
-        elif not name.isprintable():  # a name that is not UTF-8 has surrogates, which are not printable either
+        elif not name.isprintable() and any(category(character) in UNWRITABLE for character in name):
             raise VitdemoError(f"{path}: the file name {name!r} cannot be written to a table; rename it")
         else:
             listing.images[name] = tuple(place)

@@ -4,6 +4,7 @@ import io
 import os
 import re
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 
@@ -91,15 +92,16 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
 
     Args:
         content: the bytes of the file.
-        name: the file's name, whose suffix gives the format: .jsonl, or else text with commas, semicolons or tabs.
+        name: the file's name, whose suffix gives the format: .json (a list of objects), .jsonl, or else text with
+            commas, semicolons or tabs.
 
     Raises:
         VitdemoError: for a file that cannot be read as a table.
     """
     try:
         text = content.decode("utf-8-sig")
-        if suffix_of(name) in (".jsonl", ".ndjson"):
-            table = pd.read_json(io.StringIO(text), lines=True, dtype=False).map(_text)
+        if suffix_of(name) in (".json", ".jsonl", ".ndjson"):
+            table = pd.read_json(io.StringIO(text), lines=suffix_of(name) != ".json", dtype=False).map(_text)
         else:
             separator = max("\t,;", key=text.partition("\n")[0].count)
             table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
@@ -119,25 +121,24 @@ class _Names:
     """Finds the image that a cell of a table names."""
 
     def __init__(self, listing: Listing, prefix: str):
-        self.images, self.prefix = listing.images, prefix
+        self.images = {normalize("NFC", name): name for name in listing.images}  # macOS writes é as two characters
+        self.prefix = prefix
         self.above = listing.path.absolute().parts
         self.short: dict[str, str | None] = {}  # base name, or path without suffix -> path; None for several images
-        for name in listing.images:
+        for name in self.images:
             base = name.rpartition("/")[2]
             for short in {base, base.rpartition(".")[0], name.rpartition(".")[0]} - {name}:
                 self.short[short] = name if self.short.get(short, name) == name else None
 
     def find(self, value: str) -> str | None:
         """The image's path in the listing; None where there is no such image, or several could be meant."""
-        value = re.sub(r"^(\./)+", "", value.strip().replace("\\", "/"))
+        value = re.sub(r"^(\./)+", "", normalize("NFC", value.strip()).replace("\\", "/"))
         tried = [f"{self.prefix}/{value}", value] if self.prefix else [value]
         steps = value.split("/")
         # The value may begin with the listing's own folders, here or on another machine where only the last is equal.
         tried += ["/".join(steps[k:]) for k in range(len(steps) - 1, 0, -1) if steps[k - 1] == self.above[-1]]
-        for path in tried:
-            if path in self.images:
-                return path
-        return next((name for path in tried if (name := self.short.get(path))), None)
+        known = (path if path in self.images else self.short.get(path) for path in tried)
+        return next((self.images[path] for path in known if path), None)
 
 
 def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str) -> tuple[pd.DataFrame, object]:
@@ -145,11 +146,17 @@ def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str)
     if rows.empty:
         raise VitdemoError(f"{where}: holds no rows; give one row per image, with its file and its label")
 
-    def hits(column: pd.Series) -> int:
-        return sum(names.find(value) is not None for value in column.iloc[:LOOKED_AT])
+    def points(column: pd.Series) -> int:
+        """A name with its suffix counts twice, because the number of a row may name an image by chance."""
+        hit = [value for value in column.iloc[:LOOKED_AT] if names.find(value) is not None]
+        return len(hit) + sum(suffix_of(value.strip()) in image_suffixes() for value in hit)
 
-    found = {column: hits(rows[column]) for column in rows}
-    files = max(found, key=found.get)
+    found = {column: points(rows[column]) for column in rows}
+    files, *others = [column for column in found if found[column] == max(found.values())]
+    for other in others if found[files] else ():
+        if not rows[other].map(names.find).equals(rows[files].map(names.find)):
+            both = f"{rows[files].iloc[0]!r} and {rows[other].iloc[0]!r} begin columns that both name images"
+            raise VitdemoError(f"{where}: {both}, but not the same ones; leave out the one that holds no files")
     if not found[files]:
         example = ", ".join(map(repr, rows.iloc[min(1, len(rows) - 1)].tolist()[:4]))
         image = next(iter(listing.images), "no image at all")

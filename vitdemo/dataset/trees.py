@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from vitdemo.paths import PART
 VAL_NAME = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.ASCII)
 WNID = re.compile(r"n\d{8}", re.ASCII)
 
-# The first folder of a split that exists is read; the first name is ours and torchvision's.
-FOLDERS = {"val": ("val", "validation", "test"), "train": ("train",)}
+# The first folder of a split that exists is read, in upper or lower case; the first name is ours and torchvision's.
+FOLDERS = {"val": ("val", "valid", "validation", "test", "testing"), "train": ("train", "training")}
 KAGGLE = "ILSVRC/Data/CLS-LOC"  # the parent of the splits' folders in ImageNet from Kaggle
 RECORDS = {"val": "extraction.json", "train": "extraction_train.json"}
 CLASSES, CLASSES_COLUMNS = "classes.csv", ["label", "wnid", "ilsvrc_id", "name"]
@@ -61,13 +62,20 @@ def split_tar(path: Path, split: str = "val") -> Path:
     return tars[0]
 
 
+def folder_of_split(folders: Iterable[str], split: str) -> str | None:
+    """The one of ``folders`` that holds the split; None where none has such a name."""
+    named = {folder.casefold(): folder for folder in folders}
+    return next((named[name] for name in FOLDERS[split] if name in named), None)
+
+
 def find_tree(path: Path, split: str) -> Path | None:
     """The folder with the split's images, ``path`` or below it; None when ``path`` is a folder of archives."""
     if path.name.endswith(PART) or (path / (split + PART)).exists():
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
-    for folder in (*FOLDERS[split], f"{KAGGLE}/{split}"):
-        if (path / folder).is_dir():
-            return path / folder
+    if folder := folder_of_split((entry.name for entry in path.iterdir() if entry.is_dir()), split):
+        return path / folder
+    if (kaggles := path / KAGGLE / split).is_dir():
+        return kaggles
     if (path / RECORDS[split]).exists():
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     return None if any(entry.name.endswith(f"_img_{split}.tar") for entry in path.iterdir()) else path
@@ -79,7 +87,7 @@ def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
     Raises VitdemoError for a ``classes.csv`` that lacks one of the wnids.
     """
     path = folder.parent / CLASSES
-    if not path.exists():
+    if not path.exists() or b"wnid" not in path.read_bytes().partition(b"\n")[0]:  # none, or the user's own table
         return known_classes(wnids)
     names = {synset.wnid: synset.words for synset in read_classes(path)}
     if lacking := sorted(set(wnids) - set(names)):
@@ -133,9 +141,9 @@ def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
     prefix = ""
     for _ in range(WRAPPERS + 1):
         tops = listing.folders
-        if found := next((folder for folder in FOLDERS[split] if folder in tops), None):
+        if found := folder_of_split(tops, split):
             return listing.within(f"{found}/"), f"{prefix}{found}/"
-        others = sorted(folder for folders in FOLDERS.values() for folder in folders if folder in tops)
+        others = [folder for other in FOLDERS if (folder := folder_of_split(tops, other))]
         if others and len(tops) <= len(others):
             raise VitdemoError(f"{listing.path}: holds {others[0]}/ and no {split}/; give that folder as the data set")
         around = {name.count("/") for name in listing.images}
@@ -173,7 +181,7 @@ def index_by_folder(listing: Listing) -> Index | None:
     for name, place in listing.images.items():
         class_id, slash, rest = name.partition("/")
         if slash:
-            own = VAL_NAME.fullmatch(rest) or re.fullmatch(rf"{class_id}_\d+\.JPEG", rest, re.ASCII)
+            own = VAL_NAME.fullmatch(rest) or re.fullmatch(rf"{re.escape(class_id)}_\d+\.JPEG", rest, re.ASCII)
             items.append(Item(rest if own and WNID.fullmatch(class_id) else name, class_id, *place))
     items.sort()
     for first, second in itertools.pairwise(items):

@@ -11,6 +11,7 @@ from vitdemo.engines.contract import Engine
 from vitdemo.errors import VitdemoError
 from vitdemo.inference.loop import PREDICTED, PROBABILITY, TOP, predict
 from vitdemo.machine import Phases
+from vitdemo.models.classes import short_names
 
 BATCH = 8
 
@@ -44,7 +45,8 @@ def answers(
     if top not in range(1, TOP + 1):
         raise VitdemoError(f"top {top!r}: must be a whole number from 1 to {TOP}")
     info, rows = engine.info, []
-    names = class_names or info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
+    named = class_names or info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
+    names = short_names(named)
     options = dict(device_batch_size=BATCH, input_path="fast", phases=Phases(), times=[])
     bar = tqdm(total=len(images), unit="image", desc="predict", delay=1, disable=not progress)
     with bar, closing(predict(engine, images, range(len(images)), **options)) as batches:
@@ -55,7 +57,7 @@ def answers(
         raise VitdemoError(f"{rows[0].file}: {rows[0].error}; none of {len(rows)} images can be read")
     table = pd.DataFrame(rows)
     numbers = table[PREDICTED[:top]].astype("Int64")
-    called = numbers.map(lambda k: None if pd.isna(k) else names[k].split(",")[0])  # the first synonym
+    called = numbers.map(lambda k: None if pd.isna(k) else names[k])
     called.columns = [f"class_{k}" for k in range(1, top + 1)]
     probabilities = table[PROBABILITY[:top]].astype(float)
     found = pd.concat([table["file"], called, numbers, probabilities, table["error"]], axis=1)

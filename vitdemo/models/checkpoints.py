@@ -17,7 +17,8 @@ from timm.models import clean_state_dict
 
 from vitdemo.errors import VitdemoError, reason_of
 
-PLAIN, AVERAGED = ("state_dict", "model"), ("state_dict_ema", "model_ema")  # the names in training scripts' files
+# The names in training scripts' files.
+PLAIN, AVERAGED = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "model_ema")
 LFS = b"version https://git-lfs"  # the first bytes of the text that Git LFS puts in the place of a large file
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 
@@ -47,6 +48,9 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
     """
     path = Path(path)
     if not path.is_file():
+        if path.with_name(f"{path.name}.index.json").exists():
+            whole = "save the model again with max_shard_size='100GB'"
+            raise VitdemoError(f"{path}: its weights are split into several files; {whole}")
         problem = "is a folder" if path.is_dir() else "no such weights file"
         raise VitdemoError(f'{path}: {problem}; give a .safetensors, .pth or .bin file, "pretrained" or "random"')
     try:
@@ -54,12 +58,17 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
         averages = next((content[name] for name in AVERAGED if content.get(name)), None)
         weights = next((content[name] for name in PLAIN if name in content), averages or content)
         chosen = clean_state_dict(averages or weights if ema else weights)
+        chosen.pop("n_averaged", None)  # torch's AveragedModel counts its steps
         if not all(isinstance(tensor, torch.Tensor) for tensor in chosen.values()):
             raise TypeError("it holds more than tensors by name")
     except Exception as error:  # each reader raises other types for each kind of damage
         reason = reason_of(error)
-        if path.read_bytes()[: len(LFS)] == LFS:
+        start = path.read_bytes()[: len(LFS)]
+        if start == LFS:
             raise VitdemoError(f"{path}: stands for a large file of Git; run `git lfs pull` in its folder") from None
+        if not start or start.startswith(b"<"):
+            what = "is a web page" if start else "is empty"
+            raise VitdemoError(f"{path}: {what}, and not the weights; download them again") from None
         if "weights_only" in str(error):  # torch's message for a pickle that would execute code
             reason = "it holds more than tensors, perhaps code, and is not opened"
         raise VitdemoError(f"{path}: cannot be read as weights ({reason}); save only the state_dict() again") from None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import normalize
 
 from timm.utils.misc import natural_key
 
@@ -67,8 +68,15 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
 
 
 def plain(name: str) -> str:
-    """A name in lower case, without blanks, hyphens and underscores."""
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    """A name in lower case, without blanks, hyphens and underscores; é is one character, which macOS writes as two."""
+    return re.sub(r"[\s_-]+", "", normalize("NFC", name)).casefold()
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """The first of each name's synonyms, which have ", " between them; the whole name where two would be the same."""
+    pairs = [(name.split(", ")[0], name) for name in names]
+    times = Counter(first for first, _ in pairs)
+    return [first if times[first] == 1 else name for first, name in pairs]
 
 
 class _Outputs:
@@ -196,7 +204,7 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
         if path.suffix == ".json":
             pairs: Sequence = list(dict(json.loads(text)).items())
         else:
-            comma = "\t" if "\t" in text.partition("\n")[0] else ","
+            comma = max(",\t;", key=text.partition("\n")[0].count)
             pairs = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=comma) if row]
             pairs = pairs[1:] if pairs and [cell.strip().lower() for cell in pairs[0]] == HEADER else pairs
     except (ValueError, TypeError, csv.Error) as error:

@@ -93,6 +93,10 @@ class Model:
         """
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
+        if outputs < 2:
+            raise VitdemoError(
+                f"{name}: has one output, of which a softmax is always 1; give a classifier with two or more"
+            )
         given = [None if names is None else tuple(names) for names in (classes, class_names)]
         for names in given:
             if names is not None and len(names) != outputs:
