@@ -233,8 +233,9 @@ SHOWN = 100  # images that are printed; --out writes all
 )
 def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **options) -> None:
     """Classify images that have no labels."""
-    if out and (out.suffix != ".csv" or out.exists() or not out.absolute().parent.is_dir()):
-        raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, in a folder that is there")
+    if out and (out.suffix != ".csv" or out.exists() or not os.access(out.absolute().parent, os.W_OK)):
+        where = "in a folder that is there and can be written"
+        raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, {where}")
     data, named, class_map = vitdemo.open_images(images), _data_of(options), options.pop("class_map", None)
     model, engine = _engine_of(options)
     names = None if named is None else vitdemo.match_classes(model.info, named, class_map).class_names
@@ -305,6 +306,7 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
 
     if diagnose and options.get("weights") == "random":
         raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
+    finished = "resume" in options and (out / FLAGPERF).exists()  # its row is of the session that measured it
     start, dataset = time.perf_counter(), _data_of(options)
     model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
     dataset = vitdemo.match_classes(model.info, dataset, options.pop("class_map", None))
@@ -317,14 +319,15 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
         return _stopped(out, (out / "run.json").exists(), "the same command with --resume goes on")
     e2e_s = None if "resume" in options else time.perf_counter() - start  # only of a run that was not interrupted
     evaluation = runs[0]
-    roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
-    row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
-    if not ("resume" in options and (evaluation.out / FLAGPERF).exists()):  # a finished run keeps its own
+    if not finished:
+        roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
+        row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
         write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")
-    print("FlagPerf row:", describe_row(row))
+    if not finished:
+        print("FlagPerf row:", describe_row(row))
     print(f"outputs and classes: matched {dataset.decided}")
     published = vitdemo.compare_published(evaluation)
     print(f"{published}\nmachine: {vitdemo.describe_machine(vitdemo.machine_record())}\nresults: {evaluation.out}")

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.errors import VitdemoError, reason_of
-from vitdemo.machine import free_memory_bytes
-from vitdemo.models.checkpoints import Labels, read_checkpoint
+from vitdemo.machine import free_memory_bytes, message_stream
+from vitdemo.models.checkpoints import IMAGENET_LABELS, Labels, read_checkpoint
 from vitdemo.models.loading import Plan, weights_sha256
 from vitdemo.models.sources import architecture_of, is_file, planned
 from vitdemo.paths import user_path
@@ -94,9 +94,7 @@ class Model:
         _freeze(module, name)
         flops, outputs = _count(module, preprocessing.input_size)
         if outputs < 2:
-            raise VitdemoError(
-                f"{name}: has one output, of which a softmax is always 1; give a classifier with two or more"
-            )
+            raise VitdemoError(f"{name}: has one output, and a softmax of one is always 1; give a model with more")
         given = [None if names is None else tuple(names) for names in (classes, class_names)]
         for names in given:
             if names is not None and len(names) != outputs:
@@ -207,6 +205,10 @@ def load_model(name: Path | str, weights: Path | str = "pretrained", *, ema: boo
     if module is not plan.module:  # it has another number of outputs, and a weights file does not name them
         labels = Labels()
     source = weights if weights in ("pretrained", "random") else Path(weights).name
+    if checkpoint:
+        crop, known = plan.preprocessing, "; its outputs are taken to be ImageNet's" * (labels == IMAGENET_LABELS)
+        prepared = f"{crop.input_size[1]} px, crop {crop.crop_pct:.3g}, {crop.interpolation}, mean {crop.mean}"
+        print(f"{source}: images are prepared as for {tag}: {prepared}{known}", file=message_stream())
     options = dict(name=tag, classes=labels.classes, class_names=labels.names, weights=source)
     return Model.from_module(module, plan.preprocessing, **options)
 
