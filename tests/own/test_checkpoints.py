@@ -376,9 +376,41 @@ def test_moving_average_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-def test_text_that_git_lfs_left_in_the_place_of_weights(tmp_path, name):
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
-    refused(f"{name}: stands for a large file of Git; run `git lfs pull`", TINY, tmp_path / name)
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n",
+            "stands for a large file of Git; run `git",
+        ),
+        ("<!doctype html><title>404</title>", "is a web page, and not the weights; download"),
+        ("", "is empty, and not the weights; download"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path, name, content, why):
+    (tmp_path / name).write_text(content)
+    refused(f"{name}: {why}", TINY, tmp_path / name)
+
+
+@pytest.mark.parametrize("inside", ["model_state_dict", "net", "model_ema"])
+def test_names_of_the_weights_in_a_training_loops_file(tmp_path, capsys, inside):
+    oracle = module_of(num_classes=5)
+    torch.save({"epoch": 3, inside: oracle.state_dict() | {"n_averaged": torch.tensor(7)}}, tmp_path / "a.pth")
+    assert_same(load_model(TINY, tmp_path / "a.pth", ema=inside == "model_ema"), oracle)
+    assert "a.pth: images are prepared as for vit_tiny_patch16_224: 224 px, crop 0.9" in capsys.readouterr().err
+
+
+def test_weights_in_several_files(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused("its weights are split into several files; save the model again with max_shard_size", folder)
+
+
+def test_outputs_of_which_not_exactly_one_is_right(folder, tmp_path):
+    torch.save(module_of("resnet18", num_classes=1).state_dict(), tmp_path / "one.pth")
+    refused("resnet18: has one output, and a softmax of one is always 1", "resnet18", tmp_path / "one.pth")
+    edited(folder / "config.json", problem_type="multi_label_classification")
+    refused("several classes may be right at once", folder)
 
 
 def test_seven_outputs_are_not_imagenets(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,15 @@ from vitdemo import (
     reference_crop,
 )
 from vitdemo.dataset.dataset import Dataset, open_again
-from vitdemo.dataset.decoding import is_rotated, upright
+from vitdemo.dataset.decoding import UnreadableImage, is_rotated, upright
 from vitdemo.dataset.tars import TARS
 from vitdemo.engines.artifacts import clear_cache
+from vitdemo.models.classes import short_names
 from vitdemo.paths import cache_root
 
 pytestmark = pytest.mark.own
 WNIDS = ["n01440764", "n01443537", "n01751748"]
+HALF = ((0.5,) * 3, (0.5,) * 3)
 
 
 def picture(number: int, kind: str = "JPEG") -> bytes:
@@ -226,6 +229,17 @@ def test_shuffled_rows_of_parquet_are_read_group_by_group(tmp_path, monkeypatch)
     assert data.files == [row["image"]["path"] for row in rows] and groups == [*range(10)]
 
 
+def test_columns_of_labels_in_parquet(tmp_path, capsys):
+    images = [{"bytes": picture(k)} for k in range(3)]
+    frame = pd.DataFrame({"image": images, "species": pd.Categorical(["cat", "dog", "cat"])}, index=list("abc"))
+    pytest.importorskip("pyarrow")
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert [s.class_id for s in open_data(tmp_path / "a.parquet")] == ["cat", "dog", "cat"]
+    frame.assign(owner="me").to_parquet(tmp_path / "b.parquet")
+    assert set(open_data(tmp_path / "b.parquet").labels) == {-1}
+    assert "no labels, as species, owner might all be; call the column label" in capsys.readouterr().err
+
+
 def test_parquet_files_that_are_damaged_or_something_else(tmp_path):
     whole = parquet(tmp_path / "a.parquet", rows_of(5, str))
     assert open_data(whole).classes == ["0", "1"]
@@ -253,6 +267,72 @@ def test_an_imagefolder_of_hugging_face(tmp_path, name, path):
     )
     ours = {Path(file).name: label for file, label in found(open_data(tmp_path / path)).items()}
     assert ours == {row["file_name"]: row["label"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        ",file,label\n0,1.jpg,cat\n1,2.jpg,dog\n2,0.jpg,cat\n",  # pandas' index names images too, without suffix
+        "label,file\n2,0.jpg\n0,1.jpg\n1,2.jpg\n",
+        '[{"id": 0, "file": "1.jpg", "label": "cat"}, {"id": 1, "file": "2.jpg", "label": "dog"}]',
+    ],
+)
+def test_numbers_in_a_table_are_not_the_files(tmp_path, table):
+    write(tmp_path / "set", {f"{k}.jpg": picture(k) for k in range(3)})
+    file = "labels.json" if table.startswith("[") else "labels.csv"
+    write(tmp_path, {file: table})
+    read = pd.read_json(tmp_path / file) if file.endswith("n") else pd.read_csv(tmp_path / file)
+    data = open_data(tmp_path / "set", labels=tmp_path / file)
+    assert found(data) == dict(zip(read["file"], read["label"].astype(str), strict=True))
+
+
+def test_a_table_in_which_two_columns_may_be_the_files(tmp_path):
+    write(tmp_path / "set", {f"{k}.jpg": picture(k) for k in range(3)})
+    write(tmp_path, {"labels.csv": "row,number,label\n0,1,cat\n1,2,dog\n2,0,cat\n"})
+    with refused("labels.csv", "'row' and 'number'", "leave out the one"):
+        open_data(tmp_path / "set", labels=tmp_path / "labels.csv")
+
+
+def test_letters_as_macos_writes_them(tmp_path, vit_shapes20):
+    mac, usual = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
+    write(tmp_path / "set", {f"{mac}/{mac}.jpg": picture(0), f"smile :)/Screenshot 10.00\u202fAM{mac}.png": picture(1)})
+    data = open_data(tmp_path / "set")
+    write(tmp_path, {"map.csv": f"class;output\n{usual};3\nsmile :);4\n"})
+    assert match_classes(vit_shapes20.info, data, tmp_path / "map.csv").labels == [3, 4]
+    write(tmp_path, {"labels.csv": f"{usual}.jpg,cat\n"})
+    assert found(open_data(tmp_path / "set", labels=tmp_path / "labels.csv")) == {f"{mac}/{mac}.jpg": "cat"}
+
+
+@pytest.mark.parametrize("val", ["valid", "Testing", "VAL"])
+def test_folders_of_splits_in_other_spellings(tmp_path, val):
+    write(tmp_path / val, {"cat/0.jpg": picture(0)})
+    write(tmp_path / "Training", {"cat/1.jpg": picture(1), "dog/2.jpg": picture(2)})
+    assert open_data(tmp_path).files == ["cat/0.jpg"] and len(open_data(tmp_path, split="train")) == 2
+
+
+def test_names_with_commas_are_shortened_only_if_they_stay_different():
+    words = ["Pepper,_bell___healthy", "Pepper,_bell___spot", "crane", "crane, bird", "tench, Tinca tinca"]
+    assert short_names(words) == [*words[:4], "tench"]
+
+
+def test_pixels_of_more_than_8_bits_are_refused_not_cut_off(tmp_path):
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UnreadableImage, match="more than 8 bits .mode I;16.; convert"):
+        reference_crop((tmp_path / "deep.png").read_bytes(), Preprocessing((3, 32, 32), 1, "center", "bicubic", *HALF))
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar.xz"])
+def test_a_packed_set_is_to_be_unpacked(tmp_path, name):
+    write(tmp_path, {name: b"x"})
+    for open_it in (open_data, lambda path: open_images([path])):
+        with refused(name, "unpack it"):
+            open_it(tmp_path / name)
+
+
+def test_a_table_of_ones_own_called_classes(tmp_path):
+    write(tmp_path, {f"val/{wnid}/0.JPEG": tiny_jpeg(k) for k, wnid in enumerate(WNIDS)})
+    write(tmp_path, {"classes.csv": "number,word\n0,tench\n"})
+    assert len(open_data(tmp_path).classes) == 1000
 
 
 def test_captions_are_no_labels(tmp_path):

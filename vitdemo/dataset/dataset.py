@@ -174,8 +174,9 @@ def open_data(
     """Open a labelled data set. Which files are read and which are left out is printed.
 
     ``path`` is one of
-    - a folder with one folder per class, with any names, or with such folders in its ``val/``, ``validation/`` or
-      ``test/`` (``train/`` for that split; the first that exists is read); or a tar or tar.gz of this;
+    - a folder with one folder per class, with any names, or with such folders in its ``val/``, ``valid/``,
+      ``validation/``, ``test/`` or ``testing/`` (``train/`` or ``training/`` for that split; the first that exists is
+      read, in upper or lower case); or a tar or tar.gz of this;
     - a folder or tar of images whose labels are in a table (``labels``, or ``metadata.csv``, ``metadata.jsonl``,
       Tiny-ImageNet's ``val_annotations.txt``, or Kaggle's ``LOC_val_solution.csv`` at most four folders above), are the
       wnids at the ends of the file names, or are in ILSVRC2012's devkit next to its validation images;

@@ -173,9 +173,10 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
 
 
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
-    label_of, found, absent = {class_id: label for label, class_id in own.items()}, {}, []
+    label_of, found, absent = {normalize("NFC", class_id): label for label, class_id in own.items()}, {}, []
+    known_classes = {normalize("NFC", class_id) for class_id in data.own_classes}
     for number, class_id, output in _rows(path):
-        if class_id not in data.own_classes:
+        if class_id not in known_classes:
             absent.append(class_id)
         at = outputs.find(output)
         if at is None and output.isdecimal() and int(output) < outputs.count:
@@ -215,4 +216,7 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
             raise VitdemoError(f"{path}: row {number} has {columns}; see class,output")
     if not pairs:
         raise VitdemoError(f"{path}: is empty; give rows class,output")
-    return [(number, str(a).strip(), str(b).strip()) for number, (a, b) in enumerate(pairs, start=1)]
+    return [
+        (number, *(normalize("NFC", str(cell).strip()) for cell in (a, b)))
+        for number, (a, b) in enumerate(pairs, start=1)
+    ]
