@@ -138,7 +138,7 @@ def write_page(table: pd.DataFrame, path: Path) -> None:
         f"Written by `make families` on: {describe_machine(machine_record())}. Random weights, cut to about two "
         "layers. fp32 `passes` where `verify` passes with 1, 3 and 8 images at once; the number is the largest "
         "relative L2 distance of the logits from eager fp32's. int8 `runs` on ranges of random pixels; random weights "
-        "say nothing of its accuracy; `verify` does. Inductor has bf16 on a CPU; it was tried for five, as it takes minutes.",
+        "say nothing of its accuracy; `verify` does. Inductor has bf16 on a CPU; it was tried for five only.",
         "",
         wide.to_markdown(index=False),
         "",

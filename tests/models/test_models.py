@@ -157,7 +157,7 @@ def corrupted_folder(tmp_path, **changes):
             "cannot be built",
         ),
         ({"weights": b"\x00" * 100}, "cannot be read as weights"),
-        ({"weights": b""}, "cannot be read as weights"),
+        ({"weights": b""}, "is empty, and not the weights; download"),
     ],
 )
 def test_damaged_folder(tmp_path, changes, message):
