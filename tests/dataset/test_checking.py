@@ -99,6 +99,7 @@ UNREADABLE = {  # bytes, part of the error
     "HTML": (b"<html>404 not found</html>" * 20, "cannot identify"),
     "12 bits": (GOOD.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "cannot identify"),
     "truncated PNG": (PNG[: len(PNG) // 2], "truncated"),
+    "16-bit PNG": (encoded("I;16", format="PNG"), "more than 8 bits"),
 }
 SUSPECT = {  # bytes, part of the warning: PIL decodes these without a word
     "hole": (GOOD[:MIDDLE] + GOOD[MIDDLE + 512 :], "Corrupt JPEG data"),
@@ -106,7 +107,6 @@ SUSPECT = {  # bytes, part of the warning: PIL decodes these without a word
     "data too much": (GOOD[:-2] + bytes(50) + GOOD[-2:], "extraneous bytes"),
     "end mark in the middle": (GOOD[:MIDDLE] + b"\xff\xd9" + GOOD[MIDDLE:], "premature end of data segment"),
     "PNG": (PNG, "PNG, not JPEG"),
-    "16-bit PNG": (encoded("I;16", format="PNG"), "PNG, not JPEG"),
     "GIF": (encoded("P", format="GIF"), "GIF, not JPEG"),
 }
 NOT_DECODED = {

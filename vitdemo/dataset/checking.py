@@ -158,7 +158,7 @@ def _row(data: Dataset, index: int) -> tuple:
 def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
     """The width, height, mode, EXIF state, error and warning of one file, as in ``check_images``."""
     header = read_header(jpeg)
-    error = header.error or refusal(header.width, header.height, jpeg)
+    error = header.error or refusal(header.width, header.height, jpeg, header.mode)
     if error:
         return *header[:4], error, ""
     warning = ""

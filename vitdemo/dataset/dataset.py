@@ -78,7 +78,7 @@ class Dataset:
 
         Args:
             classes, class_names: the ids and names of the model's classes, by output.
-            outputs: own label of this data set -> output.
+            outputs: label of this data set -> output.
             decided: how the outputs were found.
             model: the sha256 of the model's weights.
         """
@@ -86,7 +86,14 @@ class Dataset:
         other.__dict__ |= self.__getstate__()
         other.classes, other.class_names = list(classes), list(class_names)
         other.decided, other.matched_with = decided, model
-        other.labels = [outputs[label] for label in self.own_labels]
+        other.labels = [outputs[label] for label in self.labels]
+        return other
+
+    def unmatched(self) -> "Dataset":
+        """The same samples with their own classes, before these were matched with a model's."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__getstate__() | {"decided": "", "matched_with": ""}
+        other.classes, other.class_names, other.labels = self.own_classes, self.own_names, self.own_labels
         return other
 
     @cached_property

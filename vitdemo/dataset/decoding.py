@@ -123,12 +123,15 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}"
 
 
-def refusal(width: int, height: int, jpeg: bytes) -> str:
+def refusal(width: int, height: int, jpeg: bytes, mode: str = "RGB") -> str:
     """Why an image must not be decoded, or "" if it may: a file of a few bytes can take gigabytes or minutes.
 
     Each scan of a progressive JPEG goes over the whole image, and a scan that changes nothing takes only 11 bytes.
-    Counting the scans takes time, so they are counted only where there may be too many.
+    Counting the scans takes time, so they are counted only where there may be too many. Of PIL's modes, those with
+    more than 8 bits per pixel are refused, because ``convert`` would make everything above 255 white.
     """
+    if mode[0] in "IF":
+        return f"pixels of more than 8 bits (mode {mode}); convert the file to 8 bits"
     pixels, scans = width * height, 1
     if pixels * len(jpeg) > 11 * ENORMOUS_WORK and jpeg.startswith(SOI):
         scans = jpeg.count(SOS)
@@ -205,10 +208,8 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """
     try:
         with open_image(jpeg) as image:
-            if reason := _crop_refusal(*image.size, jpeg, preprocessing):
+            if reason := _crop_refusal(*image.size, jpeg, preprocessing) or refusal(*image.size, jpeg, image.mode):
                 raise UnreadableImage(reason)
-            if image.mode[0] in "IF":  # convert would make everything above 255 white
-                raise UnreadableImage(f"pixels of more than 8 bits (mode {image.mode}); convert the file to 8 bits")
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except UnreadableImage:
         raise

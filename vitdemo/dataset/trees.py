@@ -87,7 +87,8 @@ def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
     Raises VitdemoError for a ``classes.csv`` that lacks one of the wnids.
     """
     path = folder.parent / CLASSES
-    if not path.exists() or b"wnid" not in path.read_bytes().partition(b"\n")[0]:  # none, or the user's own table
+    header = path.read_bytes().partition(b"\n")[0] if path.exists() else b"none"
+    if header and b"wnid" not in header:  # no such file, or a table of the user's own
         return known_classes(wnids)
     names = {synset.wnid: synset.words for synset in read_classes(path)}
     if lacking := sorted(set(wnids) - set(names)):

@@ -45,14 +45,16 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
         VitdemoError: with the first class that has no output and the most similar outputs, or with the wrong row of
             ``class_map``.
     """
+    if data.decided:
+        named = info.classes is not None and data.classes == list(info.classes)
+        if class_map is None and (named or data.matched_with == info.weights_sha256):
+            return data
+        data = data.unmatched()
     outputs = _Outputs(info, data)
-    same = data.matched_with == info.weights_sha256 or outputs.known and data.classes == outputs.classes
-    if data.decided and same and class_map is None:
-        return data
     if -1 in data.labels:
         unlabelled = data.files[data.labels.index(-1)]
         raise VitdemoError(f"{data.path}: {unlabelled} has no label; `vitdemo predict` needs none")
-    own = {label: data.own_classes[label] for label in sorted(set(data.own_labels))}
+    own = {label: data.classes[label] for label in sorted(set(data.labels))}
     if class_map is None:
         found, decided = _by_names(outputs, own, data)
     elif str(class_map) in ORDERS:
@@ -63,7 +65,7 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
     if not outputs.known and info.class_names is None:  # the data's classes name the outputs
         names = [f"output {k}" for k in range(info.outputs)]
         for output in set(found.values()):
-            names[output] = " or ".join(data.own_names[label] for label in found if found[label] == output)
+            names[output] = " or ".join(data.class_names[label] for label in found if found[label] == output)
     return data.relabelled(outputs.classes, names, found, decided, info.weights_sha256)
 
 
@@ -85,7 +87,7 @@ class _Outputs:
     def __init__(self, info: ModelInfo, data: Dataset):
         self.tag, self.known, self.count = info.tag, info.classes is not None, info.outputs
         self.classes = list(info.classes or map(str, range(self.count)))
-        known = dict(zip(data.own_classes, data.own_names, strict=True))
+        known = dict(zip(data.classes, data.class_names, strict=True))
         self.names = list(info.class_names or [known.get(class_id, class_id) for class_id in self.classes])
         self.by_id = {class_id: k for k, class_id in enumerate(self.classes)} if self.known else {}
         self.by_name: dict[str, set[int]] = {}
@@ -125,7 +127,7 @@ def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[di
     advice = _advice(own.values())
     if not outputs.known:
         raise VitdemoError(f"{outputs.tag}: nobody says which class each of its {outputs.count} outputs is; {advice}")
-    found, words = {}, dict(zip(data.own_classes, data.own_names, strict=True))
+    found, words = {}, dict(zip(data.classes, data.class_names, strict=True))
     for label, class_id in own.items():
         name = words.get(class_id, class_id)
         output = outputs.find(class_id, name, *name.split(","))
@@ -162,7 +164,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
                 last = outputs.count - 1
                 raise VitdemoError(f"{option}: the class {class_id!r} of {data.path} is no number from 0 to {last}")
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
-    ids = sorted(data.own_classes, key=natural_key if order == "natural" else None)
+    ids = sorted(data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
         why = "an order needs all classes to be there; --class-map FILE may name only some"
         counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
@@ -174,7 +176,7 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
 
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
     label_of, found, absent = {normalize("NFC", class_id): label for label, class_id in own.items()}, {}, []
-    known_classes = {normalize("NFC", class_id) for class_id in data.own_classes}
+    known_classes = {normalize("NFC", class_id) for class_id in data.classes}
     for number, class_id, output in _rows(path):
         if class_id not in known_classes:
             absent.append(class_id)
