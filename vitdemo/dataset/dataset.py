@@ -302,9 +302,7 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
             if (is_tar or files) and len(places) > 1:
                 raise VitdemoError(f"{place}: an archive is read alone; give no other images with it")
             if files:
-                index = index_parquet(place, files)
-                if progress:
-                    print(f"{place}: {index.notes[0]}", file=message_stream())
+                print(f"{place}: {(index := index_parquet(place, files)).notes[0]}", file=message_stream())
                 return Dataset(index)
             listing = list_tar(place, plain_tar(place, progress)) if is_tar else None
     if listing is None:

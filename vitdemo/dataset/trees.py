@@ -74,8 +74,8 @@ def find_tree(path: Path, split: str) -> Path | None:
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     if folder := folder_of_split((entry.name for entry in path.iterdir() if entry.is_dir()), split):
         return path / folder
-    if (kaggles := path / KAGGLE / split).is_dir():
-        return kaggles
+    if (path / KAGGLE / split).is_dir():
+        return path / KAGGLE / split
     if (path / RECORDS[split]).exists():
         raise VitdemoError(f"{path}: an unfinished extraction; {AGAIN}")
     return None if any(entry.name.endswith(f"_img_{split}.tar") for entry in path.iterdir()) else path
