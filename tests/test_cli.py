@@ -282,6 +282,8 @@ def test_another_precision_is_held_against_the_reference(capsys, tmp_path):
     assert main([*command, "--out", str(tmp_path / "out"), "--resume"]) == 0
     assert "FlagPerf row" not in capsys.readouterr().out, "what was finished before took other seconds"
     assert (tmp_path / "out/flagperf.csv").read_bytes() == row
+    assert main([*command[:-1], "3", "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert "FlagPerf row" in capsys.readouterr().out, "the third run is new"
 
 
 def test_accuracy_below_the_published_one_is_diagnosed(capsys, tmp_path):

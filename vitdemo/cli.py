@@ -87,7 +87,7 @@ def _sizes(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers with commas, such as 1,8") from None
 
 
-MODEL_HELP = "vit_shapes20, a full timm tag, hf-hub:OWNER/NAME, a folder, or a checkpoint of timm's training script"
+MODEL_HELP = "vit_shapes20, a name of timm's, hf-hub:OWNER/NAME, a folder, or a checkpoint of timm's training script"
 MODEL = option("model", "MODEL", MODEL_HELP)
 WEIGHTS = option("--weights", "W", "pretrained, random, or a file")
 EMA = flag("--ema", "take the averaged weights of a training checkpoint")
@@ -102,7 +102,7 @@ ENGINE = (
 CALIBRATION = option("--calibration", "PATH", "images for int8: a data set, or images without labels")
 MAP_HELP = "a file with rows class,output, or a rule that orders the classes' names: sorted, natural, numbers"
 DATA = (
-    option("--labels", "FILE", "a table of the images' labels: csv, tsv, jsonl"),
+    option("--labels", "FILE", "a table of the images' labels: csv, tsv, json, jsonl"),
     option("--split", "S", "val (the default) or train"),
     option("--class-map", "MAP", MAP_HELP),
 )
@@ -157,16 +157,20 @@ def _extract(out: str, **options) -> int | None:
         return 0 if report.damaged.empty else 1
 
 
-def _engine_of(options: dict[str, Any]) -> tuple:
-    """Remove the options of model and engine from ``options``; return that model and engine."""
-    model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
-    return model, vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration", "force"))
+def _model_of(options: dict[str, Any]) -> Any:
+    """Remove the options of the model from ``options``; return that model."""
+    return vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
+
+
+def _engine_of(model: Any, options: dict[str, Any]) -> Any:
+    """Remove the options of the engine from ``options``; return that engine of ``model``."""
+    return vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration", "force"))
 
 
 @verb(MODEL, *ENGINE, CALIBRATION, flag("--force", "build it again even if the cache has it"))
 def _convert(**options) -> None:
     """Build a model for an engine and keep it in the cache."""
-    _, engine = _engine_of(options)
+    engine = _engine_of(_model_of(options), options)
     ran = ", ".join(f"{share:.1%} {precision}" for precision, share in engine.precision_ran.items())
     size = sum(file["bytes"] for file in engine.card.get("files", {}).values())
     built = f"built in {engine.card['build_s']:.1f} s, {size / 1e6:.1f} MB, " if size else ""
@@ -185,9 +189,10 @@ def _convert(**options) -> None:
 def _verify(**options) -> int:
     """Compare an engine with the fp32 reference, layer by layer."""
     data, class_map = _data_of(options), options.pop("class_map", None)
-    model, engine = _engine_of(options)
+    model = _model_of(options)
     if data is not None:
         options["data"] = vitdemo.match_classes(model.info, data, class_map) if class_map else data
+    engine = _engine_of(model, options)
     report = vitdemo.verify(engine, model, **options)
     print(report)
     return 0 if report.ok else 1
@@ -233,13 +238,15 @@ SHOWN = 100  # images that are printed; --out writes all
 )
 def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **options) -> None:
     """Classify images that have no labels."""
+    from vitdemo.dataset.samples import counted
+
     if out and (out.suffix != ".csv" or out.exists() or not os.access(out.absolute().parent, os.W_OK)):
         where = "in a folder that is there and can be written"
         raise VitdemoError(f"--out {out}: give the name of a new file that ends in .csv, {where}")
     data, named, class_map = vitdemo.open_images(images), _data_of(options), options.pop("class_map", None)
-    model, engine = _engine_of(options)
+    model = _model_of(options)
     names = None if named is None else vitdemo.match_classes(model.info, named, class_map).class_names
-    table = vitdemo.answers(engine, data, class_names=names, top=top)
+    table = vitdemo.answers(_engine_of(model, options), data, class_names=names, top=top)
     if data.source == "folder":
         table["file"] = [os.path.relpath(data.path / file) for file in table["file"]]
     if out:
@@ -252,7 +259,7 @@ def _predict(images: Sequence[str], top: int = 3, out: Path | None = None, **opt
         print(f"… and {len(table) - SHOWN} more{f', in {out}' if out else '; --out FILE.csv writes all'}")
     if rotated := table.attrs["rotated"]:
         print(f"{rotated} of them carry an EXIF orientation, which is ignored, as timm does", file=sys.stderr)
-    print(f"{len(table)} images, {(table['error'] != '').sum()} of them unreadable", file=sys.stderr)
+    print(f"{counted(len(table), 'image')}, {(table['error'] != '').sum()} unreadable", file=sys.stderr)
 
 
 @verb(
@@ -289,8 +296,8 @@ SCHEDULE_HELP = "async (the default): a free replica takes the next batch; sync:
     *DATA,
     *ENGINE,
     CALIBRATION,
-    option("--device-batch-size", "B", type=int),
-    option("--limit", "N", "only the first N images", int),
+    option("--device-batch-size", "B", "images per batch (8)", int),
+    option("--limit", "N", "only the first N images, of the first classes in a folder per class", int),
     option("--replicas", "N", "share the work among N processes, by Ray", int),
     option("--schedule", "S", SCHEDULE_HELP),
     option("--ray-address", "A", "a Ray cluster: host:port of its head, or auto"),
@@ -306,11 +313,10 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
 
     if diagnose and options.get("weights") == "random":
         raise VitdemoError("--diagnose: answers of random weights mean nothing; leave it out, or give weights")
-    finished = "resume" in options and (out / FLAGPERF).exists()  # its row is of the session that measured it
     start, dataset = time.perf_counter(), _data_of(options)
-    model = vitdemo.load_model(options.pop("model"), **_taken(options, "weights", "ema"))
+    model = _model_of(options)
     dataset = vitdemo.match_classes(model.info, dataset, options.pop("class_map", None))
-    engine = vitdemo.convert(model, **_taken(options, "engine", "precision", "device", "calibration"))
+    engine = _engine_of(model, options)
     try:
         runs, reference = evaluate_beside_reference(engine, model, dataset, out=out, **options)
     except EngineFailure as failure:
@@ -318,21 +324,24 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     except KeyboardInterrupt:
         return _stopped(out, (out / "run.json").exists(), "the same command with --resume goes on")
     e2e_s = None if "resume" in options else time.perf_counter() - start  # only of a run that was not interrupted
-    evaluation = runs[0]
-    if not finished:
+    evaluation, row = runs[0], None
+    if any(run and len(run.times) for run in (*runs, reference)) or not (out / FLAGPERF).exists():  # not all finished
         roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
         row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
         write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")
     if reference is not None and reference is not evaluation:
         print(f"{vitdemo.agreement(evaluation, reference)}\nreference: {reference}")
-    if not finished:
+    if row:
         print("FlagPerf row:", describe_row(row))
     print(f"outputs and classes: matched {dataset.decided}")
     published = vitdemo.compare_published(evaluation)
     print(f"{published}\nmachine: {vitdemo.describe_machine(vitdemo.machine_record())}\nresults: {evaluation.out}")
     if published.verdict == "below" and not diagnose and evaluation.metrics["images"] == len(dataset):
         print("below: the same command with --diagnose and a new --out looks for the cause")
+    if evaluation.metrics["errors"] == evaluation.metrics["images"]:
+        print(f"vitdemo: none of the images can be read; {evaluation.out}/predictions.csv says why", file=sys.stderr)
+        return 1
     if diagnose:
         try:
             print(vitdemo.diagnose(engine, model, dataset))

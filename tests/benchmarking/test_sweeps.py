@@ -339,6 +339,13 @@ def test_replicas_share_each_batch(tmp_path):
     assert 0 < row["top1"] <= 1 and row["images"] == 8
 
 
+def test_replicas_need_no_data(tmp_path):
+    pytest.importorskip("ray")
+    options = dict(weights="random", engines="eager:fp32", device_batch_sizes=[1], replicas=1, row_budget_s=0.2)
+    rows = benchmark("test_vit.r160_in1k", **options, out=tmp_path)
+    assert rows["status"].tolist() == ["ok"] and rows["top1"].isna().all()
+
+
 @pytest.fixture
 def bf16_is(monkeypatch):
     """Have every engine answer that bf16 is native, emulated or absent."""

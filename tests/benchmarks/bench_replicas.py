@@ -57,7 +57,7 @@ def measure(name: str, engine: Engine, data: ImageNetVal, rounds: int) -> tuple[
     # As for all of ImageNet: these runs are too short for ``evaluate`` to choose.
     _, rates = quicker_on_images(engine, data, 50_000, device_batch_size=BATCH, input_path="fast")
     whole = BATCH * cores()  # so that no core has a batch less to do
-    rate = max(rates.values())
+    rate = max(rates.values(), default=0)
     images = min(len(data) // whole, max(2, round(RUN_S * rate / whole))) * whole
     with Replicas(engine, data, 1, share=0.5) as one, Replicas(engine, data, cores(), share=0.5) as many:
         arms = {"one process": None, "one replica": one, "one replica per core": many}

@@ -358,7 +358,7 @@ def test_bad_input_is_one_line(vit_shapes20, eager, shapes20):
         (other, eager, 4, "the engine was not made from this model"),
         (random, convert(random), 4, "answers of random weights mean nothing"),
         (vit_shapes20, convert(vit_shapes20, "null", "none"), 4, "answers of the null engine mean nothing"),
-        (nameless, convert(nameless), 4, "vit_shapes20: nobody says which class each of its 20 outputs is"),
+        (nameless, convert(nameless), 4, "vit_shapes20: nothing says which class each of its 20 outputs is"),
     ):
         with pytest.raises(VitdemoError, match=re.escape(message)) as raised:
             diagnose(engine, model, shapes20, images=images, progress=False)

@@ -252,7 +252,7 @@ def test_words_as_labels(folder):
 
 def test_trainer_folder_without_preprocessor(folder):
     (folder / "preprocessor_config.json").unlink()
-    refused(r"preprocessor_config.json: not there; .*from_pretrained\(\"the base model's name\"\).save", folder)
+    refused(r"preprocessor_config.json: not there; .*from_pretrained\(BASE\).save_.*, BASE being the", folder)
     edited(folder / "config.json", _name_or_path="microsoft/swin-tiny")
     refused(r"from_pretrained\('microsoft/swin-tiny'\).save_pretrained\('.*swin'\)", folder)
 
@@ -266,6 +266,9 @@ def test_empty_folder_and_folder_of_weights_alone(tmp_path):
     refused("the folder is empty", tmp_path)
     (tmp_path / "last.ckpt").touch()
     refused("give the architecture as the model and .*last.ckpt with --weights", tmp_path)
+    (tmp_path / "run/checkpoint-500").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-500/config.json").touch()
+    refused("give the folder .*/run/checkpoint-500, which holds one", tmp_path / "run")
     refused("no such folder", f"local-dir:{tmp_path}/nowhere")
 
 
@@ -406,11 +409,16 @@ def test_weights_in_several_files(folder):
     refused("its weights are split into several files; save the model again with max_shard_size", folder)
 
 
-def test_outputs_of_which_not_exactly_one_is_right(folder, tmp_path):
+@pytest.mark.parametrize("model_type", ["vit", "swin"])
+def test_several_classes_of_one_image(architecture, model_type, tmp_path):
+    shutil.copytree(architecture(model_type)[1], tmp_path / "model")
+    edited(tmp_path / "model/config.json", problem_type="multi_label_classification")
+    refused("problem_type 'multi_label_classification' .*one class per image", tmp_path / "model")
+
+
+def test_one_output(tmp_path):
     torch.save(module_of("resnet18", num_classes=1).state_dict(), tmp_path / "one.pth")
     refused("resnet18: has one output, and a softmax of one is always 1", "resnet18", tmp_path / "one.pth")
-    edited(folder / "config.json", problem_type="multi_label_classification")
-    refused("several classes may be right at once", folder)
 
 
 def test_seven_outputs_are_not_imagenets(tmp_path):
@@ -509,6 +517,16 @@ def test_timms_folder(tmp_path, spelling):
     model = load_model(spelling.format(folder))
     assert_same(model, oracle)
     assert model.info.classes == ("a", "b", "c", "d") and model.info.class_names == ("the letter a", "b", "c", "d")
+
+
+def test_weights_of_another_image_size(tmp_path):
+    oracle = module_of(img_size=96, num_classes=7)
+    torch.save(oracle.state_dict(), tmp_path / "mine.pth")
+    refused("mine.pth: .* or trained at another image size; .*docs/your_own.md", TINY, tmp_path / "mine.pth")
+    timm.models.save_for_hf(oracle, tmp_path / "mine", safe_serialization=True)  # as docs/your_own.md says
+    model = load_model(tmp_path / "mine")
+    assert_same(model, oracle)
+    assert model.info.preprocessing.input_size == (3, 96, 96) and model.info.outputs == 7
 
 
 def test_timms_flat_folder_of_2021(tmp_path):

@@ -24,6 +24,7 @@ from vitdemo import (
     Model,
     Preprocessing,
     answers,
+    check_images,
     convert,
     evaluate,
     match_classes,
@@ -253,6 +254,22 @@ def test_parquet_files_that_are_damaged_or_something_else(tmp_path):
     assert len(open_images([hidden])) == 5 and set(open_data(hidden).labels) == {-1}
 
 
+def test_labels_of_images_that_are_only_to_be_classified_do_no_harm(tmp_path, eager):
+    hidden = parquet(tmp_path / "test.parquet", [row | {"label": -1} for row in rows_of(3, str)], ["cat", "dog"])
+    many = parquet(tmp_path / "many.parquet", rows_of(3, str), [f"class {k}" for k in range(50)])
+    for path in (hidden, many):
+        assert answers(eager, open_images([path]), progress=False)["error"].eq("").all()
+    report = check_images(open_images([hidden]))
+    assert report.rows["class_id"].eq("").all() and report.rows["bytes"].gt(0).all() and report.damaged.empty
+
+
+def test_a_column_of_paths_beside_the_images_in_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame({"image": [picture(k) for k in range(3)], "path": list("abc"), "label": [0, 1, 0]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert [s.class_id for s in open_data(tmp_path / "a.parquet")] == ["0", "1", "0"]
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 @pytest.mark.parametrize("path", ["images", ""])
 def test_an_imagefolder_of_hugging_face(tmp_path, name, path):
@@ -308,6 +325,19 @@ def test_folders_of_splits_in_other_spellings(tmp_path, val):
     write(tmp_path / val, {"cat/0.jpg": picture(0)})
     write(tmp_path / "Training", {"cat/1.jpg": picture(1), "dog/2.jpg": picture(2)})
     assert open_data(tmp_path).files == ["cat/0.jpg"] and len(open_data(tmp_path, split="train")) == 2
+
+
+def test_splits_are_no_classes_and_valid_may_be_one(tmp_path):
+    write(tmp_path / "two", {"val/0.jpg": picture(0), "test/0.jpg": picture(1)})
+    with refused("two: holds test/ and no train/; give that folder as the data set"):
+        open_data(tmp_path / "two", split="train")
+    data = open_data(write(tmp_path / "set", {"valid/0.jpg": picture(0), "invalid/0.jpg": picture(1)}))
+    assert data.classes == ["invalid", "valid"]
+
+
+def test_a_class_whose_images_cannot_be_read_is_a_class_also_below_a_folder(tmp_path):
+    write(tmp_path, {"set/data/cat/0.jpg": picture(0), "set/data/dog/0.heic": b"x"})
+    assert open_data(tmp_path / "set").classes == open_data(tmp_path / "set/data").classes == ["cat", "dog"]
 
 
 def test_names_with_commas_are_shortened_only_if_they_stay_different():
@@ -393,6 +423,13 @@ def test_tables_that_cannot_be_understood(tmp_path, table, line):
         open_data(tmp_path / "set", labels=tmp_path / "t.csv")
 
 
+def test_a_name_that_several_images_have_is_called_ambiguous(tmp_path):
+    write(tmp_path / "set", {f"{k}/x.jpg": picture(k) for k in range(2)})
+    write(tmp_path, {"t.csv": "path,label\n0/x.jpg,cat\nx.jpg,dog\n"})
+    with refused("row 3 names 'x.jpg', of which there are several in"):
+        open_data(tmp_path / "set", labels=tmp_path / "t.csv")
+
+
 def test_images_that_a_table_leaves_out_are_told(tmp_path, capsys):
     write(tmp_path, {f"{k}.jpg": picture(k) for k in range(3)} | {"metadata.csv": "file_name,label\n0.jpg,cat\n"})
     assert len(open_data(tmp_path)) == 1
@@ -454,6 +491,8 @@ def test_no_labels_at_all(tmp_path):
         assert images.files == files and images.labels == [-1] * len(files) and all(s.image for s in images)
     with refused("absent", "check the path"):
         open_images([tmp_path / "absent"])
+    with refused("no paths were given"):
+        open_images([])
 
 
 def test_what_predict_passes_over_is_told(tmp_path, capsys):
@@ -475,6 +514,14 @@ def test_what_predict_passes_over_is_told(tmp_path, capsys):
         open_images([tmp_path / "b.heic"])
 
 
+def test_images_beside_parquet_files_do_not_vanish(tmp_path, capsys):
+    parquet(tmp_path / "answers.parquet", rows_of(2, lambda k: None))
+    assert len(open_images([tmp_path], progress=False)) == 2 and not capsys.readouterr().err
+    write(tmp_path, {"a.jpg": picture(0)})
+    with refused("holds answers.parquet and 1 image, such as a.jpg"):
+        open_images([tmp_path])
+
+
 def test_a_packed_set_in_a_folder_is_named(tmp_path):
     write(tmp_path, {"data/val_images.tar.gz": b"x", "README.md": "x"})
     with refused("holds no image, but data/val_images.tar.gz; give that file"):
@@ -493,9 +540,11 @@ def test_outputs_without_names_are_named_by_the_data(tmp_path, vit_shapes20):
     data = open_data(write(tmp_path / "set", {f"{word}/0.jpg": picture(k) for k, word in enumerate(words)}))
     matched = match_classes(first.info, data, "sorted")
     assert matched.class_names == words and match_classes(first.info, matched) is matched
+    again = open_again(matched.address)  # as in the process that measures an engine
+    assert match_classes(first.info, again) is again and again.labels == matched.labels
     torch.nn.init.zeros_((other := copy.deepcopy(vit_shapes20.module)).head.bias)
     second = Model.from_module(other, vit_shapes20.info.preprocessing, name="second")
-    with refused("second: nobody says which class each of its 20 outputs is"):
+    with refused("second: nothing says which class each of its 20 outputs is"):
         match_classes(second.info, matched)
     write(tmp_path, {"map.csv": "word 03,7\nword 04,7\n"})
     part = match_classes(first.info, data.take([3, 4]), tmp_path / "map.csv")

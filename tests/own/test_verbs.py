@@ -65,7 +65,7 @@ def test_predict_gives_the_answers_of_evaluate(tmp_path, monkeypatch, capsys, fo
         assert read[f"class_{k}"].tolist() == [called[int(output)] for output in read[f"predicted_{k}"]]
     assert [Path(file).name for file in unread["file"]] == [DAMAGED] and unread["class_1"].isna().all()
     turned = sum(Image.open(Path(file)).getexif().get(0x112, 1) != 1 for file in read["file"])
-    assert f"{turned} of them carry an EXIF orientation" in told and turned and "23 images, 1 of them unread" in told
+    assert f"{turned} of them carry an EXIF orientation" in told and turned and "23 images, 1 unread" in told
     lines = [line.split("\t") for line in printed.splitlines()]
     assert [line[0] for line in lines] == table["file"].tolist() and {len(line) for line in lines} == {6, 2}
 
@@ -124,6 +124,13 @@ def test_predict_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().err.splitlines()
     assert sorted(os.listdir(tmp_path)) == ["model", "set"] and said[-1].startswith("vitdemo: ")
     assert "Traceback" not in str(said)
+
+
+def test_an_evaluation_that_reads_no_image_fails(tmp_path, capsys, called):
+    data = write(tmp_path / "set", {f"{called[0]}/{k}.jpg": b"no image" for k in range(2)})
+    assert main(["evaluate", "vit_shapes20", "--data", str(data), "--out", str(tmp_path / "out")]) == 1
+    assert "none of the images can be read" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "out/predictions.csv")) == 2
 
 
 def test_a_table_and_a_class_map_from_a_shell(tmp_path, capsys, shapes20, eager):

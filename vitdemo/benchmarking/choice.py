@@ -59,7 +59,7 @@ def choose_engine(rows: pd.DataFrame, latency_budget_ms: float, largest_accuracy
     fast = right[right["p90_ms"] <= latency_budget_ms]
     if fast.empty:
         least = right["p90_ms"].min()
-        none = f"none is right enough in {latency_budget_ms} ms; the fastest takes {least:.1f} ms"
+        none = f"no engine is accurate enough within {latency_budget_ms} ms; the fastest takes {least:.1f} ms"
         raise VitdemoError(f"which engine: {none}; allow more time, or a larger loss")
     return fast.loc[fast["images_per_s"].idxmax()]
 

@@ -75,7 +75,7 @@ class ReplicaBench(EngineBench):
     Predictions and logits are those of the engine without replicas.
     """
 
-    def __init__(self, engine: Engine, data: Dataset, count: int, share: float):
+    def __init__(self, engine: Engine, data: Dataset | None, count: int, share: float):
         super().__init__(engine)
         self._replicas = Replicas(engine, data, count, share=share)
 

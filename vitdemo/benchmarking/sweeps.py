@@ -183,8 +183,7 @@ class SweepRun:
         recipe = candidate.recipe
         try:
             if self._replicas:
-                data = self._data or open_data(data_path(SHAPES20))
-                candidate.bench = ReplicaBench(recipe.engine(cores()), data, self._replicas, share)
+                candidate.bench = ReplicaBench(recipe.engine(cores()), self._data, self._replicas, share)
             elif not issubclass(recipe.cls, CompiledEngine):
                 candidate.bench.ask("engine", recipe, cores())
             else:
@@ -347,9 +346,8 @@ def benchmark(
         raise VitdemoError(f"row_budget_s {row_budget_s!r}: must be more than 0 seconds")
     if replicas:
         check_ray(None)
-    loaded = [
-        load_model(name, weights, ema=ema) for name in names
-    ]  # before the first measurement, to report mistyped names
+    # before the first measurement, to report mistyped names
+    loaded = [load_model(name, weights, ema=ema) for name in names]
     scored = [scored_data(model, data, class_map, images) for model in loaded]
     tables, out = [], user_path(out)
     for name, model, own in zip(names, loaded, scored, strict=True):

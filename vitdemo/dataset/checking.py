@@ -40,7 +40,7 @@ class ImageReport:
     """The report of ``check_images``.
 
     Attributes:
-        rows: one row per image in ascending order of file names, with the columns of images.csv (see ``check_images``).
+        rows: one row per image in the data set's order, with the columns of images.csv (see ``check_images``).
         summary: the content of images.json (see ``check_images``).
         class_names: each class's synonyms in one string, by label.
         out: the folder of both files, or None.
@@ -55,7 +55,7 @@ class ImageReport:
     def damaged(self) -> pd.DataFrame:
         """The rows with an error or a warning; ``class`` is the first synonym of the class's name."""
         found = self.rows[(self.rows["error"] != "") | (self.rows["warning"] != "")]
-        classes = [self.class_names[label].split(",")[0] for label in found["label"]]
+        classes = [self.class_names[label].split(",")[0] if label >= 0 else "" for label in found["label"]]
         return found[["file", "class_id", "label", "error", "warning"]].assign(**{"class": classes})
 
     def __str__(self) -> str:
@@ -146,13 +146,13 @@ def _checked(data: Dataset, images: int) -> Iterator[list[tuple]]:
 
 
 def _row(data: Dataset, index: int) -> tuple:
-    label = data.labels[index]
-    what = (data.files[index], label, data.classes[label], data.sizes[index])
+    label, own = data.labels[index], data.own_labels[index]
+    what = data.files[index], label, data.own_classes[own] if own >= 0 else ""
     try:
         jpeg = data[index].image
     except VitdemoError as error:  # a file that cannot be read from the disk counts as damaged
-        return *what, 0, 0, UNREADABLE, "", str(error), "", ""
-    return *what, *examine_jpeg(jpeg), hashlib.sha256(jpeg).hexdigest()
+        return *what, data.sizes[index], 0, 0, UNREADABLE, "", str(error), "", ""
+    return *what, len(jpeg), *examine_jpeg(jpeg), hashlib.sha256(jpeg).hexdigest()
 
 
 def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:

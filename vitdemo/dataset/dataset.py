@@ -6,13 +6,14 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
 from vitdemo.dataset import trees
 from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
 from vitdemo.dataset.parquet import index_parquet, parquet_files
-from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, list_folder, list_tar
+from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, counted, list_folder, list_tar
 from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
 from vitdemo.dataset.trees import index_by_folder, index_by_name, of_split
@@ -63,8 +64,8 @@ class Dataset:
 
     def take(self, indices: Sequence[int]) -> "Dataset":
         """The samples at ``indices``, which are ascending, as a data set."""
-        other = object.__new__(type(self))
-        other.__dict__ |= {name: value for name, value in self.__getstate__().items() if name != "fingerprint"}
+        other = copy(self)
+        other.__dict__.pop("fingerprint", None)
         for name in ("files", "sizes", "labels", "offsets", "own_labels"):
             values = getattr(self, name)
             setattr(other, name, [values[i] for i in indices])
@@ -82,8 +83,7 @@ class Dataset:
             decided: how the outputs were found.
             model: the sha256 of the model's weights.
         """
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__getstate__()
+        other = copy(self)
         other.classes, other.class_names = list(classes), list(class_names)
         other.decided, other.matched_with = decided, model
         other.labels = [outputs[label] for label in self.labels]
@@ -91,8 +91,8 @@ class Dataset:
 
     def unmatched(self) -> "Dataset":
         """The same samples with their own classes, before these were matched with a model's."""
-        other = object.__new__(type(self))
-        other.__dict__ |= self.__getstate__() | {"decided": "", "matched_with": ""}
+        other = copy(self)
+        other.decided = other.matched_with = ""
         other.classes, other.class_names, other.labels = self.own_classes, self.own_names, self.own_labels
         return other
 
@@ -157,7 +157,8 @@ class Dataset:
     @property
     def address(self) -> tuple:
         """The argument with which ``open_again`` opens this data set in another process, here or on another machine."""
-        return self.opened, self.taken, self.fingerprint, (self.classes, self.class_names, self.labels, self.decided)
+        matched = self.classes, self.class_names, self.labels, self.decided, self.matched_with
+        return self.opened, self.taken, self.fingerprint, matched
 
 
 def open_again(address: tuple) -> Dataset:
@@ -171,7 +172,7 @@ def open_again(address: tuple) -> Dataset:
     data = data if taken is None or len(data) <= max(taken) else data.take(taken)
     if data.fingerprint != fingerprint:
         raise VitdemoError(f"{path}: holds other images here than on the first machine; copy it again")
-    data.classes, data.class_names, data.labels, data.decided = matched
+    data.classes, data.class_names, data.labels, data.decided, data.matched_with = matched
     return data
 
 
@@ -226,14 +227,15 @@ def _local(path: Path | str) -> Path:
     if "://" in str(path):
         raise VitdemoError(f"{path}: is a URL; download what is there, and give the file or folder")
     if Path(path).suffix.lower() in PACKED:
-        raise VitdemoError(f"{path}: is packed; unpack it, and give the folder")
+        raise VitdemoError(f"{path}: is packed; unpack it, and give what was in it")
     return user_path(path).absolute()
 
 
 def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple[Index, Path | None]:
     """The index of the data set at ``path``, and the folder that was read, None for archives."""
     tree = None if path.is_file() else trees.find_tree(path, split)
-    if tree is None and not _is_any_tar(path):
+    own = path.name.endswith(("_img_val.tar", "_img_train.tar"))  # ILSVRC2012's
+    if tree is None and (own or not path.is_file() or not path.name.endswith(TAR_SUFFIXES)):
         if path.suffix in TABLES:
             raise VitdemoError(f"{path}: is a table; give the folder of the images, and this as the labels (--labels)")
         tar = None if parquet_files(path, split) else trees.split_tar(path, split)
@@ -255,16 +257,10 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
     return index, tree
 
 
-def _is_any_tar(path: Path) -> bool:
-    """Whether ``path`` is a tar other than ILSVRC2012's."""
-    own = path.name.endswith(("_img_val.tar", "_img_train.tar"))
-    return path.is_file() and path.name.endswith(TAR_SUFFIXES) and not own
-
-
 def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     if not listing.images:
         left = f"; {listing.notes()[0]}" if listing.unread or listing.broken else ""
-        if packed := next((name for name in listing.others if name.endswith(TAR_SUFFIXES)), None):
+        if packed := next((name for name in listing.others if name.endswith(TAR_SUFFIXES + PACKED)), None):
             left = f", but {packed}; give that file, or what is in it"
         raise VitdemoError(f"{listing.path}: no data set, it holds no image{left}; {trees.expected(split)}")
     if table := labels or known_table(listing, split):
@@ -286,7 +282,7 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
         progress: show progress bars, and print what is left out.
 
     Raises:
-        VitdemoError: for a path without any image.
+        VitdemoError: for a path that does not exist, and where no path has an image.
     """
     places: list[Path] = []
     for given in paths:
@@ -295,6 +291,8 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
         if not matching:
             raise VitdemoError(f"{given}: no such file or folder; check the path")
         places += matching
+    if not places:
+        raise VitdemoError("open_images: no paths were given; name files, folders or patterns")
     for place in places:
         is_tar = place.is_file() and place.name.endswith(TAR_SUFFIXES)
         with named_errors(place):
@@ -302,7 +300,12 @@ def open_images(paths: Sequence[Path | str], *, progress: bool = True) -> Datase
             if (is_tar or files) and len(places) > 1:
                 raise VitdemoError(f"{place}: an archive is read alone; give no other images with it")
             if files:
-                print(f"{place}: {(index := index_parquet(place, files)).notes[0]}", file=message_stream())
+                if place.is_dir() and (images := list_folder(place).images):
+                    both = f"holds {files[0].name} and {counted(len(images), 'image')}, such as {next(iter(images))}"
+                    raise VitdemoError(f"{place}: {both}; give either of them alone")
+                index = index_parquet(place, files)
+                if progress:
+                    print(f"{place}: {index.notes[0]}", file=message_stream())
                 return Dataset(index)
             listing = list_tar(place, plain_tar(place, progress)) if is_tar else None
     if listing is None:

@@ -128,7 +128,7 @@ def refusal(width: int, height: int, jpeg: bytes, mode: str = "RGB") -> str:
 
     Each scan of a progressive JPEG goes over the whole image, and a scan that changes nothing takes only 11 bytes.
     Counting the scans takes time, so they are counted only where there may be too many. Of PIL's modes, those with
-    more than 8 bits per pixel are refused, because ``convert`` would make everything above 255 white.
+    more than 8 bits per channel are refused, because ``convert`` would make everything above 255 white.
     """
     if mode[0] in "IF":
         return f"pixels of more than 8 bits (mode {mode}); convert the file to 8 bits"
@@ -208,7 +208,7 @@ def reference_crop(jpeg: bytes, preprocessing: Preprocessing) -> torch.Tensor:
     """
     try:
         with open_image(jpeg) as image:
-            if reason := _crop_refusal(*image.size, jpeg, preprocessing) or refusal(*image.size, jpeg, image.mode):
+            if reason := _crop_refusal(*image.size, jpeg, preprocessing, image.mode):
                 raise UnreadableImage(reason)
             return torch.as_tensor(_timm_transform(preprocessing)(image.convert("RGB")))
     except UnreadableImage:
@@ -254,7 +254,7 @@ def _resized_sides(preprocessing: Preprocessing) -> list[int]:
     return [math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:]]
 
 
-def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing) -> str:
+def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preprocessing, mode: str = "RGB") -> str:
     """Why an image must not be decoded or resized, or "" if it may.
 
     Resizing keeps the aspect ratio, so that an image of one pixel's height becomes enormous.
@@ -265,7 +265,7 @@ def _crop_refusal(width: int, height: int, jpeg: bytes, preprocessing: Preproces
         to_height, to_width = round(height * scale), round(width * scale)
     pixels = to_height * to_width
     resized = f"not decoded: {width} x {height} pixels, resized it would have {pixels:,}" if pixels > ENORMOUS else ""
-    return refusal(width, height, jpeg) or resized
+    return refusal(width, height, jpeg, mode) or resized
 
 
 def crop_picture(name: str, content: bytes, preprocessing: Preprocessing) -> torch.Tensor:

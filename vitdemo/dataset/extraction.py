@@ -81,9 +81,8 @@ def _verify(path: Path, unverified: bool, progress: bool) -> str:
         raise VitdemoError(f"{path}: no MD5 is known for this name, so it cannot be verified; {cure}")
     digest = md5(path, progress)
     if digest != known and not unverified:
-        raise VitdemoError(
-            f"{path}: MD5 {digest} is not the published {known}: damaged or altered; get it again ({cure})"
-        )
+        wrong = f"MD5 {digest} is not the published {known}: damaged or altered"
+        raise VitdemoError(f"{path}: {wrong}; get it again ({cure})")
     return digest
 
 

@@ -142,16 +142,15 @@ class Rows:
 
     def columns(self) -> tuple[list, list]:
         """The labels and the paths of all rows, with None where a row has none."""
-        labels, paths = [], []
+        labels, paths, inside = [], [], f"{self.image}.path"
         for file, handle in zip(self.files, self._handles, strict=True):
-            inside = f"{self.image}.path" if "path" in handle.schema.names else None
             try:
-                table = handle.read(columns=[name for name in (self.label, inside) if name])
+                table = handle.read(columns=[name for name in (self.label, inside) if name]).flatten()
             except Exception as error:
                 raise VitdemoError(f"{file}: cannot be read ({reason_of(error)}); get it again") from None
             none = [None] * handle.metadata.num_rows
             labels += table.column(self.label).to_pylist() if self.label else none
-            paths += table.column(self.image).combine_chunks().field("path").to_pylist() if inside else none
+            paths += table.column(inside).to_pylist() if inside in table.column_names else none
         return labels, [path and str(path).rpartition("/")[2] for path in paths]
 
     def image_bytes(self, row: int) -> bytes:

@@ -82,7 +82,7 @@ class Listing(NamedTuple):
 
     tar: the tar that is read, decompressed where ``path`` is compressed; None for a folder. images: in ascending
     order. others: files that are not images. unread: images in a format that PIL cannot read here. folders: the
-    topmost folders, including those without images. broken: links to files that do not exist.
+    topmost folders, including those without images, except in ``within``. broken: links to files that do not exist.
     """
 
     path: Path
@@ -95,15 +95,12 @@ class Listing(NamedTuple):
 
     def within(self, prefix: str) -> "Listing":
         """The listing of one of its folders; ``prefix`` ends with "/"."""
-
-        def cut(names: Iterable[str]) -> dict[str, str]:
-            return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-
-        images = {short: self.images[name] for name, short in cut(self.images).items()}
-        others = {short: self.others[name] for name, short in cut(self.others).items()}
-        folders = {short.partition("/")[0] for short in [*images, *others] if "/" in short}
+        cut = len(prefix)
+        files = ({k[cut:]: v for k, v in of.items() if k.startswith(prefix)} for of in (self.images, self.others))
+        names = ([k[cut:] for k in of if k.startswith(prefix)] for of in (self.unread, self.broken))
+        (images, others), (unread, broken) = files, names
+        folders = {name.partition("/")[0] for name in (*images, *others, *unread, *broken) if "/" in name}
         path = self.path if self.tar else self.path / prefix
-        unread, broken = ([*cut(names).values()] for names in (self.unread, self.broken))
         return Listing(path, self.tar, images, others, unread, folders, broken)
 
     def content(self, name: str) -> bytes:

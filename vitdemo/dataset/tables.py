@@ -54,7 +54,8 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
         name = names.find(value)
         if name is None:
             lost = sum(names.find(other) is None for other in rows[files])
-            lacking = f"names {value!r}, which is not in {listing.path} ({counted(lost, 'such row')})"
+            which = "of which there are several" if names.short.get(value.strip(), "") is None else "which is not"
+            lacking = f"names {value!r}, {which} in {listing.path} ({counted(lost, 'such row')})"
             raise VitdemoError(f"{where}: row {line} {lacking}; correct the path, or take these rows out")
         if not label:
             raise VitdemoError(f"{where}: row {line}, {value!r}, has no label; give it one, or take it out")
@@ -101,7 +102,7 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
     try:
         text = content.decode("utf-8-sig")
         if suffix_of(name) in (".json", ".jsonl", ".ndjson"):
-            table = pd.read_json(io.StringIO(text), lines=suffix_of(name) != ".json", dtype=False).map(_text)
+            table = pd.read_json(io.StringIO(text), lines=suffix_of(name) != ".json", dtype=False)
         else:
             separator = max("\t,;", key=text.partition("\n")[0].count)
             table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
@@ -110,11 +111,8 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
     except ValueError as error:  # the exceptions of pandas are ValueErrors
         reason = f"cannot be read as a table ({' '.join(str(error).split())})"
         raise VitdemoError(f"{name}: {reason}; give one row per image, file and label") from None
+    table = table.map(lambda cell: "" if cell is None or cell != cell else str(cell))
     return table.set_axis(range(1, len(table) + 1))
-
-
-def _text(value: object) -> str:
-    return "" if value is None or value != value else str(value)
 
 
 class _Names:

@@ -35,9 +35,8 @@ class Synset(NamedTuple):
 def expected(split: str) -> str:
     """The forms that a path to a split may have, for messages."""
     archive = f"<name>_img_{split}.tar{' with its devkit next to it' if split == 'val' else ''}"
-    return (
-        f"expected {split}/ with one folder per class, images with a table of their labels, parquet files, or {archive}"
-    )
+    forms = "one folder per class, images with a table of their labels, parquet files"
+    return f"expected {split}/ with {forms}, or {archive}"
 
 
 def split_tar(path: Path, split: str = "val") -> Path:
@@ -56,16 +55,16 @@ def split_tar(path: Path, split: str = "val") -> Path:
     if not tars:
         raise VitdemoError(f"{path}: no data set; {expected(split)}")
     if len(tars) > 1:
-        raise VitdemoError(
-            f"{path}: holds {len(tars)} {split} tars ({', '.join(tar.name for tar in tars)}); name one of them"
-        )
+        names = ", ".join(tar.name for tar in tars)
+        raise VitdemoError(f"{path}: holds {len(tars)} {split} tars ({names}); name one of them")
     return tars[0]
 
 
 def folder_of_split(folders: Iterable[str], split: str) -> str | None:
     """The one of ``folders`` that holds the split; None where none has such a name."""
-    named = {folder.casefold(): folder for folder in folders}
-    return next((named[name] for name in FOLDERS[split] if name in named), None)
+    named = {folder.casefold(): folder for folder in sorted(folders)}
+    found = (name for name in FOLDERS[split] if name in named and f"in{name}" not in named)  # valid/ and invalid/
+    return next(map(named.get, found), None)
 
 
 def find_tree(path: Path, split: str) -> Path | None:
@@ -86,14 +85,18 @@ def wnid_classes(wnids: list[str], folder: Path) -> dict[str, str]:
 
     Raises VitdemoError for a ``classes.csv`` that lacks one of the wnids.
     """
+    names = {synset.wnid: synset.words for synset in listed_classes(folder)}
+    if names and (lacking := sorted(set(wnids) - set(names))):
+        path = folder.parent / CLASSES
+        raise VitdemoError(f"{path}: lacks {lacking[0]}, which has images in {folder}; extract to a new folder")
+    return names or known_classes(wnids)
+
+
+def listed_classes(folder: Path) -> list[Synset]:
+    """The classes in ``classes.csv`` next to ``folder``; none where there is no such file, or a table of the user's."""
     path = folder.parent / CLASSES
     header = path.read_bytes().partition(b"\n")[0] if path.exists() else b"none"
-    if header and b"wnid" not in header:  # no such file, or a table of the user's own
-        return known_classes(wnids)
-    names = {synset.wnid: synset.words for synset in read_classes(path)}
-    if lacking := sorted(set(wnids) - set(names)):
-        raise VitdemoError(f"{path}: lacks {lacking[0]}, which has images in {folder}; extract to a new folder")
-    return names
+    return [] if header and b"label,wnid" not in header else read_classes(path)
 
 
 def known_classes(wnids: list[str]) -> dict[str, str]:
@@ -144,7 +147,7 @@ def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
         tops = listing.folders
         if found := folder_of_split(tops, split):
             return listing.within(f"{found}/"), f"{prefix}{found}/"
-        others = [folder for other in FOLDERS if (folder := folder_of_split(tops, other))]
+        others = sorted(top for top in tops if any(top.casefold() in names for names in FOLDERS.values()))
         if others and len(tops) <= len(others):
             raise VitdemoError(f"{listing.path}: holds {others[0]}/ and no {split}/; give that folder as the data set")
         around = {name.count("/") for name in listing.images}

@@ -370,16 +370,13 @@ class Recipe:
         needed = 3 * weights + (16 << 20)  # the artifact, an exported copy, and some more for the runtime
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise VitdemoError(
-                f"{folder}: a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free; make room, "
-                "or set VITDEMO_CACHE to another folder"
-            )
+            room = f"a build may need {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free"
+            raise VitdemoError(f"{folder}: {room}; make room, or set VITDEMO_CACHE to another folder")
         needed, free = BUILD_MEMORY * weights, free_memory_bytes()
         if needed > free:
-            raise VitdemoError(
-                f"{self.cls.name} {self.precision} of {self.info.tag}: building may take {needed / 1e9:.1f} GB "
-                f"of memory, and {free / 1e9:.1f} GB are free; close other programs, or take eager"
-            )
+            what = f"{self.cls.name} {self.precision} of {self.info.tag}"
+            sizes = f"building may take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+            raise VitdemoError(f"{what}: {sizes}; close other programs, or take eager")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -58,10 +58,8 @@ logits = lambda x: model.run(None, {{"x": x}})[0]
         self._session = self._open(folder / GRAPH)
         self.providers = self._session.get_providers()
         if device == "cuda" and ON_CUDA.isdisjoint(self.providers):  # ONNX Runtime would use the CPU instead
-            raise VitdemoError(
-                "device 'cuda': ONNX Runtime has no CUDA provider here; use cpu, or install onnxruntime-gpu in place "
-                "of onnxruntime"
-            )
+            wrong = "ONNX Runtime has no CUDA provider here"
+            raise VitdemoError(f"device 'cuda': {wrong}; use cpu, or install onnxruntime-gpu in place of onnxruntime")
 
     @classmethod
     def runs_on(cls, device: str) -> bool:

@@ -18,7 +18,7 @@ from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import Preprocessing, is_rotated, upright
 from vitdemo.dataset.devkit import devkit_of, read_devkit
 from vitdemo.dataset.samples import Sample, UnreadableFile
-from vitdemo.dataset.trees import CLASSES, Synset, read_classes
+from vitdemo.dataset.trees import Synset, listed_classes
 from vitdemo.engines.contract import Engine
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError, at_least_1, reason_of
@@ -49,9 +49,7 @@ def read_numbering(data: Dataset) -> Numbering:
     try:
         devkit = read_devkit(devkit_of(path if path.is_file() else path.parent))
     except VitdemoError as error:
-        listed = path.parent / CLASSES
-        synsets = read_classes(listed) if listed.exists() else []
-        return Numbering(_ids(synsets, data.classes), None, f"it needs the devkit: {error}")
+        return Numbering(_ids(listed_classes(path), data.classes), None, f"it needs the devkit: {error}")
     ids = _ids(devkit.synsets, data.classes)
     if ids is None:
         return Numbering(None, None, "it needs the devkit, and the one here is of other classes")
@@ -380,11 +378,9 @@ class Diagnosis:
         return text
 
     def _explained(self, found: Hypothesis) -> str:
-        before, after = found.before.mean(), found.correct.mean()
-        text = (
-            f"{found.name}: top-1 {before:.1%} -> {after:.1%} on the same {self.images} images (gained {found.gained}, "
-            f"lost {found.lost}, p = {self.p_corrected(found):.1g} among {len(self.tested)} hypotheses)"
-        )
+        before, after, count = found.before.mean(), found.correct.mean(), len(self.tested)
+        text = f"{found.name}: top-1 {before:.1%} -> {after:.1%} on the same {self.images} images (gained "
+        text += f"{found.gained}, lost {found.lost}, p = {self.p_corrected(found):.1g} among {count} hypotheses)"
         if self.explained is None:
             return f"{text}; {found.cure}"
         missing, (_, high) = self.published.top1 - before, wilson_interval(int(found.correct.sum()), self.images)

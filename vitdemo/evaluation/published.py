@@ -41,29 +41,13 @@ def published_accuracy(tag: str) -> Published | None:
     """
     with open(data_path(TABLE), encoding="utf-8", newline="") as file:
         row = next((row for row in csv.DictReader(file) if row["tag"] == tag.replace("hf-hub:", "hf:")), None)
-    return row and _published(row)
-
-
-def _published(row: dict[str, str]) -> Published:
-    side = int(row["input_size_px"])
-    preprocessing = Preprocessing(
-        input_size=(3, side, side),
-        crop_pct=float(row["crop_pct"]),
-        crop_mode=row["crop_mode"],
-        interpolation=row["interpolation"],
-        mean=tuple(map(float, row["mean"].split())),
-        std=tuple(map(float, row["std"].split())),
-    )
-    return Published(
-        tag=row["tag"],
-        data_set=row["data_set"],
-        images=int(row["images"]),
-        classes=int(row["classes"]),
-        top1=float(row["top1_percent"]) / 100,
-        top5=float(row["top5_percent"]) / 100 if row["top5_percent"] else None,
-        preprocessing=preprocessing,
-        source=row["source"],
-    )
+    if row is None:
+        return None
+    side, images, classes = (int(row[name]) for name in ("input_size_px", "images", "classes"))
+    mean, std = (tuple(map(float, row[name].split())) for name in ("mean", "std"))
+    crop = Preprocessing((3, side, side), float(row["crop_pct"]), row["crop_mode"], row["interpolation"], mean, std)
+    top1, top5 = (float(row[name]) / 100 if row[name] else None for name in ("top1_percent", "top5_percent"))
+    return Published(row["tag"], row["data_set"], images, classes, top1, top5, crop, row["source"])
 
 
 def comparable_published(tag: str, files: Sequence[str], wnids: Sequence[str]) -> tuple[Published | None, str]:

@@ -65,7 +65,7 @@ class Replica:
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), node, socket.gethostname(), self._cores, installed())
 
-    def prepare(self, ticket, recipe: list, address: tuple) -> tuple[int, dict[str, float]]:
+    def prepare(self, ticket, recipe: list, address: tuple | None) -> tuple[int, dict[str, float]]:
         """Make the engine of ``ticket`` ready, and open the data set of ``address``.
 
         Returns the engine's number of threads and its ``precision_ran``. Raises VitdemoError with this machine's name.
@@ -80,7 +80,7 @@ class Replica:
 
         torch.set_num_threads(len(self._cores))
         try:
-            self._data = open_again(address)
+            self._data = address and open_again(address)
             self._engine = ticket.open(lambda: ray.get(recipe[0]), len(self._cores))
         except VitdemoError as error:
             raise VitdemoError(f"replica on {socket.gethostname()}: {error}") from None

@@ -35,7 +35,7 @@ def answers(
         progress: show a progress bar.
 
     Returns:
-        One row per image, in ascending order of file: file; class_1 …, the names of the outputs; predicted_1 …, their
+        One row per image, in the data set's order: file; class_1 …, the names of the outputs; predicted_1 …, their
         numbers; probability_1 …, as fractions; error, the reason why an image cannot be read, or "".
 
     Raises:
@@ -45,8 +45,7 @@ def answers(
     if top not in range(1, TOP + 1):
         raise VitdemoError(f"top {top!r}: must be a whole number from 1 to {TOP}")
     info, rows = engine.info, []
-    named = class_names or info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)]
-    names = short_names(named)
+    names = short_names(class_names or info.class_names or info.classes or [f"output {k}" for k in range(info.outputs)])
     options = dict(device_batch_size=BATCH, input_path="fast", phases=Phases(), times=[])
     bar = tqdm(total=len(images), unit="image", desc="predict", delay=1, disable=not progress)
     with bar, closing(predict(engine, images, range(len(images)), **options)) as batches:

@@ -68,10 +68,8 @@ def check_ray(address: str | None) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         except (OSError, ValueError, OverflowError) as error:
-            raise VitdemoError(
-                f"ray_address {address!r}: nothing answers there ({error}); on the head run `ray start --head`, and "
-                "give host:port as it prints them"
-            ) from None
+            cure = "on the head run `ray start --head`, and give host:port as it prints them"
+            raise VitdemoError(f"ray_address {address!r}: nothing answers there ({error}); {cure}") from None
 
 
 def connect(address: str | None, again: bool = True) -> ModuleType:
@@ -180,8 +178,6 @@ def _wait_until_free(ray: ModuleType, kind: str, needed: float) -> None:
     begin = now()
     while (free := ray.available_resources().get(kind, 0.0)) < 0.99 * needed:
         if now() - begin > FREE_S:
-            raise VitdemoError(
-                f"replicas: Ray has {free:.1f} of the {needed:.1f} {kind}s that they need free; close other "
-                "Replicas, or wait for the others on that cluster"
-            )
+            wrong = f"Ray has {free:.1f} of the {needed:.1f} {kind}s that they need free"
+            raise VitdemoError(f"replicas: {wrong}; close other Replicas, or wait for the others on that cluster")
         time.sleep(0.1)

@@ -26,18 +26,15 @@ def batches_of(images: range, device_batch_size: int) -> list[range]:
         images: the indices, without a step.
         device_batch_size: images per batch; the last batch has the images that are left.
     """
-    starts = range(images.start, images.stop, device_batch_size)
-    return [range(start, min(start + device_batch_size, images.stop)) for start in starts]
+    return [images[k : k + device_batch_size] for k in range(0, len(images), device_batch_size)]
 
 
 def merge_ranges(batches: Iterable[range]) -> list[range]:
     """Join batches that follow one another without a gap; ``batches`` are in ascending order."""
     spans: list[range] = []
     for batch in batches:
-        if spans and spans[-1].stop == batch.start:
-            spans[-1] = range(spans[-1].start, batch.stop)
-        else:
-            spans.append(batch)
+        joins = spans and spans[-1].stop == batch.start
+        spans.append(range(spans.pop().start if joins else batch.start, batch.stop))
     return spans
 
 
@@ -115,7 +112,7 @@ def predict(
         EngineFailure: when the engine raises or its logits are not finite float32[B, C].
     """
     in_flight: deque[InFlight] = deque()
-    present = getattr(data, "present", None)
+    present = data.present if getattr(data, "decided", "") else None  # else these are no outputs of the model
     options = {"input_path": input_path, "pinned": engine.device == "cuda"}
     batches = prefetched_batches(data, indices, engine.info.preprocessing, device_batch_size, **options)
 
@@ -154,9 +151,8 @@ def _logits(engine: Engine, batch: Batch, future: Future) -> torch.Tensor:
         raise EngineFailure(f"the {engine.name} engine failed at {batch.files[0]}: {reason_of(error)}") from error
     shape_ok = logits.dtype == torch.float32 and logits.ndim == 2 and len(logits) == len(batch.files)
     if not shape_ok or not torch.isfinite(logits).all():
-        raise EngineFailure(
-            f"the {engine.name} engine gave logits that are not finite float32[B, C] at {batch.files[0]}"
-        )
+        wrong = f"gave logits that are not finite float32[B, C] at {batch.files[0]}"
+        raise EngineFailure(f"the {engine.name} engine {wrong}")
     return logits
 
 

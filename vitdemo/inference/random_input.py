@@ -1,6 +1,7 @@
 """An engine's speed on random pixels in memory, an upper bound for ``evaluate``. The predictions are discarded."""
 
 from collections import deque
+from contextlib import closing
 from itertools import cycle
 
 import torch
@@ -81,7 +82,7 @@ def _until(pixels: torch.Tensor, seconds: float, least: int = 1):
 def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float, least: int = 10) -> tuple[int, float]:
     """The number of batches computed, and the seconds from the first submission to the last logits."""
     waiting, batches, start = deque(), 0, now()
-    try:
+    with closing(engine):
         for x in _until(pixels, seconds, least):
             waiting.append(engine.submit(x))
             batches += 1
@@ -90,5 +91,3 @@ def _in_flight(engine: Engine, pixels: torch.Tensor, seconds: float, least: int 
         while waiting:
             waiting.popleft().result()
         return batches, now() - start
-    finally:
-        engine.close()

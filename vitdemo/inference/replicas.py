@@ -137,7 +137,7 @@ class Replicas(AbstractContextManager):
     def __init__(
         self,
         engine: Engine,
-        data: Dataset,
+        data: Dataset | None,
         count: int,
         *,
         cores_each: int | None = None,
@@ -148,8 +148,8 @@ class Replicas(AbstractContextManager):
         at_least_1(replicas=count, cores_each=cores_each)
         if engine.recipe is None:
             raise VitdemoError(f"{engine.info.tag}: replicas build the engine again, so it must come from convert")
-        self.engine, self.data = engine, match_classes(engine.info, data)
-        self._address, self._cores_each, self._deadline_s = self.data.address, cores_each, deadline_s
+        self.engine, self.data = engine, data and match_classes(engine.info, data)
+        self._cores_each, self._deadline_s = cores_each, deadline_s
         what = f"{count} replicas" if count > 1 else "a replica"
         print(f"starting Ray and {what}", file=message_stream())
         begin = now()
@@ -292,10 +292,8 @@ class Replicas(AbstractContextManager):
         for slot in filter(lambda slot: slot.tasks, self.slots):
             if now() - slot.tasks[0].began > (patience := self._patience_s(slot)):
                 if slot.place is None:
-                    raise VitdemoError(
-                        f"replica {slot.number}: Ray gave it no process in {patience:.0f} s; `ray status` says who has "
-                        "the CPUs and GPUs"
-                    )
+                    wrong = f"Ray gave it no process in {patience:.0f} s"
+                    raise VitdemoError(f"replica {slot.number}: {wrong}; `ray status` says who has the CPUs and GPUs")
                 self._replace(slot, schedule, f"did not answer for {patience:.0f} s, see deadline_s")
         return shards
 
@@ -339,7 +337,7 @@ class Replicas(AbstractContextManager):
         options = dict(num_cpus=share.cpus, num_gpus=share.gpus, scheduling_strategy=where)
         slot.actor = self._ray.remote(Replica).options(**options).remote(share.number, share.count, self._cores_each)
         slot.tasks.append(Task(slot.actor.place.remote(), None))
-        ready = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, self._address)
+        ready = slot.actor.prepare.remote(self.engine.recipe.ticket(), self._recipe, self.data and self.data.address)
         slot.tasks.append(Task(ready, None))
 
     def _place(self, slot: ReplicaState, place: Place) -> None:

@@ -6,13 +6,14 @@ reason.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from statistics import median
 
 from vitdemo.dataset.samples import Sample
 from vitdemo.engines.contract import Engine
 from vitdemo.errors import EngineFailure
 from vitdemo.inference.loop import predict
-from vitdemo.machine import Phases, now
+from vitdemo.machine import Phases, seconds_of
 
 # Timed rounds of each form after a warm-up round, and seconds per round, about 2 s for both. A round of a slow model
 # takes longer: it has at least one image per stream.
@@ -77,13 +78,8 @@ def quicker_on_images(
     """
 
     def rate(form: Engine, count: int, size: int) -> float:
-        start = now()
-        try:
-            options = dict(device_batch_size=size, input_path=input_path, phases=Phases(), times=[])
-            for _ in predict(form, data, range(count), **options):
-                pass
-            return count / (now() - start)
-        finally:
-            form.close()
+        options = dict(device_batch_size=size, input_path=input_path, phases=Phases(), times=[])
+        with closing(form):
+            return count / seconds_of(list, predict(form, data, range(count), **options))
 
     return quicker_form(engine, device_batch_size, input_path, images, rate)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from timm.models import clean_state_dict
 
-from vitdemo.errors import VitdemoError, reason_of
+from vitdemo.errors import VitdemoError, named_errors, reason_of
 
 # The names in training scripts' files.
 PLAIN, AVERAGED = ("state_dict", "model", "model_state_dict", "net"), ("state_dict_ema", "model_ema")
@@ -63,7 +63,8 @@ def read_checkpoint(path: Path | str, *, ema: bool = False) -> Checkpoint:
             raise TypeError("it holds more than tensors by name")
     except Exception as error:  # each reader raises other types for each kind of damage
         reason = reason_of(error)
-        start = path.read_bytes()[: len(LFS)]
+        with named_errors(path), open(path, "rb") as file:
+            start = file.read(len(LFS))
         if start == LFS:
             raise VitdemoError(f"{path}: stands for a large file of Git; run `git lfs pull` in its folder") from None
         if not start or start.startswith(b"<"):

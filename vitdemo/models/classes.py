@@ -13,6 +13,7 @@ from unicodedata import normalize
 from timm.utils.misc import natural_key
 
 from vitdemo.dataset.dataset import Dataset
+from vitdemo.dataset.samples import counted
 from vitdemo.dataset.trees import WNID
 from vitdemo.errors import VitdemoError, named_errors
 from vitdemo.models.model import ModelInfo
@@ -126,19 +127,14 @@ class _Outputs:
 def _by_names(outputs: _Outputs, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:
     advice = _advice(own.values())
     if not outputs.known:
-        raise VitdemoError(f"{outputs.tag}: nobody says which class each of its {outputs.count} outputs is; {advice}")
-    found, words = {}, dict(zip(data.classes, data.class_names, strict=True))
-    for label, class_id in own.items():
-        name = words.get(class_id, class_id)
-        output = outputs.find(class_id, name, *name.split(","))
-        if output is None:
-            missing = [other for other in own.values() if outputs.find(other, words.get(other, other)) is None]
-            several = f" ({len(missing)} of {len(own)} have none)" if len(missing) > 1 else ""
-            shared = outputs.shared(class_id)
-            why = f"; {' and '.join(shared)} share this name" if shared else outputs.nearest(class_id)
-            wrong = f"no output of {outputs.tag} is its class {class_id!r}{several}{why}"
-            raise VitdemoError(f"{data.path}: {wrong}; {advice}")
-        found[label] = output
+        raise VitdemoError(f"{outputs.tag}: nothing says which class each of its {outputs.count} outputs is; {advice}")
+    found = {k: outputs.find(own[k], data.class_names[k], *data.class_names[k].split(",")) for k in own}
+    if missing := [own[k] for k in own if found[k] is None]:
+        several = f" ({len(missing)} of {len(own)} have none)" if len(missing) > 1 else ""
+        shared = outputs.shared(missing[0])
+        why = f"; {' and '.join(shared)} share this name" if shared else outputs.nearest(missing[0])
+        wrong = f"no output of {outputs.tag} is its class {missing[0]!r}{several}{why}"
+        raise VitdemoError(f"{data.path}: {wrong}; {advice}")
     output, times = Counter(found.values()).most_common(1)[0] if found else (0, 0)
     if times > 1:
         both = " and ".join(repr(own[label]) for label, other in found.items() if other == output)
@@ -194,7 +190,7 @@ def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) 
         near = f"; is {absent[0]!r}, which {data.path} has not, meant?" if absent else ""
         lack = f"has no row for the class {missing[0]!r} of {data.path} ({len(missing)} lack one){near}"
         raise VitdemoError(f"{path}: {lack}; give each class a row")
-    beside = f", with {len(absent)} rows for classes that are not in the data" if absent else ""
+    beside = f", with {counted(len(absent), 'row')} for classes that are not in the data" if absent else ""
     return found, f"by the file {path.name}{beside}"
 
 

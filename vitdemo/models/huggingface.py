@@ -78,6 +78,8 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path]) -> 
     Raises:
         VitdemoError: with the file and the entry that cannot be expressed.
     """
+    several = config.get("problem_type") == "multi_label_classification"
+    refuse({"problem_type": not several}, config, str(path), "models for which one class per image is right")
     if config.get("model_type", "vit") != "vit" and config.get("architectures") != [ARCHITECTURE]:
         return transformers_models.plan_from_config(path, config, find, WEIGHTS_FILES)
     module = build_module(config, str(path))

@@ -56,9 +56,10 @@ def read_processor(config: Mapping, find: Callable[..., Path], usual: str | None
         VitdemoError: as in ``preprocessing_of``, and where the file is missing, as in Trainer's checkpoints.
     """
     path = find("preprocessor_config.json")
-    base = config.get("_name_or_path") or "the base model's name"
-    write = f"AutoImageProcessor.from_pretrained({base!r}).save_pretrained({str(path.parent)!r})"
-    return preprocessing_of(read_config(path, f"transformers writes it by `{write}`"), str(path), usual)
+    base = repr(config["_name_or_path"]) if config.get("_name_or_path") else "BASE"
+    write = f"`AutoImageProcessor.from_pretrained({base}).save_pretrained({str(path.parent)!r})`"
+    write += ", BASE being the model that was trained further" if base == "BASE" else ""
+    return preprocessing_of(read_config(path, f"transformers writes it by {write}"), str(path), usual)
 
 
 def preprocessing_of(processor: Mapping, source: str, usual: str | None = None) -> tuple[Preprocessing, bool]:

@@ -76,6 +76,8 @@ def _instead(folder: Path) -> str:
         return f"this is a LoRA adapter without its base {base!r}; `{merge}` makes a model of both"
     if weights := sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES):
         return f"give the architecture as the model and {weights[0]} with --weights"
+    if inner := sorted(folder.glob("*/config.json"), key=os.path.getmtime):
+        return f"give the folder {inner[-1].parent}, which holds one"
     return "" if any(folder.iterdir()) else "the folder is empty; give the one that the model was saved to"
 
 

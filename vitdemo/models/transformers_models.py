@@ -49,8 +49,6 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], fil
         raise VitdemoError(f'{path}: {name} needs transformers; run `pip install "vitdemo[hf]"`') from None
     if not hasattr(transformers, name):  # code that comes with the weights is never run
         raise VitdemoError(f"{path}: transformers {transformers.__version__} has no {name}; install one that has it")
-    if config.get("problem_type") == "multi_label_classification":
-        raise VitdemoError(f"{path}: several classes may be right at once; known here: one class per image")
     preprocessing, flips = read_processor(config, find)
     with _quiet():
         settings = getattr(transformers, name).config_class.from_dict(dict(config))

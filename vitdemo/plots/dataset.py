@@ -50,7 +50,7 @@ def thumbnail(jpeg: bytes) -> Image.Image:
     """
     image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
     with suppress(Exception), open_image(jpeg) as whole:  # as in reference_crop: decoders raise a dozen types
-        if not refusal(*whole.size, jpeg):
+        if not refusal(*whole.size, jpeg, whole.mode):
             image = whole.convert("RGB")
     return ImageOps.pad(image, (THUMBNAIL, THUMBNAIL), color="white")
 
@@ -116,7 +116,7 @@ def plot_crops(jpeg: bytes, preprocessings: dict[str, Preprocessing]) -> Figure:
 
 
 def folder_preview(path: Path | str, entries: int = 4) -> str:
-    """The top of a folder tree as text, two levels deep.
+    """The top of a folder tree as text, three levels deep.
 
     Args:
         path: the folder.

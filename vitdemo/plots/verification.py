@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
+from vitdemo.models.classes import match_classes
 from vitdemo.plots.dataset import GREY, RIGHT, WRONG, new_figure, picture_grid, says, short_names, thumbnail
 from vitdemo.verification.tolerances import RANDOM, REAL, Report
 
@@ -77,6 +78,7 @@ def plot_flips(report: Report, data: Dataset, count: int = 12) -> Figure:
         images = report.overall.set_index("kind")["images"].get(REAL, 0)
         return says(f"no answer flipped in {images} images")
     labelled = report.info.classes is not None  # else nobody knows what its outputs mean
+    data = match_classes(report.info, data) if labelled else data
     names, captions, colors = [shorten(name, 22, placeholder=" …") for name in short_names(data)], [], []
     for flip in report.flips.head(count).itertuples():
         before, after = (names[k] if labelled else f"class {k}" for k in (flip.reference, flip.candidate))

@@ -85,10 +85,8 @@ class LayerErrors:
             expected = reference.get(name)
             if expected is None or found.shape != expected.shape:
                 shape = "unknown" if expected is None else list(expected.shape)
-                raise VitdemoError(
-                    f"layer {name}: {list(found.shape)} in the engine, {shape} in the model; give verify the model "
-                    "that the engine was made from"
-                )
+                shapes = f"{list(found.shape)} in the engine, {shape} in the model"
+                raise VitdemoError(f"layer {name}: {shapes}; give verify the model that the engine was made from")
             error, size = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = error + _squares(found - expected), size + _squares(expected)
 

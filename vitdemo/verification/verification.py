@@ -90,8 +90,8 @@ def _check_input(engine: Engine, model: Model, images: int) -> None:
     for name in CROP:
         theirs, ours = (getattr(info.preprocessing, name) for info in (engine.info, model.info))
         if theirs != ours:
-            images = f"images with {name} {theirs}, {model.info.tag} is for {ours}"
-            raise VitdemoError(f"{what} was made for {images}; {ITS_MODEL}")
+            made_for = f"images with {name} {theirs}, {model.info.tag} is for {ours}"
+            raise VitdemoError(f"{what} was made for {made_for}; {ITS_MODEL}")
 
 
 def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | None:
