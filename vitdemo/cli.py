@@ -326,7 +326,8 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     e2e_s = None if "resume" in options else time.perf_counter() - start  # only of a run that was not interrupted
     evaluation, row = runs[0], None
     if any(run and len(run.times) for run in (*runs, reference)) or not (out / FLAGPERF).exists():  # not all finished
-        roof = vitdemo.roof_of(engine, model, evaluation.metrics["device_batch_size"])
+        m = evaluation.metrics
+        roof = vitdemo.roof_of(engine, model, m["device_batch_size"], m["images_per_s"] or 0)
         row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
         write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")

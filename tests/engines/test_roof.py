@@ -1,6 +1,7 @@
 """The roof: sane, kept, and above what a model reaches."""
 
 import json
+import math
 import re
 import time
 
@@ -38,7 +39,8 @@ def test_a_fresh_roof_is_measured_again(small):
     machine_roof("fp32")
     kept.write_text(re.sub(r'"flops_per_s": [\d.e+]+', '"flops_per_s": 1.0', kept.read_text()))
     assert machine_roof("fp32").flops_per_s == 1.0
-    assert machine_roof("fp32", fresh=True).flops_per_s > 1e9 and machine_roof("fp32").flops_per_s > 1e9
+    assert machine_roof("fp32", reached=1.05).flops_per_s == 1.0, "a few per cent more are noise"
+    assert machine_roof("fp32", reached=2.0).flops_per_s > 1e9 and machine_roof("fp32").flops_per_s > 1e9
 
 
 def test_a_damaged_file_is_measured_anew(small):
@@ -51,7 +53,7 @@ def test_int8_needs_openvino(small, monkeypatch):
     assert machine_roof("int8").runtime == "openvino"
     monkeypatch.setattr(contract, "installed_version", lambda name: None)
     with pytest.raises(VitdemoError, match="no roof in int8 here: nothing installed has it natively"):
-        machine_roof("int8", fresh=True)
+        machine_roof("int8", reached=math.inf)
 
 
 def test_an_emulated_precision_has_no_roof(small, monkeypatch):

@@ -3,10 +3,13 @@
 import csv
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
 
+from vitdemo import data_path
+from vitdemo.course import run_notebooks
 from vitdemo.course.notebooks import choose_notebooks, read_notebook
 from vitdemo.paths import REPOSITORY
 
@@ -63,3 +66,27 @@ def test_a_copy_or_a_reader_s_own_notebook_is_no_lesson(tmp_path):
     for name in ("00_tour", "00_tour-Copy1", "Untitled", "Untitled1"):
         (tmp_path / f"{name}.ipynb").write_text((NOTEBOOKS[0]).read_text() if name == "00_tour" else "{}")
     assert [lesson.name for lesson in choose_notebooks(folder=tmp_path)] == ["00_tour"]
+
+
+@pytest.mark.soak
+def test_every_notebook_takes_a_readers_own_images_and_checkpoint(tmp_path, shapes20):
+    """Folders and a checkpoint in words, in another order. 01 needs archives, and 07 takes words in ``smoke``."""
+    words = [name.split(",")[0] for name in shapes20.class_names]
+    for i, sample in enumerate(shapes20):
+        if i < 100:
+            file = tmp_path / "set/val" / words[sample.label].title().replace(" ", "_") / f"{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(sample.image)
+    shutil.copytree(data_path("shapes20/vit_shapes20"), tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    del config["pretrained_cfg"]["label_descriptions"]
+    config["pretrained_cfg"]["label_names"] = words
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    names = [f"0{k}" for k in (0, 2, 3, 4, 5, 6)]
+    parameters = {"data": str(tmp_path / "set"), "model": str(tmp_path / "model")}
+    report = run_notebooks(names, profile="smoke", parameters=parameters, out=tmp_path / "out")
+    assert report.ok, report
+    executed = nbformat.read(tmp_path / "out/00_tour.ipynb", as_version=4)
+    (said,) = [o.text for c in executed.cells for o in c.get("outputs", []) if " is: " in o.get("text", "")]
+    (true,), answers = re.findall(" is: (.*)", said), re.findall("%  (.*)", said)
+    assert true in answers and {true, *answers} <= set(words), "the answers go by the model's own names"

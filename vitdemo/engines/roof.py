@@ -57,7 +57,7 @@ class Roof:
         return f"roof: {what} with [{m}, {k}] x [{k}, {n}] on {where}, measured {self.measured}"
 
 
-def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = "cpu", fresh: bool = False) -> Roof:
+def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = "cpu", reached: float = 0) -> Roof:
     """The roof of this machine in a precision, from the cache or measured now, which usually takes 10 to 20 seconds.
 
     It times square products and products of ``shapes`` in every engine that has plain products and the precision
@@ -69,7 +69,8 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         precision: "fp32", "bf16" or "int8"; on CUDA also "fp16".
         shapes: the shapes of further products, such as a model's own (``linear_shapes``).
         device: "cpu", or "cuda" (*not run*), where only torch's products are timed, by the GPU's events.
-        fresh: measure again even if the cache has the roof for this machine, these versions and shapes.
+        reached: a throughput in operations per second. If the roof in the cache is more than a tenth below it, the
+            machine was busy when that roof was measured, and it is measured again.
 
     Raises:
         VitdemoError: where no runtime here multiplies natively in that precision.
@@ -79,7 +80,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
     kept = {}
     with suppress(OSError, ValueError, TypeError, AttributeError):
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
-    if fresh or key not in kept:
+    if key not in kept or kept[key].flops_per_s < 0.9 * reached:
         products = Products(precision, shapes, device)
         print(f"measuring this machine's roof in {precision}, once", file=message_stream())
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]

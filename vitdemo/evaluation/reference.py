@@ -167,7 +167,7 @@ def write_row(row: dict, out: Path) -> None:
         pd.DataFrame([row]).to_csv(file, index=False)
 
 
-def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None:
+def roof_of(engine: Engine, model: Model, device_batch_size: int, images_per_s: float = 0) -> Roof | None:
     """The machine's roof in the precision in which most of the engine ran, measured also with the model's own products.
 
     Args:
@@ -175,6 +175,7 @@ def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None
         model: the model from which it was made.
         device_batch_size: the batch size of the model's products. At most ROOF_BATCH is used, because larger products
             take more memory and are not faster.
+        images_per_s: the rate that the engine reached. A roof far below it is measured again, see ``machine_roof``.
 
     Returns:
         The roof; None for a precision in which no runtime here has matrix products.
@@ -182,7 +183,8 @@ def roof_of(engine: Engine, model: Model, device_batch_size: int) -> Roof | None
     ran = engine.precision_ran
     shapes = linear_shapes(model, min(device_batch_size, ROOF_BATCH))
     try:
-        return machine_roof(max(ran, key=ran.get), shapes, device=engine.device)
+        reached = images_per_s * model.info.flops_per_image
+        return machine_roof(max(ran, key=ran.get), shapes, device=engine.device, reached=reached)
     except VitdemoError as error:
         tqdm.write(f"MFU: not measured: {error}", file=sys.stderr)
         return None
