@@ -297,7 +297,7 @@ SCHEDULE_HELP = "async (the default): a free replica takes the next batch; sync:
     *ENGINE,
     CALIBRATION,
     option("--device-batch-size", "B", "images per batch (8)", int),
-    option("--limit", "N", "only the first N images, of the first classes in a folder per class", int),
+    option("--limit", "N", "only the first N images; with a folder per class these are of the first classes", int),
     option("--replicas", "N", "share the work among N processes, by Ray", int),
     option("--schedule", "S", SCHEDULE_HELP),
     option("--ray-address", "A", "a Ray cluster: host:port of its head, or auto"),
@@ -327,7 +327,8 @@ def _evaluate(out: Path, diagnose: bool = False, **options) -> int | None:
     evaluation, row = runs[0], None
     if any(run and len(run.times) for run in (*runs, reference)) or not (out / FLAGPERF).exists():  # not all finished
         m = evaluation.metrics
-        roof = vitdemo.roof_of(engine, model, m["device_batch_size"], m["images_per_s"] or 0)
+        rate = m["session_images"] / m["inference_s"] if m["inference_s"] else 0
+        roof = None if m["replicas"] else vitdemo.roof_of(engine, model, m["device_batch_size"], rate)
         row = vitdemo.flagperf_row(runs, reference, e2e_s=e2e_s, roof=roof)
         write_row(row, evaluation.out)  # before the first print, which ends the program if the reader closed the pipe
     print(*runs, sep="\n")

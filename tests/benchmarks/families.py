@@ -137,13 +137,13 @@ def write_page(table: pd.DataFrame, path: Path) -> None:
         "",
         f"Written by `make families` on: {describe_machine(machine_record())}. Random weights, cut to about two "
         "layers. fp32 `passes` where `verify` passes with 1, 3 and 8 images at once; the number is the largest "
-        "relative L2 distance of the logits from eager fp32's. int8 `runs` where it can be built. Its ranges come "
-        "from random pixels and its weights are random, so this says nothing about its accuracy: run `verify` on your "
-        "model. A blank cell was not tried: Inductor, in bf16 on a CPU, was tried for five families only.",
+        "relative L2 distance of the logits from eager fp32's. bf16 and int8 `run` where they can be built. The "
+        "ranges of int8 come from random pixels, and all weights are random, so this says nothing about accuracy: run "
+        "`verify` on your model. A blank cell was not tried: Inductor, in bf16 on a CPU, was tried for five families.",
         "",
         wide.to_markdown(index=False),
         "",
-        "What `verify` said of these models with random weights:",
+        "Where `verify` did not pass, or an engine was not built (with random weights):",
         "",
         *reasons,
     ]

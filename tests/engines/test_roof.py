@@ -34,7 +34,7 @@ def test_a_roof_is_measured_once_and_kept(small):
     assert len(json.loads((cache_root() / "roof.json").read_text())) == 2
 
 
-def test_a_fresh_roof_is_measured_again(small):
+def test_a_roof_that_an_engine_exceeds_is_measured_again(small):
     kept = cache_root() / "roof.json"
     machine_roof("fp32")
     kept.write_text(re.sub(r'"flops_per_s": [\d.e+]+', '"flops_per_s": 1.0', kept.read_text()))

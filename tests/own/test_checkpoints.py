@@ -252,7 +252,7 @@ def test_words_as_labels(folder):
 
 def test_trainer_folder_without_preprocessor(folder):
     (folder / "preprocessor_config.json").unlink()
-    refused(r"preprocessor_config.json: not there; .*from_pretrained\(BASE\).save_.*, BASE being the", folder)
+    refused(r"preprocessor_config.json: not there; .*from_pretrained\(BASE\).save_.*, where BASE is", folder)
     edited(folder / "config.json", _name_or_path="microsoft/swin-tiny")
     refused(r"from_pretrained\('microsoft/swin-tiny'\).save_pretrained\('.*swin'\)", folder)
 
@@ -523,10 +523,18 @@ def test_weights_of_another_image_size(tmp_path):
     oracle = module_of(img_size=96, num_classes=7)
     torch.save(oracle.state_dict(), tmp_path / "mine.pth")
     refused("mine.pth: .* or trained at another image size; .*docs/your_own.md", TINY, tmp_path / "mine.pth")
-    timm.models.save_for_hf(oracle, tmp_path / "mine", safe_serialization=True)  # as docs/your_own.md says
-    model = load_model(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name, options", [(TINY, {"img_size": 96}), ("convnext_atto", {})])
+def test_a_folder_that_timm_writes_as_the_documentation_says(tmp_path, name, options):
+    oracle, size = module_of(name, num_classes=2, **options), (3, 96, 96)
+    data = dict(input_size=size, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    names = dict(label_names=["cat", "dog"])
+    timm.models.save_for_hf(oracle, tmp_path, safe_serialization=True, model_config=names, data_config=data)
+    model = load_model(tmp_path)
     assert_same(model, oracle)
-    assert model.info.preprocessing.input_size == (3, 96, 96) and model.info.outputs == 7
+    assert model.info.classes == ("cat", "dog") and model.info.preprocessing.input_size == size
+    assert (model.info.preprocessing.mean, model.info.preprocessing.std) == (data["mean"], data["std"])
 
 
 def test_timms_flat_folder_of_2021(tmp_path):

@@ -261,7 +261,7 @@ def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     if not listing.images:
         left = f"; {listing.notes()[0]}" if listing.unread or listing.broken else ""
         if packed := next((name for name in listing.others if name.endswith(TAR_SUFFIXES + PACKED)), None):
-            left = f", but {packed}; give that file, or what is in it"
+            left = f", but {packed}; unpack it" + (", or give it" if packed.endswith(TAR_SUFFIXES) else "")
         raise VitdemoError(f"{listing.path}: no data set, it holds no image{left}; {trees.expected(split)}")
     if table := labels or known_table(listing, split):
         return index_by_table(listing, table)

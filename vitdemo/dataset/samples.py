@@ -82,7 +82,7 @@ class Listing(NamedTuple):
 
     tar: the tar that is read, decompressed where ``path`` is compressed; None for a folder. images: in ascending
     order. others: files that are not images. unread: images in a format that PIL cannot read here. folders: the
-    topmost folders, including those without images, except in ``within``. broken: links to files that do not exist.
+    topmost folders, also empty ones, except in a listing from ``within``. broken: links to files that do not exist.
     """
 
     path: Path

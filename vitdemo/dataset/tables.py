@@ -54,7 +54,8 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
         name = names.find(value)
         if name is None:
             lost = sum(names.find(other) is None for other in rows[files])
-            which = "of which there are several" if names.short.get(value.strip(), "") is None else "which is not"
+            base = re.split(r"[/\\]", value.strip())[-1]
+            which = "of which there are several" if names.short.get(base, "") is None else "which is not"
             lacking = f"names {value!r}, {which} in {listing.path} ({counted(lost, 'such row')})"
             raise VitdemoError(f"{where}: row {line} {lacking}; correct the path, or take these rows out")
         if not label:

@@ -63,8 +63,7 @@ def split_tar(path: Path, split: str = "val") -> Path:
 def folder_of_split(folders: Iterable[str], split: str) -> str | None:
     """The one of ``folders`` that holds the split; None where none has such a name."""
     named = {folder.casefold(): folder for folder in sorted(folders)}
-    found = (name for name in FOLDERS[split] if name in named and f"in{name}" not in named)  # valid/ and invalid/
-    return next(map(named.get, found), None)
+    return next((named[name] for name in FOLDERS[split] if name in named), None)
 
 
 def find_tree(path: Path, split: str) -> Path | None:

@@ -70,7 +70,7 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         shapes: the shapes of further products, such as a model's own (``linear_shapes``).
         device: "cpu", or "cuda" (*not run*), where only torch's products are timed, by the GPU's events.
         reached: a throughput in operations per second. If the roof in the cache is more than a tenth below it, the
-            machine was busy when that roof was measured, and it is measured again.
+            machine was busy when that roof was measured, and it is measured again. Infinity always measures.
 
     Raises:
         VitdemoError: where no runtime here multiplies natively in that precision.
@@ -82,9 +82,11 @@ def machine_roof(precision: str, shapes: Iterable[Shape] = (), *, device: str = 
         kept = {key: Roof(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
     if key not in kept or kept[key].flops_per_s < 0.9 * reached:
         products = Products(precision, shapes, device)
-        print(f"measuring this machine's roof in {precision}, once", file=message_stream())
+        again = "again, as the one in the cache is too low" if key in kept else "once"
+        print(f"measuring this machine's roof in {precision}, {again}", file=message_stream())
         rounds = [products.best(seconds=2, least=1, keep=FASTEST)]
         rounds += [products.best(seconds=2) for _ in range(ROUNDS - 1)]
+        rounds += [kept[key]] if key in kept and reached < math.inf else []
         kept[key] = max(rounds, key=lambda roof: roof.flops_per_s)
         with suppress(OSError):  # if the cache cannot be written, the next call measures again
             path.parent.mkdir(parents=True, exist_ok=True)

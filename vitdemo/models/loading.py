@@ -83,8 +83,8 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, torch.Tensor], sour
 def misfit(source: Path | str, wrong: str) -> str:
     """The error message about the keys of the file ``source`` that do not fit, shortened where there are many."""
     wrong = shorten(wrong, MOST, placeholder=" …")
-    cure = "give the architecture that they belong to; docs/your_own.md says how to give the size"
-    return f"{source}: weights of another architecture, or trained at another image size; {cure}: {wrong}"
+    cure = "give the architecture that they belong to, or the size as docs/your_own.md says"
+    return f"{source}: weights of another architecture, or trained at another image size; {cure} (torch: {wrong})"
 
 
 _found: WeakKeyDictionary[nn.Module, tuple[list, str]] = WeakKeyDictionary()  # the tensors' addresses, and their hash

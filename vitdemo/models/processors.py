@@ -58,7 +58,7 @@ def read_processor(config: Mapping, find: Callable[..., Path], usual: str | None
     path = find("preprocessor_config.json")
     base = repr(config["_name_or_path"]) if config.get("_name_or_path") else "BASE"
     write = f"`AutoImageProcessor.from_pretrained({base}).save_pretrained({str(path.parent)!r})`"
-    write += ", BASE being the model that was trained further" if base == "BASE" else ""
+    write += ", where BASE is the model that was fine-tuned" if base == "BASE" else ""
     return preprocessing_of(read_config(path, f"transformers writes it by {write}"), str(path), usual)
 
 
