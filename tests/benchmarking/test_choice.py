@@ -5,6 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from tests.native import native_or_skip
 from vitdemo import ImageNetVal, VitdemoError, convert, data_path, load_model, reference_crop
@@ -56,6 +57,12 @@ def test_its_script_runs_without_vitdemo(engine, precision, tmp_path):
     command += [sample.file for sample in chosen]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if engine == "eager":
+        (tmp_path / "no.jpg").write_bytes(b"no image")
+        Image.new("I;16", (9, 9), 999).save(tmp_path / "deep.png")
+        more = subprocess.run([*command[:-1], "no.jpg", "deep.png", command[-1]], cwd=tmp_path, capture_output=True)
+        assert (more.returncode, more.stdout.decode()) == (1, done.stdout), "the others are answered"
+        assert more.stderr.count(b"cannot be read as an image") == 2 and b"more than 8 bits" in more.stderr
     for line, sample in zip(done.stdout.strip().splitlines(), chosen, strict=True):
         crop = reference_crop(sample.image, made.info.preprocessing)
         p, k = made(crop[None])[0].double().softmax(0).max(0)

@@ -60,9 +60,9 @@ def test_a_file_that_is_not_ours_is_refused_by_its_name(spoil, what, copied, cap
 
 @pytest.mark.parametrize("commit", ["0123456", "12345e7"])
 def test_a_commit_is_no_number(commit, copied):
-    read_perf(copied).assign(commit=commit, artifact="00").to_csv(copied, index=False)
+    read_perf(copied).assign(commit=commit, artifact="00", model="12").to_csv(copied, index=False)
     found = merge([copied])
-    assert set(found["commit"]) == {commit} and set(found["artifact"]) == {"00"}
+    assert set(found["commit"]) == {commit} and set(found["artifact"]) == {"00"} and set(found["model"]) == {"12"}
 
 
 def test_a_table_for_a_page_shows_what_a_runtime_said(copied):

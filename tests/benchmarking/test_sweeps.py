@@ -14,6 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import timm
+import torch
 
 from tests.benchmarking.conftest import OPTIONS, PAIRS
 from tests.native import is_native
@@ -153,6 +154,14 @@ def test_random_weights_have_no_accuracy_and_say_how_to_get_one(skipped):
     assert asked.model == "resnet18.a1_in1k" and timm.is_model_pretrained(asked.model)
     (record,) = folder.glob("perf_resnet18_random-*.json")
     assert json.loads(record.read_text())["machine"]["cores"]
+
+
+def test_the_command_for_an_accuracy_names_the_weights_of_a_file(tmp_path):
+    torch.save(timm.create_model("test_vit.r160_in1k", num_classes=3).state_dict(), tmp_path / "w.pth")
+    options = dict(engines="eager:fp32", device_batch_sizes=[1], row_budget_s=1e-4, out=tmp_path)
+    (said,) = benchmark("test_vit", weights=tmp_path / "w.pth", **options)["accuracy"]
+    asked = PARSER.parse_args(said.partition(": vitdemo ")[2].split())
+    assert (asked.model, asked.weights) == ("test_vit", "w.pth")
 
 
 def test_an_iteration_beyond_the_budget_skips_its_row_and_the_larger_ones(skipped):

@@ -116,11 +116,12 @@ def test_patches_of_a_hybrid_are_those_of_its_grid():
     assert (masked == 128).sum() == 2 * 3 * 32 * 32 and (masked[:, -32:, -32:] == 128).all()
 
 
-def test_blocks_that_do_two_things_at_once_show_no_attention():
+def test_what_the_head_does_not_read_and_blocks_that_do_two_things_at_once_show_no_attention():
     preprocessing = Preprocessing((3, 32, 32), 0.9, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
     sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    for block in (ParallelThingsBlock, ParallelScalingBlock):
-        module = VisionTransformer(**sizes, block_fn=block).eval()
+    blocks = [dict(block_fn=block) for block in (ParallelThingsBlock, ParallelScalingBlock)]
+    for option in (*blocks, dict(global_pool="avg", class_token=True)):
+        module = VisionTransformer(**sizes, **option).eval()
         model = Model.from_module(module, preprocessing, name="parallel")
         pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
         assert look_at(convert(model), model, pixels).rollout is None

@@ -15,7 +15,17 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from vitdemo import Dataset, ImageNetVal, Model, VitdemoError, convert, data_path, evaluate, wilson_interval
+from vitdemo import (
+    Dataset,
+    ImageNetVal,
+    Model,
+    VitdemoError,
+    convert,
+    data_path,
+    evaluate,
+    match_classes,
+    wilson_interval,
+)
 from vitdemo.dataset.decoding import Preprocessing
 from vitdemo.engines.eager import EagerEngine
 from vitdemo.evaluation.diagnosis import Hypothesis, diagnose
@@ -214,6 +224,14 @@ def test_outputs_in_another_order(vit_shapes20, shapes20, healthy, order):
     found = diagnosed(head_in_order(vit_shapes20, ORDERS[order]), shapes20)
     assert_named(found, f"outputs read in {order}", 0.85)
     assert (found.explanation.correct == healthy.as_it_is.correct[::3]).all()  # 24 spread images are each third of 72
+
+
+def test_another_order_of_ones_own_classes_is_cured_by_a_class_map(vit_shapes20, shapes20):
+    model = head_in_order(vit_shapes20, ORDERS["the order of numbers as text"])
+    model = Model(model.module, replace(model.info, classes=None, class_names=None))
+    found = diagnosed(model, match_classes(model.info, shapes20, "sorted"))
+    assert found.named == "outputs read in the order of numbers as text"
+    assert "give another --class-map" in found.verdict and "wnids" not in found.verdict
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "the order of the class names"])

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_transform
 from torchvision.datasets import ImageFolder
@@ -38,6 +39,8 @@ from vitdemo.dataset.tars import TARS
 from vitdemo.engines.artifacts import clear_cache
 from vitdemo.models.classes import short_names
 from vitdemo.paths import cache_root
+from vitdemo.plots import plot_gallery
+from vitdemo.plots.dataset import shortened
 
 pytestmark = pytest.mark.own
 WNIDS = ["n01440764", "n01443537", "n01751748"]
@@ -260,6 +263,7 @@ def test_labels_of_images_that_are_only_to_be_classified_do_no_harm(tmp_path, ea
     many = parquet(tmp_path / "many.parquet", rows, [f"class {k}" for k in range(50)])
     for path in (hidden, many):
         assert answers(eager, open_images([path]), progress=False)["error"].eq("").all()
+    assert "?" in [text.get_text() for text in plot_gallery(open_images([hidden]), [0]).findobj(Text)]
     report = check_images(open_images([hidden]))
     assert report.rows["class_id"].eq("").all() and report.rows["bytes"].gt(0).all() and report.damaged.empty
 
@@ -342,6 +346,7 @@ def test_a_class_whose_images_cannot_be_read_is_a_class_also_below_a_folder(tmp_
 def test_names_with_commas_are_shortened_only_if_they_stay_different():
     words = ["Pepper,_bell___healthy", "Pepper,_bell___spot", "crane", "crane, bird", "tench, Tinca tinca"]
     assert short_names(words) == [*words[:4], "tench"]
+    assert shortened("american_pit_bull_terrier", 18) == "american_pit_bul …" and shortened("tench", 5) == "tench"
 
 
 def test_pixels_of_more_than_8_bits_are_refused_not_cut_off(tmp_path):
@@ -550,6 +555,9 @@ def test_outputs_without_names_are_named_by_the_data(tmp_path, vit_shapes20):
     write(tmp_path, {"map.csv": "word 03,7\nword 04,7\n"})
     part = match_classes(first.info, data.take([3, 4]), tmp_path / "map.csv")
     assert part.class_names[6:8] == ["output 6", "word 03 or word 04"]
+    wnids = open_data(write(tmp_path / "wnids", {f"{wnid}/0.jpg": picture(0) for wnid in ("n01440764", "n01443537")}))
+    write(tmp_path, {"both.csv": "n01440764,7\nn01443537,7\n"})
+    assert match_classes(first.info, wnids, tmp_path / "both.csv").class_names[7] == "tench or goldfish"
     table = answers(convert(first), data.take([3]), class_names=matched.class_names, progress=False)
     assert table["class_1"].item() == words[table["predicted_1"].item()]
     assert answers(convert(first), data.take([3]), progress=False)["class_1"].item().startswith("output ")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -124,6 +125,15 @@ def test_predict_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().err.splitlines()
     assert sorted(os.listdir(tmp_path)) == ["model", "set"] and said[-1].startswith("vitdemo: ")
     assert "Traceback" not in str(said)
+
+
+def test_choose_refuses_at_once_what_no_script_can_prepare(tmp_path, capsys, folder, called):
+    module = timm.create_model("test_vit.r160_in1k", img_size=(64, 96), num_classes=20)
+    said = dict(model_config=dict(label_names=called), data_config=dict(input_size=(3, 64, 96)))
+    timm.models.save_for_hf(module, tmp_path / "model", safe_serialization=True, **said)
+    command = ["choose", str(tmp_path / "model"), "--data", str(folder), "--out", str(tmp_path / "out")]
+    assert main(command) == 2 and not (tmp_path / "out").exists()
+    assert "model: a script needs square input; vitdemo benchmark measures" in capsys.readouterr().err
 
 
 def test_an_evaluation_that_reads_no_image_fails(tmp_path, capsys, called):

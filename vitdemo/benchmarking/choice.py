@@ -101,6 +101,8 @@ def choose(
         VitdemoError: for bad input, and where no engine is fast and accurate enough.
     """
     model = load_model(name, weights, ema=ema)
+    if len(set(model.info.preprocessing.input_size[1:])) > 1:
+        raise VitdemoError(f"{model.info.tag}: a script needs square input; vitdemo benchmark measures this model")
     data, out = match_classes(model.info, data, class_map), claim_folder(out)
     if calibration is None:
         ranges = set(spread(len(data), min(256, len(data) // 4)))
@@ -147,7 +149,8 @@ def write_script(engine: Engine, out: Path | str, class_names: Sequence[str] | N
     with named_errors(out), TemporaryDirectory(dir=out, prefix=".", suffix=PART) as part:
         for file in _model_files(engine, Path(part)):
             file.rename(out / file.name)
-        (out / CLASSES).write_text("\n".join(class_names or engine.info.classes or ()), encoding="utf-8")
+        lines = (" ".join(name.splitlines()) for name in class_names or engine.info.classes or ())
+        (out / CLASSES).write_text("\n".join(lines), encoding="utf-8")
         template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
         with replacing(out / SCRIPT) as file:
             file.write(template.render(engine=engine, crop=preprocessing))

@@ -72,7 +72,7 @@ def read_perf(path: Path) -> pd.DataFrame:
     """
     with named_errors(path):
         try:
-            table = pd.read_csv(path, dtype=dict.fromkeys(HASHES, "str"))
+            table = pd.read_csv(path, dtype=dict.fromkeys((*HASHES, "model"), "str"))
         except ValueError:  # the type of pandas' errors, and of errors in decoding text
             raise VitdemoError(f"{path}: not a table of vitdemo's; take it out of the folder") from None
     if missing := [name for name in NEEDED if name not in table]:

@@ -122,7 +122,9 @@ def _accuracy(facts: dict, pair: Pair, info: ModelInfo) -> str:
     if "unchecked" in facts:
         return f"not measured: {facts['unchecked']}"
     calibration = " --calibration PATH" if pair.precision == "int8" else ""
-    command = f"vitdemo evaluate {full_tag(info.tag)} --engine {pair.engine} --precision {pair.precision}{calibration}"
+    file = info.weights not in ("pretrained", "random")
+    model = f"{info.tag} --weights {info.weights}" if file else full_tag(info.tag)
+    command = f"vitdemo evaluate {model} --engine {pair.engine} --precision {pair.precision}{calibration}"
     return f"not measured ({info.weights} weights, no images): {command} --data PATH --out DIR"
 
 

@@ -104,7 +104,7 @@ def patch_grid(model: Model) -> tuple[int, int]:
 def has_attention(model: Model) -> bool:
     """Whether the functions of this file take ``model``."""
     module = model.module
-    if not (isinstance(module, VisionTransformer) and module.has_class_token):
+    if not (isinstance(module, VisionTransformer) and module.has_class_token and module.global_pool == "token"):
         return False
     return all(hasattr(getattr(block, "attn", None), "attn_drop") for block in module.blocks)  # parallel ones have none
 

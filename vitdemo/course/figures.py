@@ -17,7 +17,7 @@ from vitdemo.course.looks import PictureResult, name_in
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
 from vitdemo.models.model import Model
-from vitdemo.plots.dataset import picture_grid, short_names, thumbnail
+from vitdemo.plots.dataset import picture_grid, short_names, shortened, thumbnail
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 ANSWER, OTHER, CANDIDATE, REFERENCE, NEITHER = "#0072B2", "#BBBBBB", "#0072B2", "#D55E00", "#666666"
@@ -51,7 +51,7 @@ def _show_top5(top5: pd.DataFrame, ax: Axes, blue: int) -> None:
     for k, (answer, share) in enumerate(zip(top5["answer"], top5["probability"], strict=True)):
         inside = share > 0.5
         place = dict(ha="left", va="center", fontsize=10, color="white" if inside else "black")
-        ax.text(1 if inside else 100 * share + 1, k, f"{shorten(answer, 24, placeholder=' …')}  {share:.1%}", **place)
+        ax.text(1 if inside else 100 * share + 1, k, f"{shortened(answer, 24)}  {share:.1%}", **place)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), yticks=[])
     ax.set_xlabel("probability in %", fontsize=10)
@@ -99,14 +99,14 @@ def plot_disagreements(
         before = f"{_short(name_in(names, row.reference))} {row.reference_probability:.0%}"
         after = f"{_short(name_in(names, row.candidate))} {row.candidate_probability:.0%}"
         captions.append(f"image {row.index}\n{before}\n→ {after}\nis: {_short(truths[row.label])}")
-        told_apart = names == truths and row.candidate != row.reference
+        told_apart = names == truths[:-1] and row.candidate != row.reference
         right = {row.candidate: CANDIDATE, row.reference: REFERENCE} if told_apart else {}
         colors.append(right.get(row.label, NEITHER))
     return picture_grid([thumbnail(data[i].image) for i in shown["index"]], captions, min(6, count), colors)
 
 
 def _short(name: str) -> str:
-    return shorten(name, 18, placeholder=" …")
+    return shortened(name, 18)
 
 
 def _pixels(look: PictureResult) -> np.ndarray:

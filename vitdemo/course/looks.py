@@ -18,6 +18,7 @@ from vitdemo.engines.eager import EagerEngine
 from vitdemo.errors import EngineFailure, VitdemoError
 from vitdemo.machine import cores
 from vitdemo.models.checkpoints import IMAGENET_LABELS
+from vitdemo.models.classes import short_names
 from vitdemo.models.model import Model, ModelInfo
 from vitdemo.verification.comparison import ranking
 
@@ -85,7 +86,7 @@ def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
     known = dict(zip(*IMAGENET_LABELS, strict=True))
     if data is not None:
         known |= zip(data.classes, data.class_names, strict=True)
-    return [known.get(wnid, wnid).split(",")[0] for wnid in info.classes]
+    return short_names(known.get(wnid, wnid) for wnid in info.classes)
 
 
 def name_in(names: Sequence[str] | None, k: int) -> str:

@@ -212,9 +212,11 @@ def order_hypotheses(answers: np.ndarray, data: Dataset, numbering: Numbering) -
         "the order of numbers as text": np.argsort(sorted(classes, key=str)),  # 0, 1, 10, 100, 101 …
         "the order of the class names": np.argsort(sorted(classes, key=data.class_names.__getitem__)),
     }
+    cures = "put the rows of the model's last layer into the order of the wnids", EXTRACT
+    if data.decided.startswith("by order"):
+        cures = ("give another --class-map: sorted, natural, or a file",) * 2
     for name, ranks in orders.items():
-        outputs = (f"outputs read in {name}", "put the rows of the model's last layer into the order of the wnids")
-        wrong_labels = (f"labels read in {name}", EXTRACT)
+        outputs, wrong_labels = (f"outputs read in {name}", cures[0]), (f"labels read in {name}", cures[1])
         if ranks is None or (ranks == np.arange(len(ranks))).all():
             reason = numbering.missing if ranks is None else "it is the order of the wnids"
             hypotheses += [Hypothesis(*both, not_tested=reason) for both in (outputs, wrong_labels)]

@@ -66,7 +66,8 @@ def match_classes(info: ModelInfo, data: Dataset, class_map: Path | str | None =
     if not outputs.known and info.class_names is None:  # the data's classes name the outputs
         names = [f"output {k}" for k in range(info.outputs)]
         for output in set(found.values()):
-            names[output] = " or ".join(data.class_names[label] for label in found if found[label] == output)
+            words = (data.class_names[label] for label in found if found[label] == output)
+            names[output] = " or ".join(short_names(words))
     return data.relabelled(outputs.classes, names, found, decided, info.weights_sha256)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.dataset.decoding import Preprocessing, open_image, reference_crop, refusal
+from vitdemo.models import classes
 
 THUMBNAIL = 240  # pixels of the longer side: a gallery of full photographs would make the report heavy
 # Okabe and Ito's palette, safe for colour-blind readers. In every figure of the course blue is right, vermilion is
@@ -56,8 +57,13 @@ def thumbnail(jpeg: bytes) -> Image.Image:
 
 
 def short_names(data: Dataset) -> list[str]:
-    """The first synonym of each class's name, by label: what fits under a picture."""
-    return [name.split(",")[0] for name in data.class_names]
+    """The first synonym of each class's name, by label: what fits under a picture. The last, -1, is of no label."""
+    return [*classes.short_names(data.class_names), "?"]
+
+
+def shortened(name: str, width: int) -> str:
+    """``name``, or its first letters and … where it is longer than ``width`` letters."""
+    return name if len(name) <= width else f"{name[: width - 2].rstrip()} …"
 
 
 def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, colors: Sequence[str] | None = None):

@@ -104,7 +104,7 @@ def plot_confusion(evaluation: Evaluation, most: int = 20) -> Figure:
     counts = pd.crosstab(rows["label"], answered).reindex(columns=[*shown, elsewhere], fill_value=0)
     counts = counts.reindex(sorted(set(shown) & set(rows["label"])))
     counts = counts if counts[elsewhere].any() else counts.drop(columns=elsewhere)
-    names = [*short_names(evaluation.data), "another, or none"]
+    names = [*short_names(evaluation.data)[:-1], "another, or none"]
     height, width = counts.shape
     figure, ax = new_figure(2.2 + 0.26 * height)
     ax.imshow(counts.div(counts.sum(axis=1), axis=0), cmap="Blues", vmin=0, vmax=1, aspect="auto")

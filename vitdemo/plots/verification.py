@@ -1,14 +1,13 @@
 """Figures of a verification: the error over a model's depth, and the images whose answer flipped."""
 
 from collections.abc import Sequence
-from textwrap import shorten
 
 from matplotlib.figure import Figure
 
 from vitdemo.dataset.dataset import Dataset
 from vitdemo.errors import VitdemoError
 from vitdemo.models.classes import match_classes
-from vitdemo.plots.dataset import GREY, RIGHT, WRONG, new_figure, picture_grid, says, short_names, thumbnail
+from vitdemo.plots.dataset import GREY, RIGHT, WRONG, new_figure, picture_grid, says, short_names, shortened, thumbnail
 from vitdemo.verification.tolerances import RANDOM, REAL, Report
 
 # One colour per engine, of the palette that ``plots.dataset`` begins with; one line and marker per precision.
@@ -77,9 +76,10 @@ def plot_flips(report: Report, data: Dataset, count: int = 12) -> Figure:
     if report.flips.empty:
         images = report.overall.set_index("kind")["images"].get(REAL, 0)
         return says(f"no answer flipped in {images} images")
-    labelled = report.info.classes is not None  # else nobody knows what its outputs mean
+    known = data.matched_with == report.info.weights_sha256  # by a class map, perhaps
+    labelled = known or report.info.classes is not None  # else nobody knows what its outputs mean
     data = match_classes(report.info, data) if labelled else data
-    names, captions, colors = [shorten(name, 22, placeholder=" …") for name in short_names(data)], [], []
+    names, captions, colors = [shortened(name, 22) for name in short_names(data)], [], []
     for flip in report.flips.head(count).itertuples():
         before, after = (names[k] if labelled else f"class {k}" for k in (flip.reference, flip.candidate))
         captions.append(f"{before}\n→ {after}" + (f"\nis: {names[flip.label]}" if labelled else ""))
