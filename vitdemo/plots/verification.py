@@ -86,4 +86,4 @@ def plot_flips(report: Report, data: Dataset, count: int = 12) -> Figure:
         right = {flip.candidate: RIGHT, flip.reference: WRONG} if labelled else {}
         colors.append(right.get(flip.label, "#666666"))
     pictures = [thumbnail(data[i].image) for i in report.flips["index"].head(count)]
-    return picture_grid(pictures, captions, min(6, len(pictures)), colors)
+    return picture_grid(pictures, captions, colors=colors)
