@@ -34,7 +34,7 @@ from tests.dataset.conftest import (
 )
 from vitdemo import ImageNetVal, Preprocessing, extract, reference_crop
 from vitdemo.dataset import checking
-from vitdemo.dataset.checking import COLUMNS, check_images, examine_jpeg
+from vitdemo.dataset.checking import COLUMNS, check_images, examine
 from vitdemo.dataset.decoding import UnreadableImage, read_header
 
 PREPROCESSING = Preprocessing((3, 32, 32), 1.0, "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -176,10 +176,14 @@ def test_damage_that_an_evaluation_would_not_see_has_a_warning(rows, name):
     assert rows[name]["error"] == "" and part in rows[name]["warning"]
 
 
+def test_another_format_is_no_damage_where_the_name_says_it():
+    assert examine(PNG, "a.png")[4:] == ("", "") == examine(PNG, "a")[4:]
+
+
 @pytest.mark.parametrize("name", NOT_DECODED)
 def test_what_would_take_gigabytes_or_minutes_is_not_decoded(name):
     start = time.perf_counter()
-    error = examine_jpeg(PLANTED[name])[4]
+    error = examine(PLANTED[name], "a.jpg")[4]
     assert "not decoded" in error or "DecompressionBomb" in error
     assert time.perf_counter() - start < 5
 
@@ -201,7 +205,7 @@ def test_mutated_files_are_damaged_exactly_where_libjpeg_says_so(count, capfd):
     rng, found = random.Random(count), 0
     for number in range(count):
         jpeg = mutated(sources[number % len(sources)], rng)
-        _, _, _, _, error, warning = examine_jpeg(jpeg)
+        _, _, _, _, error, warning = examine(jpeg, "a.jpg")
         assert bool(error or warning) == bool(libjpegs_words(jpeg, capfd)), f"mutation {number}: {error or warning}"
         assert "\n" not in error + warning
         found += bool(error or warning)
@@ -210,7 +214,7 @@ def test_mutated_files_are_damaged_exactly_where_libjpeg_says_so(count, capfd):
 
 def test_photographs_have_no_damage(photos):
     for photo in photos:
-        assert examine_jpeg(photo.read_bytes())[4:] == ("", "")
+        assert examine(photo.read_bytes(), photo.name)[4:] == ("", "")
 
 
 def test_the_bundled_set_has_no_damage(shapes20):
@@ -318,7 +322,7 @@ def test_a_number_that_makes_no_sense_is_refused(planted, value):
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitdemo.dataset.checking.examine_jpeg", lambda jpeg: pytest.fail("work was begun"))
+    monkeypatch.setattr("vitdemo.dataset.checking.examine", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "file").write_text("mine")
     with refused("file: "):
         check_images(planted.tar, tmp_path / "file", progress=False)

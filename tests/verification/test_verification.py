@@ -277,6 +277,16 @@ def test_any_module_without_known_classes(shapes20):
     assert plot_flips(other, shapes20).axes
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(32, [8, 2]), (448, [2] * 5), (1024, [1] * 10)])
+def test_larger_images_come_in_smaller_batches(side, sizes):
+    """All layers of a batch are in memory: those of 8 images in a ViT-B/14 at 518 px would take 5 GB."""
+    model = Model.from_module(Small(), replace(PREPROCESSING, input_size=(3, side, side)), name="small")
+    engine, seen = convert(model), []
+    given = engine.layers
+    engine.layers = lambda x: seen.append(len(x)) or given(x)
+    assert verify(engine, model, images=10, progress=False).ok and seen == sizes
+
+
 def test_images_that_cannot_be_read_are_left_out(eager, vit_shapes20, shapes20, tmp_path):
     folder = tmp_path / "val"
     for i in range(4):

@@ -8,6 +8,7 @@ and warned about 196, so the check decodes with TurboJPEG.
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "class_id", "bytes", *FACTS, "sha256"]
 
 UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # part of TurboJPEG's message
+JPEG_NAME = re.compile(r"\.jpe?g$", re.IGNORECASE)
 CHUNK = 16  # images per task; decoding a single image takes hardly longer than passing it to a thread
 SHOWN = 10  # damaged files named in a report's text
 
@@ -100,8 +102,8 @@ def check_images(
             images.csv has one row per image, with file, label, class_id, bytes; width and height in pixels, mode and
             exif as in ``image_facts``; error (there is no image, because PIL, with which ``evaluate`` reads, cannot
             decode the file, or the file cannot be read, or the image is enormous and was not decoded); warning (there
-            is an image, but it may be wrong, because libjpeg warned of damage, or the file has another format than its
-            name says); sha256.
+            is an image, but it may be wrong, because libjpeg warned of damage, or a file named as a JPEG has another
+            format); sha256.
             images.json is the summary: the numbers of modes, EXIF states, errors and warnings; damaged images per
             class; min, median and max of width, height and bytes; sha256 of the set; rate and machine.
         limit: check only this many images, from the first.
@@ -152,10 +154,10 @@ def _row(data: Dataset, index: int) -> tuple:
         jpeg = data[index].image
     except VitdemoError as error:  # a file that cannot be read from the disk counts as damaged
         return *what, data.sizes[index], 0, 0, UNREADABLE, "", str(error), "", ""
-    return *what, len(jpeg), *examine_jpeg(jpeg), hashlib.sha256(jpeg).hexdigest()
+    return *what, len(jpeg), *examine(jpeg, data.files[index]), hashlib.sha256(jpeg).hexdigest()
 
 
-def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
+def examine(jpeg: bytes, name: str) -> tuple[int, int, str, str, str, str]:
     """The width, height, mode, EXIF state, error and warning of one file, as in ``check_images``."""
     header = read_header(jpeg)
     error = header.error or refusal(header.width, header.height, jpeg, header.mode)
@@ -174,7 +176,7 @@ def examine_jpeg(jpeg: bytes) -> tuple[int, int, str, str, str, str]:
         except Exception as damage:  # as in read_header
             error = one_line(damage)
         if header.format not in ("JPEG", "MPO"):
-            warning = f"{header.format}, not JPEG"
+            warning = f"{header.format}, not JPEG" if JPEG_NAME.search(name) else ""
         # TurboJPEG cannot decode CMYK with subsampled C, M and Y, as in some sound files of other encoders
         elif header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in warning:
             warning = ""

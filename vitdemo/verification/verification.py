@@ -23,7 +23,8 @@ from vitdemo.stats import spread
 from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
 
-BATCH, RANDOM_IMAGES = 8, 32
+RANDOM_IMAGES = 32
+MOST_PIXELS = 8 * 224**2  # in a batch, whose layers' outputs are all in memory, the reference's and the engine's
 FLOOR_BATCHES = 2  # batches per kind of images; each other way to compute takes the reference's time once more
 ITS_MODEL = "give the model it was made from"
 CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
@@ -42,12 +43,12 @@ def verify(
     """Compare ``engine`` with ``model`` in torch eager fp32 on the CPU, on real images and on random ones.
 
     Up to 32 images of random pixels, always the same, are used in addition to the real images, or alone if there is no
-    data. Both sides get the same pixels. Layers are compared on every image, batch by batch, so that memory does not
-    grow with the number of images.
+    data. Both sides get the same pixels. Layers are compared on every image, in batches of 8 (fewer where images are
+    larger than 224 px), so that memory does not grow with the number of images or their size.
 
     The noise floor is the difference that rounding alone produces: the error of other legitimate ways to compute the
-    reference, on the first 16 images of each kind. For fp32 these ways are one thread, image by image, and attention as
-    plain matrix products; for bf16, torch eager in bf16; for int8, the reference with only its weights rounded to 8
+    reference, on the first two batches of each kind. For fp32 these ways are one thread, image by image, and attention
+    as plain matrix products; for bf16, torch eager in bf16; for int8, the reference with only its weights rounded to 8
     bits. The tolerances are in ``tolerances.py``.
 
     Args:
@@ -71,10 +72,12 @@ def verify(
     reference = EagerEngine(model, "fp32", device="cpu", threads=engine.threads)
     ways = _other_ways(engine.precision, model, reference)
     sources, real, drawn = {}, 0, min(images, RANDOM_IMAGES)
+    _, height, width = model.info.preprocessing.input_size
+    batch = min(max(MOST_PIXELS // (height * width), 1), 8)
     if data is not None:
         real = min(images, len(data))
-        sources[REAL] = _real_batches(data, real, model.info)
-    sources[RANDOM] = ((pixels, []) for pixels in model.info.random_pixels(drawn).split(BATCH))
+        sources[REAL] = _real_batches(data, real, model.info, batch)
+    sources[RANDOM] = ((pixels, []) for pixels in model.info.random_pixels(drawn).split(batch))
     with tqdm(total=real + drawn, unit="image", desc="verify", disable=not progress) as bar:
         comparisons = {kind: _compare(engine, reference, ways, source, bar) for kind, source in sources.items()}
     return make_report(engine, model.info, data, comparisons)
@@ -106,12 +109,14 @@ def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | N
     return data if info.classes is None else match_classes(info, data)
 
 
-def _real_batches(data: Dataset, images: int, info: ModelInfo) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _real_batches(
+    data: Dataset, images: int, info: ModelInfo, device_batch_size: int
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Yield uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
     indices = spread(len(data), images)
     read = 0
     chosen = Subset(data, indices)
-    for batch in prefetched_batches(chosen, range(images), info.preprocessing, BATCH):
+    for batch in prefetched_batches(chosen, range(images), info.preprocessing, device_batch_size):
         readable = [k for k, error in enumerate(batch.errors) if not error]
         read += len(readable)
         if readable:
