@@ -283,7 +283,7 @@ def _choose(model: str, **options) -> None:
     row, report, script = vitdemo.choose(model, _data_of(options), **options)
     speed = f"{row['images_per_s']:.1f} images/s, nine calls in ten within {row['p90_ms']:.1f} ms"
     print(f"{report}\nchosen: {row['engine']} {row['precision']}, batch {row['batch']}: {speed}; {row['accuracy']}")
-    print(f"machine: {row['machine']}\nuse it: python {shlex.quote(str(script))} IMAGE …")
+    print(f"machine: {row['machine']}\nuse it, one image at a time: python {shlex.quote(str(script))} IMAGE …")
 
 
 DATA_HELP = "one folder per class, images with a table of labels, parquet files, or ILSVRC2012's archives"

@@ -11,6 +11,7 @@ from vitdemo import (
     convert,
     fast_crop,
     load_model,
+    match_classes,
     reference_crop,
 )
 from vitdemo.course import (
@@ -53,7 +54,9 @@ def test_top5_is_torchs(eager, vit_shapes20, shapes20, pixels):
 def test_names(vit_shapes20, shapes20):
     assert names_of(vit_shapes20.info, shapes20)[:2] == ["plain crescent", "striped ring"]
     assert names_of(vit_shapes20.info)[0] == "n90382915", "nobody but the data set knows these"
-    assert names_of(replace(vit_shapes20.info, classes=None)) is None
+    nameless = replace(vit_shapes20.info, classes=None, class_names=None)
+    assert names_of(nameless) is None and names_of(nameless, shapes20) is None
+    assert names_of(nameless, match_classes(nameless, shapes20, "sorted"))[:2] == ["plain crescent", "striped ring"]
     imagenet = load_model("vit_tiny_patch16_224", weights="random").info
     assert names_of(replace(imagenet, classes=("n01440764",)), shapes20) == ["tench"]
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -119,6 +120,26 @@ def test_everything_that_shapes_an_artifact_is_in_its_key(tiny, monkeypatch):
     }
     keys = {name: other.key for name, other in others.items()} | {"none": recipe(tiny).key}
     assert len(set(keys.values())) == len(keys), keys
+
+
+OF_A_FILE = """
+from torch import nn
+def act(x): return {}
+class Net(nn.Linear):
+    def forward(self, x): return super().forward(act(x.flatten(1)))
+"""
+
+
+def test_a_function_in_the_file_of_a_class_is_in_the_key(tmp_path, monkeypatch, vit_shapes20):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for told in ("x", "x * 2.0"):
+        (tmp_path / "my_net.py").write_text(OF_A_FILE.format(told))
+        monkeypatch.delitem(sys.modules, "my_net", raising=False)
+        torch.manual_seed(0)
+        net = importlib.import_module("my_net").Net(3 * 224 * 224, 20)
+        keys.append(recipe(Model.from_module(net, vit_shapes20.info.preprocessing, name="mine")).key)
+    assert keys[0] != keys[1]
 
 
 TYPED = """

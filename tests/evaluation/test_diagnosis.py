@@ -226,10 +226,12 @@ def test_outputs_in_another_order(vit_shapes20, shapes20, healthy, order):
     assert (found.explanation.correct == healthy.as_it_is.correct[::3]).all()  # 24 spread images are each third of 72
 
 
-def test_another_order_of_ones_own_classes_is_cured_by_a_class_map(vit_shapes20, shapes20):
+@pytest.mark.parametrize("given", ["sorted", ""])
+def test_another_order_of_ones_own_classes_is_cured_by_a_class_map(vit_shapes20, shapes20, tmp_path, given):
     model = head_in_order(vit_shapes20, ORDERS["the order of numbers as text"])
     model = Model(model.module, replace(model.info, classes=None, class_names=None))
-    found = diagnosed(model, match_classes(model.info, shapes20, "sorted"))
+    (tmp_path / "map.csv").write_text("".join(f"{wnid},{k}\n" for k, wnid in enumerate(shapes20.classes)))
+    found = diagnosed(model, match_classes(model.info, shapes20, given or tmp_path / "map.csv"))
     assert found.named == "outputs read in the order of numbers as text"
     assert "give another --class-map" in found.verdict and "wnids" not in found.verdict
 

@@ -348,8 +348,9 @@ def hub(tmp_path, monkeypatch):
             self.send_response(200 if known else 404)
             if not known:
                 self.send_header("X-Error-Code", "EntryNotFound" if (root / repo).is_dir() else "RepoNotFound")
-            self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
-            self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+            self.send_header("ETag", hashlib.sha1(path.read_bytes() if known else b"").hexdigest())
+            every = b"".join(file.read_bytes() for file in sorted((root / repo).glob("*")))
+            self.send_header("X-Repo-Commit", hashlib.sha1(every).hexdigest())
             self.send_header("Content-Length", str(path.stat().st_size if known else 0))
             self.end_headers()
             return path if known else None
@@ -389,6 +390,14 @@ def test_model_from_the_hub_then_from_its_cache(hub, small, monkeypatch, file):
     assert load_model("hf:google/vit-small").info == model.info
 
 
+def test_newer_weights_on_the_hub_are_taken(hub, small):
+    repository = shutil.copytree(small, hub / "google" / "vit-small")
+    first = load_model("hf:google/vit-small").info
+    state = load_file(repository / WEIGHTS_FILE)
+    save_file({name: tensor * 2 for name, tensor in state.items()}, repository / WEIGHTS_FILE)
+    assert load_model("hf:google/vit-small").info.weights_sha256 != first.weights_sha256
+
+
 def test_timms_layout_from_the_hub(hub, vit_shapes20):
     shutil.copytree(data_path("shapes20/vit_shapes20"), hub / "owner" / "vit")
     info = load_model("hf:owner/vit").info
@@ -399,7 +408,10 @@ def test_hub_without_the_repository_or_a_file(hub, small):
     refused("google/vit-bsae: the hub has no such repository", "hf:google/vit-bsae")
     shutil.copytree(small, hub / "google" / "vit-small")
     (hub / "google" / "vit-small" / "preprocessor_config.json").unlink()
-    refused("google/vit-small: the hub has no preprocessor_config.json", "hf:google/vit-small")
+    refused(
+        "google/vit-small: has no preprocessor_config.json in it; check the name, or on a machine .* `hf download",
+        "hf:google/vit-small",
+    )
     (hub / "google" / "neither").mkdir()
     (hub / "google" / "neither" / "config.json").write_text('{"pipeline": "unknown"}')
     refused('config.json: has neither "architecture" and', "hf:google/neither")

@@ -577,6 +577,29 @@ def test_other_repositories_of_the_hub(monkeypatch):
     refused("owner/vit: config.json is not in the Hugging Face cache .*hf download owner/vit", "hf-hub:owner/vit")
 
 
+def test_older_names_of_timms():
+    assert load_model("vit_base_patch16_224_in21k", "random").info.tag == "vit_base_patch16_224.augreg_in21k"
+
+
+def test_paths_that_begin_like_timms_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, oracle = saved(tmp_path / f"{TINY}.mine")
+    assert_same(load_model(folder.name), oracle)
+    torch.save({"arch": TINY, "state_dict": module_of(num_classes=7).state_dict()}, f"{TINY}.pth")
+    assert load_model(f"{TINY}.pth").info.outputs == 7
+    refused(f"{TINY}.other: has no such weights tag", f"{TINY}.other")
+
+
+@pytest.mark.parametrize("name", ["resnet50d", "resnet50d.ra2_in1k"])
+def test_a_checkpoint_of_timms_script_has_its_trainings_size(tmp_path, name):
+    """The test size of a tag is the one at which its own weights are better: here 288 px, the training's is 224."""
+    state = module_of("resnet50d", num_classes=5).state_dict()
+    args = argparse.Namespace(model=name, num_classes=5, img_size=None, input_size=None)
+    torch.save({"arch": "resnet50d", "state_dict": state, "args": args}, tmp_path / "model_best.pth.tar")
+    preprocessing = load_model(tmp_path / "model_best.pth.tar").info.preprocessing
+    assert (preprocessing.input_size, preprocessing.crop_pct) == ((3, 224, 224), 0.875)
+
+
 @pytest.mark.parametrize(
     "tag, side, crop_pct", [("resnet50d.ra2_in1k", 288, 0.95), ("resnet18.tv_in1k", 224, 0.875), (TINY, 224, 0.9)]
 )

@@ -221,6 +221,11 @@ def test_parquet_files_of_the_hub(tmp_path, paths):
     assert len(set(data.files)) == 10 and (data.files[3] == "p03.jpg") == (paths == "own")
     assert [s.image for s in pickle.loads(pickle.dumps(data))] == [s.image for s in data]
     assert len(open_data(tmp_path, split="train")) == 1
+    for file in (tmp_path / "data").glob("val*"):
+        file.rename(file.with_name(file.name.replace("validation", "held-out")))
+    assert len(open_data(tmp_path)) == 10, "the training images are none of them"
+    with refused("holds no image, but cats/test-0.parquet; give its folder"):
+        open_data(write(tmp_path / "above", {"cats/test-0.parquet": b"x"}))
 
 
 def test_shuffled_rows_of_parquet_are_read_group_by_group(tmp_path, monkeypatch):
@@ -315,6 +320,33 @@ def test_a_table_in_which_two_columns_may_be_the_files(tmp_path):
         open_data(tmp_path / "set", labels=tmp_path / "labels.csv")
 
 
+def test_numbers_of_classes_are_not_the_files_either(tmp_path):
+    write(tmp_path / "set", {f"{k}.png": picture(k, "PNG") for k in range(30)})
+    write(tmp_path, {"labels.csv": "id,label\n" + "".join(f"{k},{k % 5}\n" for k in range(30))})
+    data = open_data(tmp_path / "set", labels=tmp_path / "labels.csv")
+    assert found(data) == {f"{k}.png": str(k % 5) for k in range(30)}
+
+
+@pytest.mark.parametrize("header", ["ImageId,Label", "Width,Path,ClassId"])
+def test_other_headers_of_tables(tmp_path, header):
+    files = write(tmp_path / "set", {f"{k}.jpg": picture(k) for k in range(2)})
+    rows = ["0,golden retriever", "1,golden eagle"] if header.startswith("I") else ["16,0.jpg,a", "16,1.jpg,b"]
+    write(tmp_path, {"t.csv": "\n".join([header, *rows])})
+    assert [*found(open_data(files, labels=tmp_path / "t.csv")).values()] == [row.split(",")[-1] for row in rows]
+
+
+def test_a_table_of_the_training_images_is_not_one_of_the_test_images(tmp_path):
+    write(tmp_path / "set", {f"{split}/{k}.png": picture(k, "PNG") for split in ("train", "test") for k in range(3)})
+    table = write(tmp_path, {"trainLabels.csv": "id,label\n0,cat\n1,dog\n2,cat\n"}) / "trainLabels.csv"
+    with refused("set/train or ", "set/test, whichever has the images that trainLabels.csv names"):
+        open_data(tmp_path / "set", labels=table)
+    for data in (
+        open_data(tmp_path / "set/train", labels=table),
+        open_data(tmp_path / "set", split="train", labels=table),
+    ):
+        assert [*found(data).values()] == ["cat", "dog", "cat"]
+
+
 def test_letters_as_macos_writes_them(tmp_path, vit_shapes20):
     mac, usual = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
     write(tmp_path / "set", {f"{mac}/{mac}.jpg": picture(0), f"smile :)/Screenshot 10.00\u202fAM{mac}.png": picture(1)})
@@ -336,6 +368,11 @@ def test_splits_are_no_classes(tmp_path):
     write(tmp_path / "two", {"val/0.jpg": picture(0), "test/0.jpg": picture(1)})
     with refused("two: holds test/ and no train/; give that folder as the data set"):
         open_data(tmp_path / "two", split="train")
+    images = {f"{split}/{word}/0.jpg": picture(0) for split in ("train", "eval") for word in ("cat", "dog")}
+    with refused("holds train/ and no val/; give that folder as the data set"):
+        open_data(write(tmp_path / "other", images))
+    trains = {f"{word}/0.jpg": picture(0) for word in ("car", "train")}
+    assert open_data(write(tmp_path / "vehicles", trains)).classes == ["car", "train"]
 
 
 def test_a_class_whose_images_cannot_be_read_is_a_class_also_below_a_folder(tmp_path):
@@ -385,7 +422,7 @@ def test_tiny_imagenet(tmp_path):
     assert [*found(open_data(tmp_path, split="train")).values()] == WNIDS
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", " "])
 @pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize("prefix", ["", "./", "val/", "ABSOLUTE/", "/home/somebody/val/"])
 def test_a_table_of_ones_own(tmp_path, separator, header, prefix):
@@ -556,6 +593,13 @@ def test_outputs_without_names_are_named_by_the_data(tmp_path, vit_shapes20):
     part = match_classes(first.info, data.take([3, 4]), tmp_path / "map.csv")
     assert part.class_names[6:8] == ["output 6", "word 03 or word 04"]
     wnids = open_data(write(tmp_path / "wnids", {f"{wnid}/0.jpg": picture(0) for wnid in ("n01440764", "n01443537")}))
+    module = copy.deepcopy(first.module)
+    module.reset_classifier(2)
+    two = Model.from_module(module, first.info.preprocessing, name="two")
+    assert match_classes(two.info, wnids, "sorted").class_names == ["tench", "goldfish"], "2 of ImageNet's 1,000"
+    write(tmp_path / "set", {"word 00/0.jpg": b"no image", "word 01/0.heic": b"x"})
+    (tmp_path / "set/word 01/0.jpg").unlink()
+    assert match_classes(first.info, open_data(tmp_path / "set"), "sorted").class_names == words
     write(tmp_path, {"both.csv": "n01440764,7\nn01443537,7\n"})
     assert match_classes(first.info, wnids, tmp_path / "both.csv").class_names[7] == "tench or goldfish"
     table = answers(convert(first), data.take([3]), class_names=matched.class_names, progress=False)

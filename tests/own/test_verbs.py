@@ -185,4 +185,7 @@ def test_choose_passes_over_what_fails_verify_and_exports_what_classifies(tmp_pa
     script = [sys.executable, "-I", str(tmp_path / "out/choice/classify.py"), *images]
     lines = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
     answered = [line.split("\t")[1].partition("% ")[2] for line in lines]
-    assert answered == ["abcd"[k] for k in run.rows["predicted_1"]] and f"use it: python {script[2]}" in printed
+    assert (
+        answered == ["abcd"[k] for k in run.rows["predicted_1"]]
+        and f"use it, one image at a time: python {script[2]}" in printed
+    )

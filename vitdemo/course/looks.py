@@ -79,13 +79,14 @@ def names_of(info: ModelInfo, data: Dataset | None = None) -> list[str] | None:
 
     Args:
         info: a model's.
-        data: names its own wnids; others are ImageNet's, or stay wnids.
+        data: names the outputs that it was matched with, or its own wnids; others are ImageNet's, or stay wnids.
     """
+    if data is not None and data.matched_with == info.weights_sha256:  # by a class map, perhaps
+        return short_names(data.class_names)
     if info.classes is None:
         return None
-    known = dict(zip(*IMAGENET_LABELS, strict=True))
-    if data is not None:
-        known |= zip(data.classes, data.class_names, strict=True)
+    own = () if data is None else zip(data.classes, data.class_names, strict=True)
+    known = dict(zip(*IMAGENET_LABELS, strict=True)) | dict(own)
     return short_names(known.get(wnid, wnid) for wnid in info.classes)
 
 

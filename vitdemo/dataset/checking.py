@@ -8,7 +8,6 @@ and warned about 196, so the check decodes with TurboJPEG.
 
 import hashlib
 import json
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ FACTS = ["width", "height", "mode", "exif", "error", "warning"]
 COLUMNS = ["file", "label", "class_id", "bytes", *FACTS, "sha256"]
 
 UNKNOWN_SUBSAMPLING = "Could not determine subsampling"  # part of TurboJPEG's message
-JPEG_NAME = re.compile(r"\.jpe?g$", re.IGNORECASE)
 CHUNK = 16  # images per task; decoding a single image takes hardly longer than passing it to a thread
 SHOWN = 10  # damaged files named in a report's text
 
@@ -176,7 +174,7 @@ def examine(jpeg: bytes, name: str) -> tuple[int, int, str, str, str, str]:
         except Exception as damage:  # as in read_header
             error = one_line(damage)
         if header.format not in ("JPEG", "MPO"):
-            warning = f"{header.format}, not JPEG" if JPEG_NAME.search(name) else ""
+            warning = f"{header.format}, not JPEG" if name.lower().endswith((".jpg", ".jpeg")) else ""
         # TurboJPEG cannot decode CMYK with subsampled C, M and Y, as in some sound files of other encoders
         elif header.mode == "CMYK" and UNKNOWN_SUBSAMPLING in warning:
             warning = ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vitdemo.dataset import trees
 from vitdemo.dataset.imagenet import index_by_devkit, index_train_tar, index_val_tar
-from vitdemo.dataset.parquet import index_parquet, parquet_files
+from vitdemo.dataset.parquet import PARQUET, index_parquet, parquet_files
 from vitdemo.dataset.samples import Index, Item, Listing, Sample, UnreadableFile, counted, list_folder, list_tar
 from vitdemo.dataset.tables import index_by_table, known_table
 from vitdemo.dataset.tars import IMAGE_LIMIT, plain_tar
@@ -247,6 +247,9 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
         if labels:
             raise VitdemoError(f"{path}: parquet files hold their labels; leave out {labels}")
         return index_parquet(path, files), None
+    train = trees.find_tree(path, "train") if labels and tree and tree.name.casefold().startswith("test") else path
+    if train not in (path, None):  # numbers name images in both
+        raise VitdemoError(f"{path}: give {train} or {tree}, whichever has the images that {labels.name} names")
     listing = list_folder(tree) if tree else list_tar(path, plain_tar(path, progress))
     notes = []
     if tree in (None, path) and not labels:
@@ -260,8 +263,9 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
 def _labelled(listing: Listing, split: str, labels: Path | None) -> Index:
     if not listing.images:
         left = f"; {listing.notes()[0]}" if listing.unread or listing.broken else ""
-        if packed := next((name for name in listing.others if name.endswith(TAR_SUFFIXES + PACKED)), None):
-            left = f", but {packed}; unpack it" + (", or give it" if packed.endswith(TAR_SUFFIXES) else "")
+        if packed := next((name for name in listing.others if name.endswith((*TAR_SUFFIXES, *PACKED, PARQUET))), None):
+            cure = ", or give it" if packed.endswith(TAR_SUFFIXES) else ""
+            left = f", but {packed}; " + ("give its folder" if packed.endswith(PARQUET) else f"unpack it{cure}")
         raise VitdemoError(f"{listing.path}: no data set, it holds no image{left}; {trees.expected(split)}")
     if table := labels or known_table(listing, split):
         return index_by_table(listing, table)

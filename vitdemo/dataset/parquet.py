@@ -12,7 +12,7 @@ from vitdemo.dataset.samples import Index, Item, counted
 from vitdemo.dataset.trees import FOLDERS
 from vitdemo.errors import VitdemoError, reason_of
 
-SUFFIX = ".parquet"
+PARQUET = ".parquet"
 FOLDER = "data"  # the folder of the parquet files in a repository of the hub
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 INDEX = "__index_level_"  # how pandas names the column of its index
@@ -22,12 +22,12 @@ KEPT = 2  # row groups in memory: the current one and the next
 def parquet_files(path: Path, split: str) -> list[Path]:
     """The parquet files of a split: ``path`` itself, or those in ``path`` or in its ``data/``.
 
-    The files whose names begin with the split's name are taken; where there are none, all files are. Raises
+    The files whose names begin with the split's name are taken; where there are none, those of no split are. Raises
     VitdemoError where all files belong to other splits.
     """
     if path.is_file():
-        return [path] if path.suffix == SUFFIX else []
-    found = sorted(path.glob(f"*{SUFFIX}")) or sorted((path / FOLDER).glob(f"*{SUFFIX}"))
+        return [path] if path.suffix == PARQUET else []
+    found = sorted(path.glob(f"*{PARQUET}")) or sorted((path / FOLDER).glob(f"*{PARQUET}"))
     found = [file for file in found if not file.name.startswith((".", "metadata"))]
     split_of = {file: file.name.replace(".", "-").partition("-")[0] for file in found}
     for folder in FOLDERS[split]:
@@ -36,7 +36,7 @@ def parquet_files(path: Path, split: str) -> list[Path]:
     others = [file for file in found if any(split_of[file] in folders for folders in FOLDERS.values())]
     if others and len(others) == len(found):
         raise VitdemoError(f"{path}: holds {others[0].name} …, and no parquet files of {split}; name one of them")
-    return found
+    return [file for file in found if file not in others]
 
 
 def index_parquet(path: Path, files: list[Path]) -> Index:

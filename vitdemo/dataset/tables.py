@@ -16,7 +16,7 @@ TINY_IMAGENET = "val_annotations.txt"  # columns: file, wnid, and a box of four 
 KNOWN = ("metadata.csv", "metadata.jsonl", TINY_IMAGENET)  # tables that lie among the images or in a parent folder
 KAGGLE = "LOC_{split}_solution.csv"  # columns: ImageId without suffix; PredictionString, which begins with the wnid
 KAGGLE_ABOVE = 4  # the largest number of folders between this table and the images
-LABEL_COLUMNS = "label labels class class_id class_name classname wnid synset category target y".split()
+LABEL_COLUMNS = "label labels class class_id classid class_name classname wnid synset category target y".split()
 LABEL_COLUMNS += ["predictionstring"]
 LOOKED_AT = 200  # the number of rows from which the column of files is found
 
@@ -46,8 +46,8 @@ def index_by_table(listing: Listing, table: Path | str) -> Index:
         prefix = "" if prefix == "." or prefix.startswith("..") else prefix
     names = _Names(listing, prefix)
     rows, files = _with_files(rows, names, listing, where)
-    labels = rows[_label_column(rows, files, where)].str.strip()
-    if str(files).lower() == "imageid":  # Kaggle's labels repeat a wnid and a box of four numbers
+    labels = rows[column := _label_column(rows, files, where)].str.strip()
+    if str(column).lower() == "predictionstring":  # Kaggle's: a wnid and a box of four numbers, repeated
         labels = labels.str.split().str[0].fillna("")
     label_of: dict[str, str] = {}
     for line, value, label in zip(rows.index, rows[files], labels, strict=True):
@@ -95,7 +95,7 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
     Args:
         content: the bytes of the file.
         name: the file's name, whose suffix gives the format: .json (a list of objects), .jsonl, or else text with
-            commas, semicolons or tabs.
+            commas, semicolons, tabs or blanks.
 
     Raises:
         VitdemoError: for a file that cannot be read as a table.
@@ -105,7 +105,7 @@ def read_table(content: bytes, name: str) -> pd.DataFrame:
         if suffix_of(name) in (".json", ".jsonl", ".ndjson"):
             table = pd.read_json(io.StringIO(text), lines=suffix_of(name) != ".json", dtype=False)
         else:
-            separator = max("\t,;", key=text.partition("\n")[0].count)
+            separator = max((r"\s+", "\t", ",", ";"), key=text.partition("\n")[0].count)  # blanks if there is no other
             table = pd.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str, keep_default_na=False)
     except UnicodeDecodeError:
         raise VitdemoError(f"{name}: is not text in UTF-8; save the table again as CSV in UTF-8") from None
@@ -146,8 +146,8 @@ def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str)
         raise VitdemoError(f"{where}: holds no rows; give one row per image, with its file and its label")
 
     def points(column: pd.Series) -> int:
-        """A name with its suffix counts twice, because the number of a row may name an image by chance."""
-        hit = [value for value in column.iloc[:LOOKED_AT] if names.find(value) is not None]
+        """A name with its suffix counts twice, because the number of a row or class may name an image by chance."""
+        hit = {value for value in column.iloc[:LOOKED_AT] if names.find(value) is not None}
         return len(hit) + sum(suffix_of(value.strip()) in image_suffixes() for value in hit)
 
     found = {column: points(rows[column]) for column in rows}

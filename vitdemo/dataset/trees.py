@@ -147,10 +147,10 @@ def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
         if found := folder_of_split(tops, split):
             return listing.within(f"{found}/"), f"{prefix}{found}/"
         others = sorted(top for top in tops if any(top.casefold() in names for names in FOLDERS.values()))
-        if others and len(tops) <= len(others):
+        around = min((name.count("/") for name in listing.images), default=0)
+        if others and (len(tops) <= len(others) or around >= 2):  # a folder beside train/ may have images of classes
             raise VitdemoError(f"{listing.path}: holds {others[0]}/ and no {split}/; give that folder as the data set")
-        around = {name.count("/") for name in listing.images}
-        if len(tops) != 1 or not around or min(around) < 2:
+        if len(tops) != 1 or around < 2:
             break
         (top,) = tops
         listing, prefix = listing.within(f"{top}/"), f"{prefix}{top}/"

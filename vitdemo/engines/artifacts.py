@@ -46,13 +46,14 @@ OF_TORCH = set(vars(nn.Module())) - {"training"}  # attributes of every module: 
 def architecture_sha256(module: nn.Module) -> str | None:
     """The sha256 of the architecture of ``module``, without its weights, which are hashed separately.
 
-    It covers the module's repr, the source code of its classes, and the values in its parts, because a LayerNorm's eps
-    or the kind of a GELU is not in the state dict. None where the architecture cannot be determined: a class or a
-    function defined in a notebook may have other code under the same name tomorrow, and one that another function
-    created may hold values of that function.
+    It covers the module's repr, the source code of its classes and of the files that define them, and the values in its
+    parts, because a LayerNorm's eps or the kind of a GELU is not in the state dict. None where the architecture cannot
+    be determined: a class or a function defined in a notebook may have other code under the same name tomorrow, and one
+    that another function created may hold values of that function.
     """
     classes = {cls for part in module.modules() for cls in type(part).__mro__} - {nn.Module, object}
-    told = [repr(module), *map(_source, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)))]
+    classes = sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))
+    told = [repr(module), *map(_source, classes), *(_source(inspect.getmodule(cls) or cls) for cls in classes)]
     for name, part in module.named_modules():
         told += [name, *_values({key: value for key, value in vars(part).items() if key not in OF_TORCH})]
     return None if None in told else _sha256("\n".join(told).encode())

@@ -213,7 +213,7 @@ def order_hypotheses(answers: np.ndarray, data: Dataset, numbering: Numbering) -
         "the order of the class names": np.argsort(sorted(classes, key=data.class_names.__getitem__)),
     }
     cures = "put the rows of the model's last layer into the order of the wnids", EXTRACT
-    if data.decided.startswith("by order"):
+    if data.decided.startswith(("by order", "by numbers", "by the file")):
         cures = ("give another --class-map: sorted, natural, or a file",) * 2
     for name, ranks in orders.items():
         outputs, wrong_labels = (f"outputs read in {name}", cures[0]), (f"labels read in {name}", cures[1])

@@ -161,14 +161,16 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
                 last = outputs.count - 1
                 raise VitdemoError(f"{option}: the class {class_id!r} of {data.path} is no number from 0 to {last}")
         return {label: int(class_id) for label, class_id in own.items()}, "by numbers, the class's id is the output"
-    ids = sorted(data.classes, key=natural_key if order == "natural" else None)
+    some = len(data.classes) != outputs.count and WNID.fullmatch(data.classes[0])  # of ImageNet's, which are all known
+    ids = sorted(own.values() if some else data.classes, key=natural_key if order == "natural" else None)
     if len(ids) != outputs.count:
         why = "an order needs all classes to be there; --class-map FILE may name only some"
         counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
         raise VitdemoError(f"{option}: {counts}; {why}")
     place = {class_id: k for k, class_id in enumerate(ids)}
     how = "as text" if order == "sorted" else "with 2 before 10"
-    return {label: place[class_id] for label, class_id in own.items()}, f"by order, the folders {how}"
+    found = {label: place[class_id] for label, class_id in enumerate(data.classes) if class_id in place}
+    return found, f"by order, the folders {how}"
 
 
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:

@@ -123,22 +123,24 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
     """
     bring = f"on a machine with a network {bring}"
     try:
+        for name in names if hub_resolves() else ():
+            try:
+                return Path(hf_hub_download(repo_id, name))  # the cached one, if the hub has no newer one
+            except LocalEntryNotFoundError:
+                break  # no connection
+            except EntryNotFoundError:
+                if name == names[-1]:
+                    raise
         for name in names:
             if isinstance(cached := try_to_load_from_cache(repo_id, name), str):
                 return Path(cached)
-        for name in names if hub_resolves() else ():
-            try:
-                return Path(hf_hub_download(repo_id, name))
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) or name == names[-1]:  # no connection, or no file
-                    raise
     except HFValidationError:
         raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
     except RepositoryNotFoundError:
         raise VitdemoError(f"{repo_id}: the hub has no such repository, or it is private; check the name") from None
     except Exception as error:  # many libraries' types, for broken connections, full disks and invalid names
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise VitdemoError(f"{repo_id}: the hub has no {' or '.join(names)} in it; check the name") from None
+        if isinstance(error, EntryNotFoundError):
+            raise VitdemoError(f"{repo_id}: has no {' or '.join(names)} in it; check the name, or {bring}") from None
         reason = reason_of(error)
         raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
     why = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
@@ -157,8 +159,9 @@ def hub_resolves() -> bool:
 
 
 def is_name(name: str) -> bool:
-    """Whether timm knows the architecture in ``name``; the weights tag after the dot is not checked."""
-    return timm.is_model(name.partition(".")[0])
+    """Whether timm knows the architecture in ``name``; the weights tag is not checked, unless it is a path as well."""
+    is_path = "." in name and os.path.exists(name) and name not in timm.list_pretrained()  # such as resnet50.pth
+    return not is_path and timm.is_model(name.partition(".")[0])
 
 
 def full_tag(name: str) -> str:

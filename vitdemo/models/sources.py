@@ -54,6 +54,7 @@ def planned(name: str, *, pretrained: bool, said: Mapping) -> tuple[str, Plan]:
         bare = name = tag
     if bare != name:
         return name, _plan_from_files(partial(_in_hub, bare), pretrained)
+    name = timm.models.get_deprecated_models().get(name) or name  # older names, as in older checkpoints
     return name, timm_models.plan_from_name(name, pretrained=pretrained, others=MODELS, said=said)
 
 

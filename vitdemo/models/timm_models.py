@@ -54,7 +54,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     options, said = _options(name, said)
     build = partial(timm.create_model, name, **options)
     module = build()
-    if not tag:  # timm's test input size belongs to its own weights
+    if not tag or "model" in said:  # timm's test input size belongs to its own weights, not to a training's
         said = {"input_size": module.pretrained_cfg["input_size"]} | said
     repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
     bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"
@@ -105,7 +105,7 @@ def plan_from_config(path: Path, config: Mapping, find: Callable[..., Path], *, 
 
 def _plan(module: nn.Module, said: Mapping, file: Callable[[], Path], build: Callable[..., nn.Module]) -> Plan:
     config = module.pretrained_cfg
-    # timm's published accuracies are measured at the test input size. A checkpoint trained at another size names it.
+    # timm's published accuracies are measured at the test input size.
     tested = "input_size" not in said and not config.get("fixed_input_size")
     preprocessing = resolve_data_config(said, config, use_test_size=tested)
     labels = labels_of(config.get("label_names"), config.get("label_descriptions"))

@@ -24,7 +24,7 @@ from vitdemo.verification.comparison import LOGITS, Comparison, LayerErrors
 from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, make_report
 
 RANDOM_IMAGES = 32
-MOST_PIXELS = 8 * 224**2  # in a batch, whose layers' outputs are all in memory, the reference's and the engine's
+MOST_VALUES = 8 * 3 * 224**2  # in a batch, whose layers' outputs are all in memory, the reference's and the engine's
 FLOOR_BATCHES = 2  # batches per kind of images; each other way to compute takes the reference's time once more
 ITS_MODEL = "give the model it was made from"
 CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
@@ -72,8 +72,7 @@ def verify(
     reference = EagerEngine(model, "fp32", device="cpu", threads=engine.threads)
     ways = _other_ways(engine.precision, model, reference)
     sources, real, drawn = {}, 0, min(images, RANDOM_IMAGES)
-    _, height, width = model.info.preprocessing.input_size
-    batch = min(max(MOST_PIXELS // (height * width), 1), 8)
+    batch = min(max(MOST_VALUES // model.info.random_pixels().numel(), 1), 8)
     if data is not None:
         real = min(images, len(data))
         sources[REAL] = _real_batches(data, real, model.info, batch)
@@ -109,14 +108,12 @@ def _data_for(info: ModelInfo, data: Dataset | Path | str | None) -> Dataset | N
     return data if info.classes is None else match_classes(info, data)
 
 
-def _real_batches(
-    data: Dataset, images: int, info: ModelInfo, device_batch_size: int
-) -> Iterator[tuple[torch.Tensor, list[int]]]:
+def _real_batches(data: Dataset, images: int, info: ModelInfo, size: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
     """Yield uint8[B, 3, H, W] and the indices in ``data``, without the images that cannot be read."""
     indices = spread(len(data), images)
     read = 0
     chosen = Subset(data, indices)
-    for batch in prefetched_batches(chosen, range(images), info.preprocessing, device_batch_size):
+    for batch in prefetched_batches(chosen, range(images), info.preprocessing, size):
         readable = [k for k, error in enumerate(batch.errors) if not error]
         read += len(readable)
         if readable:
