@@ -525,16 +525,16 @@ def test_weights_of_another_image_size(tmp_path):
     refused("mine.pth: .* or trained at another image size; .*docs/your_own.md", TINY, tmp_path / "mine.pth")
 
 
-@pytest.mark.parametrize("name, options", [(TINY, {"img_size": 96}), ("convnext_atto", {})])
+@pytest.mark.parametrize("name, options", [(TINY, {"img_size": 96}), ("convnext_atto", {}), ("resnet50d", {})])
 def test_a_folder_that_timm_writes_as_the_documentation_says(tmp_path, name, options):
     oracle, size = module_of(name, num_classes=2, **options), (3, 96, 96)
-    data = dict(input_size=size, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    data = dict(input_size=size, crop_pct=0.8, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
     names = dict(label_names=["cat", "dog"])
     timm.models.save_for_hf(oracle, tmp_path, safe_serialization=True, model_config=names, data_config=data)
     model = load_model(tmp_path)
     assert_same(model, oracle)
     assert model.info.classes == ("cat", "dog") and model.info.preprocessing.input_size == size
-    assert (model.info.preprocessing.mean, model.info.preprocessing.std) == (data["mean"], data["std"])
+    assert {name: getattr(model.info.preprocessing, name) for name in data} == data
 
 
 def test_timms_flat_folder_of_2021(tmp_path):
