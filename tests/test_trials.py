@@ -231,7 +231,7 @@ def test_19_places_where_nobody_may_write_and_the_variables_that_choose_others(m
 
 
 def test_20_what_stands_between_us_and_a_hub(tmp_path):
-    ask = "from vitdemo.models.loading import hub_file, hub_resolves\nprint(hub_resolves())\n"
+    ask = "from vitdemo.models.loading import hub_file, hub_answers\nprint(hub_answers())\n"
     ask += "try: hub_file('owner/name', 'config.json', bring='fetch it')\nexcept Exception as error: print(error)"
     own = {"HF_HUB_CACHE": str(tmp_path)}
     assert "HF_HUB_OFFLINE forbids asking" in run(ask, HF_HUB_OFFLINE="1", **own).stdout

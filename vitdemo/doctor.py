@@ -143,9 +143,9 @@ def _data() -> list[str]:
 
 
 def _hub() -> list[str]:
-    from vitdemo.models.loading import constants, hub_resolves
+    from vitdemo.models.loading import constants, hub_answers
 
-    if hub_resolves():
+    if hub_answers():
         return ["ok       the Hugging Face hub answers: timm tags are downloaded at their first use"]
     why = "is not asked, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "does not answer"
     return [f"skipped  the Hugging Face hub {why}: timm tags need a cached or local file; vit_shapes20 works"]

@@ -598,6 +598,8 @@ def test_a_checkpoint_of_timms_script_has_its_trainings_size(tmp_path, name):
     torch.save({"arch": "resnet50d", "state_dict": state, "args": args}, tmp_path / "model_best.pth.tar")
     preprocessing = load_model(tmp_path / "model_best.pth.tar").info.preprocessing
     assert (preprocessing.input_size, preprocessing.crop_pct) == ((3, 224, 224), 0.875)
+    torch.save(module_of("resnet50d").state_dict(), tmp_path / "timms_own.bin")
+    assert load_model("resnet50d.ra2_in1k", tmp_path / "timms_own.bin").info.preprocessing.input_size == (3, 288, 288)
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_numbers_of_classes_are_not_the_files_either(tmp_path):
     assert found(data) == {f"{k}.png": str(k % 5) for k in range(30)}
 
 
-@pytest.mark.parametrize("header", ["ImageId,Label", "Width,Path,ClassId"])
+@pytest.mark.parametrize("header", ["ImageId,Label", "Width,Path,ClassId", "ClassId,Path,ClassName"])
 def test_other_headers_of_tables(tmp_path, header):
     files = write(tmp_path / "set", {f"{k}.jpg": picture(k) for k in range(2)})
     rows = ["0,golden retriever", "1,golden eagle"] if header.startswith("I") else ["16,0.jpg,a", "16,1.jpg,b"]
@@ -340,6 +340,8 @@ def test_a_table_of_the_training_images_is_not_one_of_the_test_images(tmp_path):
     table = write(tmp_path, {"trainLabels.csv": "id,label\n0,cat\n1,dog\n2,cat\n"}) / "trainLabels.csv"
     with refused("set/train or ", "set/test, whichever has the images that trainLabels.csv names"):
         open_data(tmp_path / "set", labels=table)
+    assert len(open_data(tmp_path / "set", labels=table.rename(tmp_path / "test_labels.csv"))) == 3
+    table = (tmp_path / "test_labels.csv").rename(table)
     for data in (
         open_data(tmp_path / "set/train", labels=table),
         open_data(tmp_path / "set", split="train", labels=table),

@@ -247,7 +247,8 @@ def _index(path: Path, split: str, labels: Path | None, progress: bool) -> tuple
         if labels:
             raise VitdemoError(f"{path}: parquet files hold their labels; leave out {labels}")
         return index_parquet(path, files), None
-    train = trees.find_tree(path, "train") if labels and tree and tree.name.casefold().startswith("test") else path
+    tested = labels and tree not in (None, path) and tree.name.casefold().startswith("test")
+    train = trees.find_tree(path, "train") if tested and "test" not in labels.name.casefold() else path
     if train not in (path, None):  # numbers name images in both
         raise VitdemoError(f"{path}: give {train} or {tree}, whichever has the images that {labels.name} names")
     listing = list_folder(tree) if tree else list_tar(path, plain_tar(path, progress))

@@ -148,7 +148,7 @@ def of_split(listing: Listing, split: str) -> tuple[Listing, str]:
             return listing.within(f"{found}/"), f"{prefix}{found}/"
         others = sorted(top for top in tops if any(top.casefold() in names for names in FOLDERS.values()))
         around = min((name.count("/") for name in listing.images), default=0)
-        if others and (len(tops) <= len(others) or around >= 2):  # a class has no folders of its own
+        if others and (len(tops) <= len(others) or around >= 2):  # with folders in each, they are splits
             raise VitdemoError(f"{listing.path}: holds {others[0]}/ and no {split}/; give that folder as the data set")
         if len(tops) != 1 or around < 2:
             break

@@ -168,9 +168,8 @@ def _by_order(outputs: _Outputs, order: str, own: dict[int, str], data: Dataset)
         counts = f"{data.path} has {len(ids)} classes and {outputs.tag} {outputs.count} outputs"
         raise VitdemoError(f"{option}: {counts}; {why}")
     place = {class_id: k for k, class_id in enumerate(ids)}
-    how = "as text" if order == "sorted" else "with 2 before 10"
     found = {label: place[class_id] for label, class_id in enumerate(data.classes) if class_id in place}
-    return found, f"by order, the folders {how}"
+    return found, "by order, the folders " + ("as text" if order == "sorted" else "with 2 before 10")
 
 
 def _by_file(outputs: _Outputs, path: Path, own: dict[int, str], data: Dataset) -> tuple[dict[int, int], str]:

@@ -123,38 +123,39 @@ def hub_file(repo_id: str, *names: str, bring: str) -> Path:
     """
     bring = f"on a machine with a network {bring}"
     try:
-        for name in names if hub_resolves() else ():
+        cached = [path for name in names if isinstance(path := try_to_load_from_cache(repo_id, name), str)]
+        for name in names if hub_answers() else ():
             try:
                 return Path(hf_hub_download(repo_id, name))  # the cached one, if the hub has no newer one
-            except LocalEntryNotFoundError:
-                break  # no connection
-            except EntryNotFoundError:
-                if name == names[-1]:
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) or name == names[-1]:  # no connection, or no file
                     raise
-        for name in names:
-            if isinstance(cached := try_to_load_from_cache(repo_id, name), str):
-                return Path(cached)
     except HFValidationError:
         raise VitdemoError(f"{repo_id!r}: is not the name of a hub repository, which is owner/name") from None
     except RepositoryNotFoundError:
         raise VitdemoError(f"{repo_id}: the hub has no such repository, or it is private; check the name") from None
     except Exception as error:  # many libraries' types, for broken connections, full disks and invalid names
-        if isinstance(error, EntryNotFoundError):
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise VitdemoError(f"{repo_id}: has no {' or '.join(names)} in it; check the name, or {bring}") from None
-        reason = reason_of(error)
-        raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
+        if not cached:
+            reason = reason_of(error)
+            raise VitdemoError(f"{repo_id}: cannot download {names[0]} ({reason}); try again, or {bring}") from None
+    if cached:
+        return Path(cached[0])
     why = "HF_HUB_OFFLINE forbids asking the hub" if constants.HF_HUB_OFFLINE else "the hub does not answer"
     raise VitdemoError(f"{repo_id}: {names[0]} is not in the Hugging Face cache and {why}; {bring}")
 
 
-def hub_resolves() -> bool:
-    """Whether the hub's host name resolves. It is checked first, because a failing download retries for 45 s."""
+def hub_answers() -> bool:
+    """Whether the hub takes a connection. It is checked first, because a failing download retries for 45 s."""
     if constants.HF_HUB_OFFLINE:
         return False
     if any(os.environ.get(name) for proxy in ("HTTPS_PROXY", "ALL_PROXY") for name in (proxy, proxy.lower())):
-        return True  # the proxy resolves names
-    with suppress(OSError):
-        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+        return True  # the proxy connects
+    hub = urlsplit(constants.ENDPOINT)
+    port = hub.port or (443 if hub.scheme == "https" else 80)
+    with suppress(OSError), socket.create_connection((hub.hostname, port), timeout=3):
+        return True
     return False
 
 

@@ -54,7 +54,7 @@ def plan_from_name(name: str, *, pretrained: bool, others: Iterable[str], said: 
     options, said = _options(name, said)
     build = partial(timm.create_model, name, **options)
     module = build()
-    if not tag or "model" in said:  # timm's test input size belongs to its own weights, not to a training's
+    if not tag or said.get("model"):  # timm's test input size belongs to its own weights, not to a training's
         said = {"input_size": module.pretrained_cfg["input_size"]} | said
     repo_id = module.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
     bring = f"run `hf download {repo_id} {WEIGHTS_FILE}`, bring the file here and give it as weights"

@@ -25,7 +25,7 @@ from vitdemo.verification.tolerances import RANDOM, REAL, TOLERANCES, Report, ma
 
 RANDOM_IMAGES = 32
 MOST_VALUES = 8 * 3 * 224**2  # in a batch, whose layers' outputs are all in memory, the reference's and the engine's
-FLOOR_BATCHES = 2  # batches per kind of images; each other way to compute takes the reference's time once more
+FLOOR_IMAGES = 16  # per kind of images; each other way to compute takes the reference's time once more
 ITS_MODEL = "give the model it was made from"
 CROP = ("input_size", "crop_pct", "crop_mode", "interpolation")
 
@@ -47,7 +47,7 @@ def verify(
     larger than 224 px), so that memory does not grow with the number of images or their size.
 
     The noise floor is the difference that rounding alone produces: the error of other legitimate ways to compute the
-    reference, on the first two batches of each kind. For fp32 these ways are one thread, image by image, and attention
+    reference, on the first 16 images of each kind. For fp32 these ways are one thread, image by image, and attention
     as plain matrix products; for bf16, torch eager in bf16; for int8, the reference with only its weights rounded to 8
     bits. The tolerances are in ``tolerances.py``.
 
@@ -173,7 +173,7 @@ def _compare(
         if layers:
             comparison.layers.add(expected, layers)
             comparison.twin.add({LOGITS: logits}, {LOGITS: layers[LOGITS]})
-        if number < FLOOR_BATCHES:
+        if number * len(pixels) < FLOOR_IMAGES:
             for way, compute in ways.items():
                 comparison.floors[way].add(expected, compute(pixels))
         bar.update(len(pixels))
