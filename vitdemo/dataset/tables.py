@@ -174,7 +174,7 @@ def _with_files(rows: pd.DataFrame, names: _Names, listing: Listing, where: str)
 def _label_column(rows: pd.DataFrame, files: object, where: str) -> object:
     others = [column for column in rows if column != files]
     named = others[:1] if where.endswith(TINY_IMAGENET) else [c for c in others if str(c).lower() in LABEL_COLUMNS]
-    named = [column for column in named if str(column).lower() != "classid"] or named  # a number, where the name is there too
+    named = [column for column in named if str(column).lower() != "classid"] or named  # a number, not the name
     if len(named) == 1 or len(others) == 1:
         return (named or others)[0]
     which = ", ".join(map(str, named or others)) or "none is left"
