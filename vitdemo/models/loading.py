@@ -111,7 +111,7 @@ def weights_sha256(module: nn.Module, *, anew: bool = True) -> str:
 
 
 def hub_file(repo_id: str, *names: str, bring: str) -> Path:
-    """A file of a hub repository, from the local Hugging Face cache or downloaded into it.
+    """A file of a hub repository: the newest one, or the one in the local Hugging Face cache if the hub fails.
 
     Args:
         repo_id: owner/name.

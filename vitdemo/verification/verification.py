@@ -44,7 +44,7 @@ def verify(
 
     Up to 32 images of random pixels, always the same, are used in addition to the real images, or alone if there is no
     data. Both sides get the same pixels. Layers are compared on every image, in batches of 8 (fewer where images are
-    larger than 224 px), so that memory does not grow with the number of images or their size.
+    larger than 224 px, down to 1), so that memory does not grow with the number of images.
 
     The noise floor is the difference that rounding alone produces: the error of other legitimate ways to compute the
     reference, on the first 16 images of each kind. For fp32 these ways are one thread, image by image, and attention
